@@ -1,0 +1,41 @@
+# Short cuts. Each works in a fresh clone and installs only what changed; `make help` lists them.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := $(or $(VIRTUAL_ENV),.venv)
+BIN := $(VENV)/bin
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: help demo test lint bench
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.spar-demo  ## install, then segment a shipped picture with the shipped checkpoint
+	$(BIN)/spar segment src/spar_hf/assets/pictures/demo.png \
+		--labels "house; tree; car; boat; sky; grass; sea; sand" --output demo-output
+
+test: $(VENV)/.spar-dev  ## install, then run the tests (PYTEST_ARGS adds options)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+lint: $(VENV)/.spar-dev  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.spar-dev  ## measure speed and memory on this machine
+	$(BIN)/python benchmarks/speed.py
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# A stamp is older than what it was installed from exactly when there is something to install.
+$(VENV)/.spar-demo: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing spar-hf into $(VENV); the first time takes a few minutes."
+	$(INSTALL) -e .
+	@touch $@
+
+$(VENV)/.spar-dev: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing spar-hf with its development tools into $(VENV); the first time takes a few minutes."
+	$(INSTALL) -e ".[dev]"
+	@touch $@ $(VENV)/.spar-demo
