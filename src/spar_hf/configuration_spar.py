@@ -1,0 +1,130 @@
+"""Configuration of the CLIP family: every number that changes an output, typed and validated."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+
+from .dense_spar import POSITION_RULES, SIZE_RULES, Recipe, one_of
+from .methods_spar import find_method
+
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class SparVisionConfig(CLIPVisionConfig):
+    """`CLIPVisionConfig` and what dense features at any resolution need beside it.
+
+    Args:
+        method: row of the table of methods; gives `recipe` and `position_interpolation` where these are not given.
+        recipe: the last block, `spar_hf.dense_spar.Recipe` as a dictionary. A saved model keeps it written out, so
+            it does not depend on a later version of the table.
+        position_interpolation: `size`, `offset`, `antialias` or `bilinear`; see `resize_positions`.
+        size_rule: `floor`, `pad` or `stretch`, for sides that are no multiple of the patch; see `fit_to_patches`.
+        image_mean, image_std: normalisation the weights were trained with, RGB.
+        window_px: side of the teacher's window; None is the native `image_size`.
+        stride_px: step of the teacher's window (SPAR, section 4: 24, which is no multiple of the patch).
+        source: where the weights came from.
+        teacher: what a distilled student learned from (checkpoint, method, window, stride, data, revision).
+
+    Raises:
+        ValueError: a value is out of its range; the message names the field, the value and what is allowed.
+    """
+
+    model_type = "spar_vision"
+
+    patch_size: int = 16
+    method: str = "maskclip"
+    recipe: dict[str, Any] | None = None
+    position_interpolation: str | None = None
+    size_rule: str = "floor"
+    image_mean: list[float] | tuple[float, ...] = CLIP_MEAN
+    image_std: list[float] | tuple[float, ...] = CLIP_STD
+    window_px: int | None = None
+    stride_px: int = 24
+    source: str | None = None
+    teacher: dict[str, Any] | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.recipe is None:
+            self.recipe = find_method(self.method).recipe.to_dict()
+        if self.position_interpolation is None:
+            self.position_interpolation = find_method(self.method).position_interpolation
+        super().__post_init__(**kwargs)
+        self.validate_spar()
+
+    def validate_spar(self) -> None:
+        """Checks the fields that `CLIPVisionConfig` does not know."""
+        Recipe(**self.recipe)
+        one_of("position_interpolation", self.position_interpolation, POSITION_RULES)
+        one_of("size_rule", self.size_rule, SIZE_RULES)
+        for name in ("image_size", "patch_size"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; give one positive number of pixels (square).")
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}.")
+        window_px = self.window_px or self.image_size
+        if window_px < self.patch_size or window_px % self.patch_size:
+            raise ValueError(f"window_px is {window_px}; it must be a multiple of patch_size {self.patch_size}.")
+        if not 0 < self.stride_px <= window_px:
+            raise ValueError(f"stride_px is {self.stride_px}; it must be 1 to the window's {window_px} px.")
+        if len(self.image_mean) != self.num_channels or len(self.image_std) != self.num_channels:
+            raise ValueError(f"image_mean and image_std need {self.num_channels} numbers each, one a channel.")
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return _vision_dict(config_dict), kwargs
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        # Overrides go in before construction, so that they are validated, and a method asked for anew brings its own
+        # recipe and position rule instead of the stored ones.
+        known = {name: kwargs.pop(name) for name in list(kwargs) if name in cls.__dataclass_fields__}
+        if "method" in known:
+            config_dict = {k: v for k, v in config_dict.items() if k not in ("recipe", "position_interpolation")}
+        return super().from_dict({**config_dict, **known}, **kwargs)
+
+
+def _vision_dict(config_dict: dict[str, Any]) -> dict[str, Any]:
+    """The vision part of a CLIP, SPAR or vision-only configuration, as fields of `SparVisionConfig`."""
+    vision = dict(config_dict.get("vision_config", config_dict))
+    if "vision_config" in config_dict and config_dict.get("projection_dim") is not None:
+        # The full model's projection counts: old files leave the tower's own at its default.
+        vision["projection_dim"] = config_dict["projection_dim"]
+    if vision.get("model_type") in (None, "clip", "clip_vision_model"):
+        vision["model_type"] = SparVisionConfig.model_type
+    return vision
+
+
+class SparConfig(CLIPConfig):
+    """A `SparVisionConfig` and CLIP's text configuration.
+
+    Fields of the vision configuration can be given to `from_pretrained` directly, as in
+    `SparModel.from_pretrained(folder, method="naclip")`.
+    """
+
+    model_type = "spar"
+    sub_configs_defaults = {"vision_config": SparVisionConfig, "text_config": CLIPTextConfig}
+
+    text_config: dict | CLIPTextConfig | None = None
+    vision_config: dict | SparVisionConfig | None = None
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if config_dict.get("model_type") == "clip":
+            config_dict = {**config_dict, "model_type": cls.model_type, "vision_config": _vision_dict(config_dict)}
+        return config_dict, kwargs
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        own = set(cls.__dataclass_fields__)
+        vision_fields = set(SparVisionConfig.__dataclass_fields__) - own
+        overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in vision_fields}
+        if overrides:
+            vision = _vision_dict(config_dict)
+            config_dict = {**config_dict, "vision_config": SparVisionConfig.from_dict(vision, **overrides).to_dict()}
+        return super().from_dict(config_dict, **kwargs)

@@ -1,0 +1,272 @@
+"""Dense, text-aligned patch features from a ViT: size rules, position tables and the last block as a recipe.
+
+Pure functions, no state. Shapes: B images, N = h * w patches, 1 + N tokens (class token first), C channels,
+H heads of d channels. A *recipe* is a sum of attention maps, each applied to the last block's values; every
+purely CLIP-based method that changes only the last block's attention is one choice of its numbers
+("Training-Free Open-Vocabulary Semantic Segmentation", arXiv 2505.22209, gives the survey of them).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import nn
+
+
+POSITION_RULES = ("size", "offset", "antialias", "bilinear")
+SIZE_RULES = ("floor", "pad", "stretch")
+SCORES = ("identity", "qk", "qq", "kk", "vv")
+
+
+def one_of(name: str, value: str, allowed) -> None:
+    """Raises the `ValueError` that every named choice shares: what came and what is allowed."""
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; choose one of {', '.join(map(repr, allowed))}.")
+
+
+# ---------------------------------------------------------------------------------------------- sizes
+
+
+def fit_to_patches(pixel_values: torch.Tensor, patch_px: int, rule: str) -> tuple[torch.Tensor, tuple[int, int]]:
+    """Makes an image fit the patch grid.
+
+    Args:
+        pixel_values: (B, 3, H, W).
+        patch_px: side of a patch.
+        rule: `floor` leaves the pixels alone (the patch convolution drops the remainder; SPAR's CLIP), `pad` adds
+            zeros at the right and the bottom (SPAR's SigLIP2), `stretch` resizes bicubically to the next multiple
+            (SPAR's DINOv3.txt).
+
+    Returns:
+        The pixels to embed, and the (height, width) in pixels *of the image given* that the patch grid covers:
+        less than the image for `floor`, more for `pad`, the image itself for `stretch`.
+
+    Raises:
+        ValueError: the image is smaller than one patch and the rule is `floor`.
+    """
+    height, width = pixel_values.shape[-2:]
+    if rule == "floor":
+        if height < patch_px or width < patch_px:
+            raise ValueError(
+                f"image is {height}x{width} px (height x width); both sides must be at least one patch ({patch_px} px)."
+                " Resize it with SparImageProcessor, or load the model with size_rule='pad'."
+            )
+        return pixel_values, (height // patch_px * patch_px, width // patch_px * patch_px)
+    padded_hw = (math.ceil(height / patch_px) * patch_px, math.ceil(width / patch_px) * patch_px)
+    if rule == "pad":
+        return nn.functional.pad(pixel_values, (0, padded_hw[1] - width, 0, padded_hw[0] - height)), padded_hw
+    if padded_hw != (height, width):
+        pixel_values = nn.functional.interpolate(
+            pixel_values.float(), size=padded_hw, mode="bicubic", align_corners=False
+        ).to(pixel_values.dtype)
+    return pixel_values, (height, width)
+
+
+# ------------------------------------------------------------------------------------------ positions
+
+
+def resize_positions(table: torch.Tensor, grid_hw: tuple[int, int], rule: str) -> torch.Tensor:
+    """Resizes a square table of learned patch positions to any grid.
+
+    Args:
+        table: (n * n, C), row-major; no class token.
+        grid_hw: rows and columns wanted.
+        rule: `size`: bicubic to the grid (transformers' rule). `offset`: bicubic with the scale (rows + 0.1) / n
+            of the old DINO code, which most training-free methods and SPAR's CLIP were run with. `antialias`:
+            `size` with an antialiasing filter (GEM). `bilinear`: CLIP Surgery, CLIPer.
+
+    Returns:
+        (rows * columns, C) in the table's dtype; the table itself on its native grid.
+    """
+    side = math.isqrt(table.shape[0])
+    rows, columns = grid_hw
+    # The grid decides, not the number of tokens: 7 x 28 is not 14 x 14.
+    if rows == side and columns == side:
+        return table
+    image = table.float().view(1, side, side, -1).permute(0, 3, 1, 2)  # (n * n, C) -> (1, C, n, n)
+    if rule == "offset":
+        # Size and scale together, which nn.functional.interpolate refuses: the scale only sets the sampling points.
+        image = torch.ops.aten.upsample_bicubic2d(
+            image, [rows, columns], False, (rows + 0.1) / side, (columns + 0.1) / side
+        )
+    else:
+        mode = "bilinear" if rule == "bilinear" else "bicubic"
+        image = nn.functional.interpolate(
+            image, size=(rows, columns), mode=mode, align_corners=False, antialias=rule == "antialias"
+        )
+    return image.flatten(2).squeeze(0).T.to(table.dtype)  # (1, C, h, w) -> (h * w, C)
+
+
+# ------------------------------------------------------------------------------------------ attention
+
+
+@dataclass(frozen=True)
+class Term:
+    """One attention map of a recipe: `weight * softmax(d^-0.5 X Yᵀ + locality)`, applied to the last block's values.
+
+    Attributes:
+        scores: which projections meet: `qk`, `qq`, `kk`, `vv`; or `identity`, the map that leaves each value alone.
+        weight: factor of the map. Weights need not sum to one (SCLIP's maps are added).
+        sigma_patches: adds exp(-distance² / (2 sigma²)) to the scores between patches (NACLIP); None adds nothing.
+        block: whose projections, 1-based in a network of twelve blocks; scaled to other depths. 12 is the last.
+    """
+
+    scores: str
+    weight: float = 1.0
+    sigma_patches: float | None = None
+    block: int = 12
+
+    def __post_init__(self):
+        one_of("recipe term's scores", self.scores, SCORES)
+        if self.sigma_patches is not None and not self.sigma_patches > 0:
+            raise ValueError(f"sigma_patches is {self.sigma_patches}; it must be positive, or None for no locality.")
+        if not 1 <= self.block <= 12:
+            raise ValueError(f"recipe term's block is {self.block}; it must be 1 to 12 (12 is the last block).")
+
+    def index(self, num_layers: int) -> int:
+        """0-based index of the term's block in a network of `num_layers` blocks."""
+        return math.ceil(self.block * num_layers / 12) - 1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the patches leave the last block: `[x +] out_proj(sum of terms) [+ mlp]`.
+
+    Attributes:
+        terms: the attention maps that are summed.
+        residual: keep the block's input.
+        feed_forward: run the block's MLP on the result.
+        blocks: with n > 1, a second path starts at the input of the n-th last block and collects out_proj(sum of
+            terms) of each block from there, while the usual path goes on unchanged (CLIP Surgery).
+    """
+
+    terms: tuple[Term, ...]
+    residual: bool = True
+    feed_forward: bool = True
+    blocks: int = 1
+
+    def __post_init__(self):
+        terms = tuple(term if isinstance(term, Term) else Term(**term) for term in self.terms)
+        object.__setattr__(self, "terms", terms)
+        if not terms:
+            raise ValueError("recipe has no terms; give at least one, such as {'scores': 'identity'}.")
+        if self.blocks < 1:
+            raise ValueError(f"recipe's blocks is {self.blocks}; it must be at least 1.")
+        if self.blocks > 1 and (self.feed_forward or any(term.block != 12 for term in terms)):
+            raise ValueError("a recipe over several blocks takes feed_forward=False and terms of its own block only.")
+
+    def to_dict(self) -> dict:
+        """JSON form, for a configuration."""
+        return {**asdict(self), "terms": [asdict(term) for term in self.terms]}
+
+
+def locality_bias(grid_hw: tuple[int, int], sigma_patches: float, like: torch.Tensor) -> torch.Tensor:
+    """(N, 1 + N) Gaussian of the distance between patches, zero towards the class token (NACLIP, WACV 2025)."""
+
+    def along(length: int) -> torch.Tensor:
+        position = torch.arange(length, device=like.device, dtype=torch.float32)
+        return torch.exp(-((position[:, None] - position[None, :]) ** 2) / (2 * sigma_patches**2))
+
+    rows, columns = grid_hw
+    # A Gaussian of a distance is the product of one along the rows and one along the columns.
+    bias = torch.einsum("yv,xu->yxvu", along(rows), along(columns)).reshape(rows * columns, rows * columns)
+    return nn.functional.pad(bias, (1, 0)).to(like.dtype)
+
+
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """softmax(d^-0.5 query keyᵀ + bias) value, without an N x N matrix: (B, H, M, d), (B, H, N, d) -> (B, H, M, d)."""
+    return nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+
+
+def attention_map(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """softmax(d^-0.5 query keyᵀ + bias) itself, (B, H, M, N): only for those who ask to see it."""
+    scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+    return (scores if bias is None else scores + bias).softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+
+
+def split_heads(tokens: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """(B, N, C) -> (B, H, N, d)."""
+    return tokens.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+
+
+def merge_heads(heads: torch.Tensor) -> torch.Tensor:
+    """(B, H, N, d) -> (B, N, C)."""
+    return heads.transpose(1, 2).flatten(2)
+
+
+def project_heads(attention: nn.Module, tokens: torch.Tensor, names: str) -> dict[str, torch.Tensor]:
+    """The projections of an attention module that `names` spells ("q", "kv", ...), each (B, H, N, d)."""
+    projections = {"q": attention.q_proj, "k": attention.k_proj, "v": attention.v_proj}
+    return {name: split_heads(projections[name](tokens), attention.head_dim) for name in sorted(set(names))}
+
+
+def mix_patches(
+    terms: tuple[Term, ...], heads: list[dict[str, torch.Tensor]], values: torch.Tensor, grid_hw: tuple[int, int]
+) -> torch.Tensor:
+    """Sum over terms of attention map times values, for the patches.
+
+    Args:
+        terms: the recipe's terms.
+        heads: for each term the projections of its block by name, each (B, H, 1 + N, d).
+        values: the last block's values, (B, H, 1 + N, d).
+        grid_hw: rows and columns of patches.
+
+    Returns:
+        (B, H, N, d).
+    """
+    mixed = None
+    for term, projected in zip(terms, heads, strict=True):
+        if term.scores == "identity":
+            part = values[:, :, 1:]
+        else:
+            query, key = projected[term.scores[0]][:, :, 1:], projected[term.scores[1]]
+            bias = None if term.sigma_patches is None else locality_bias(grid_hw, term.sigma_patches, query)
+            part = attend(query, key, values, bias)
+        part = part if term.weight == 1 else part * term.weight
+        mixed = part if mixed is None else mixed + part
+    return mixed
+
+
+def mix_maps(
+    terms: tuple[Term, ...], heads: list[dict[str, torch.Tensor]], like: torch.Tensor, grid_hw
+) -> torch.Tensor:
+    """The map that `mix_patches` applies, written out: (B, H, N, 1 + N). `like` is any (B, H, 1 + N, d) tensor."""
+    batch, num_heads, tokens, _ = like.shape
+    total = like.new_zeros(batch, num_heads, tokens - 1, tokens)
+    for term, projected in zip(terms, heads, strict=True):
+        if term.scores == "identity":
+            part = torch.eye(tokens, dtype=like.dtype, device=like.device)[1:]
+        else:
+            query, key = projected[term.scores[0]][:, :, 1:], projected[term.scores[1]]
+            bias = None if term.sigma_patches is None else locality_bias(grid_hw, term.sigma_patches, query)
+            part = attention_map(query, key, bias)
+        total = total + term.weight * part
+    return total
+
+
+def class_token_attention(
+    attention: nn.Module, tokens: torch.Tensor, values: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The class token's own attention over all tokens, at the cost of one query.
+
+    q·(W x + b) = (Wᵀ q)·x + q·b: folding the key weights into the single query needs no key for any patch, and the
+    key bias shifts all scores of a head alike, which the softmax ignores.
+
+    Args:
+        attention: module with q_proj, k_proj, head_dim.
+        tokens: (B, 1 + N, C), the block's normalised input.
+        values: (B, H, 1 + N, d).
+
+    Returns:
+        The attended values (B, H, 1, d) and the map (B, H, 1, 1 + N).
+    """
+    query = split_heads(attention.q_proj(tokens[:, :1]), attention.head_dim)  # (B, H, 1, d)
+    key_weight = attention.k_proj.weight.unflatten(0, (-1, attention.head_dim))  # (C, C) -> (H, d, C)
+    folded = torch.einsum("bhqd,hdc->bhqc", query, key_weight).squeeze(2)  # (B, H, C)
+    scores = folded @ tokens.transpose(1, 2) * attention.head_dim**-0.5  # (B, H, 1 + N)
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(values.dtype).unsqueeze(2)
+    return weights @ values, weights
