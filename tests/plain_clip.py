@@ -1,0 +1,243 @@
+"""CLIP and the training-free methods in plain NumPy, float64, one image at a time: what the tests compare with.
+
+Written from the papers and from nothing in the package: every map is a full matrix, every head a turn of a loop.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from transformers import CLIPModel
+
+# ------------------------------------------------------------------------------------------ positions
+
+
+def cubic_kernel(distance: float, a: float) -> float:
+    """Keys' cubic convolution kernel (1981)."""
+    t = abs(distance)
+    if t <= 1:
+        return (a + 2) * t**3 - (a + 3) * t**2 + 1
+    if t < 2:
+        return a * t**3 - 5 * a * t**2 + 8 * a * t - 4 * a
+    return 0.0
+
+
+def sampling_matrix(n_in: int, n_out: int, rule: str) -> np.ndarray:
+    """(n_out, n_in): the weight of each input sample in each output sample, by the position rule."""
+    weights = np.zeros((n_out, n_in))
+    for row in range(n_out):
+        if rule == "antialias":  # Pillow's filter: the kernel stretched over the inputs that one output covers
+            step = max(n_in / n_out, 1.0)
+            centre = (row + 0.5) * n_in / n_out
+            for column in range(n_in):
+                weights[row, column] = cubic_kernel((column + 0.5 - centre) / step, a=-0.5)
+            weights[row] /= weights[row].sum()
+            continue
+        scale = (n_out + 0.1) / n_in if rule == "offset" else n_out / n_in
+        place = (row + 0.5) / scale - 0.5
+        if rule == "bilinear":
+            place = min(max(place, 0.0), n_in - 1.0)
+        below = math.floor(place)
+        for tap in range(below - 1, below + 3):
+            distance = place - tap
+            weight = max(1 - abs(distance), 0.0) if rule == "bilinear" else cubic_kernel(distance, a=-0.75)
+            weights[row, min(max(tap, 0), n_in - 1)] += weight
+    return weights
+
+
+def plain_positions(table: np.ndarray, rows: int, columns: int, rule: str) -> np.ndarray:
+    """(n * n, C) -> (rows * columns, C); the table itself on its own grid."""
+    side = math.isqrt(len(table))
+    if (rows, columns) == (side, side):
+        return table
+    grid = table.reshape(side, side, -1)
+    down, across = sampling_matrix(side, rows, rule), sampling_matrix(side, columns, rule)
+    return np.einsum("yv,vuc,xu->yxc", down, grid, across).reshape(rows * columns, -1)
+
+
+# ------------------------------------------------------------------------------------------------ CLIP
+
+
+def softmax(scores: np.ndarray) -> np.ndarray:
+    powers = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return powers / powers.sum(axis=-1, keepdims=True)
+
+
+class PlainClip:
+    """A CLIP vision tower, for one image of (3, H, W) pixels."""
+
+    def __init__(self, clip: CLIPModel):
+        self.weights = {name: value.double().numpy() for name, value in clip.state_dict().items()}
+        config = clip.config.vision_config
+        self.patch_px, self.num_heads, self.num_layers = (
+            config.patch_size,
+            config.num_attention_heads,
+            config.num_hidden_layers,
+        )
+        assert config.hidden_act == "quick_gelu"
+
+    def linear(self, name: str, x: np.ndarray) -> np.ndarray:
+        return x @ self.weights[f"{name}.weight"].T + self.weights.get(f"{name}.bias", 0.0)
+
+    def norm(self, name: str, x: np.ndarray) -> np.ndarray:
+        centred = x - x.mean(axis=-1, keepdims=True)
+        unit = centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + 1e-5)
+        return unit * self.weights[f"{name}.weight"] + self.weights[f"{name}.bias"]
+
+    def embed(self, pixels: np.ndarray, rule: str) -> tuple[np.ndarray, tuple[int, int]]:
+        """Tokens (1 + N, C) before the first block, and the grid; what is over a multiple of the patch is dropped."""
+        p, name = self.patch_px, "vision_model.embeddings"
+        rows, columns = pixels.shape[1] // p, pixels.shape[2] // p
+        kernel = self.weights[f"{name}.patch_embedding.weight"]  # (C, 3, p, p)
+        patches = [
+            (kernel * pixels[:, y * p : (y + 1) * p, x * p : (x + 1) * p]).sum(axis=(1, 2, 3))
+            for y in range(rows)
+            for x in range(columns)
+        ]
+        table = self.weights[f"{name}.position_embedding.weight"]
+        class_token = self.weights[f"{name}.class_embedding"] + table[0]
+        tokens = np.vstack([class_token, np.array(patches) + plain_positions(table[1:], rows, columns, rule)])
+        return self.norm("vision_model.pre_layrnorm", tokens), (rows, columns)
+
+    def heads(self, block: int, x: np.ndarray, projection: str) -> list[np.ndarray]:
+        """q, k or v of ln_1(x) for each head, (1 + N, d) each; `block` is 0-based."""
+        name = f"vision_model.encoder.layers.{block}"
+        return np.split(
+            self.linear(f"{name}.self_attn.{projection}_proj", self.norm(f"{name}.layer_norm1", x)),
+            self.num_heads,
+            axis=-1,
+        )
+
+    def maps(self, block: int, x: np.ndarray, left: str, right: str, bias: np.ndarray | float = 0.0) -> np.ndarray:
+        """softmax(d^-0.5 left rightᵀ + bias) of each head, (H, 1 + N, 1 + N)."""
+        pairs = zip(self.heads(block, x, left), self.heads(block, x, right), strict=True)
+        return np.stack([softmax(a @ b.T / math.sqrt(a.shape[-1]) + bias) for a, b in pairs])
+
+    def attend(self, block: int, x: np.ndarray, maps: np.ndarray) -> np.ndarray:
+        """out_proj of each head's map times its values, (1 + N, C)."""
+        values = self.heads(block, x, "v")
+        mixed = np.concatenate([a @ v for a, v in zip(maps, values, strict=True)], axis=-1)
+        return self.linear(f"vision_model.encoder.layers.{block}.self_attn.out_proj", mixed)
+
+    def feed_forward(self, block: int, x: np.ndarray) -> np.ndarray:
+        """x + mlp(ln_2(x))."""
+        name = f"vision_model.encoder.layers.{block}"
+        hidden = self.linear(f"{name}.mlp.fc1", self.norm(f"{name}.layer_norm2", x))
+        return x + self.linear(f"{name}.mlp.fc2", hidden / (1 + np.exp(-1.702 * hidden)))
+
+    def block(self, block: int, x: np.ndarray) -> np.ndarray:
+        """CLIP's own block."""
+        return self.feed_forward(block, x + self.attend(block, x, self.maps(block, x, "q", "k")))
+
+    def inputs(self, tokens: np.ndarray) -> list[np.ndarray]:
+        """The input of each block, and last the output of the last one."""
+        states = [tokens]
+        for block in range(self.num_layers):
+            states.append(self.block(block, states[-1]))
+        return states
+
+    def project(self, tokens: np.ndarray) -> np.ndarray:
+        """post_layernorm and projection, (N, C) -> (N, D)."""
+        return self.linear("visual_projection", self.norm("vision_model.post_layernorm", tokens))
+
+
+# --------------------------------------------------------------------------------------------- methods
+# Each takes the network, the input of every block (and the last one's output), and the grid; it returns the tokens
+# (1 + N, C) that go through post_layernorm and the projection. Row 0, the class token, is not looked at.
+
+Inputs = list[np.ndarray]
+GridHW = tuple[int, int]
+
+
+def clip(net: PlainClip, inputs: Inputs, grid_hw: GridHW) -> np.ndarray:
+    return inputs[-1]
+
+
+def maskclip(net: PlainClip, inputs: Inputs, grid_hw: GridHW) -> np.ndarray:
+    last, x = net.num_layers - 1, inputs[-2]
+    values = np.concatenate(net.heads(last, x, "v"), axis=-1)
+    x = x + net.linear(f"vision_model.encoder.layers.{last}.self_attn.out_proj", values)
+    return net.feed_forward(last, x)
+
+
+def sclip(net: PlainClip, inputs: Inputs, grid_hw: GridHW) -> np.ndarray:
+    last, x = net.num_layers - 1, inputs[-2]
+    maps = net.maps(last, x, "q", "q") + net.maps(last, x, "k", "k")
+    return net.feed_forward(last, x + net.attend(last, x, maps))
+
+
+def clearclip(net: PlainClip, inputs: Inputs, grid_hw: GridHW) -> np.ndarray:
+    last, x = net.num_layers - 1, inputs[-2]
+    return net.attend(last, x, net.maps(last, x, "q", "q"))
+
+
+def gaussian(grid_hw: GridHW, sigma_patches: float) -> np.ndarray:
+    """exp(-distance² / (2 sigma²)) between patches, (1 + N, 1 + N); the class token's row and column are 0."""
+    places = [(y, x) for y in range(grid_hw[0]) for x in range(grid_hw[1])]
+    bias = np.zeros((1 + len(places), 1 + len(places)))
+    for i, (y, x) in enumerate(places, start=1):
+        for j, (v, u) in enumerate(places, start=1):
+            bias[i, j] = math.exp(-((y - v) ** 2 + (x - u) ** 2) / (2 * sigma_patches**2))
+    return bias
+
+
+def naclip(net: PlainClip, inputs: Inputs, grid_hw: GridHW) -> np.ndarray:
+    last, x = net.num_layers - 1, inputs[-2]
+    return net.attend(last, x, net.maps(last, x, "k", "k", gaussian(grid_hw, 5.0)))
+
+
+def cliptrase(net: PlainClip, inputs: Inputs, grid_hw: GridHW) -> np.ndarray:
+    last, x = net.num_layers - 1, inputs[-2]
+    maps = net.maps(last, x, "q", "q") + net.maps(last, x, "k", "k") + net.maps(last, x, "v", "v")
+    return net.feed_forward(last, x + net.attend(last, x, maps))
+
+
+def clip_surgery(net: PlainClip, inputs: Inputs, grid_hw: GridHW) -> np.ndarray:
+    first = net.num_layers - 6
+    path = inputs[first]
+    for block in range(first, net.num_layers):
+        path = path + net.attend(block, inputs[block], net.maps(block, inputs[block], "v", "v"))
+    return path
+
+
+def itaclip(net: PlainClip, inputs: Inputs, grid_hw: GridHW) -> np.ndarray:
+    last = net.num_layers - 1
+    earlier = {12: (6, 7, 9), 6: (3, 3, 4)}[net.num_layers]  # blocks 7, 8, 10 of twelve, counted from 0
+
+    def both(block: int) -> np.ndarray:
+        return net.maps(block, inputs[block], "q", "q") + net.maps(block, inputs[block], "k", "k")
+
+    maps = 0.5 * both(last) + 0.5 * sum(both(block) for block in earlier) / 3
+    return inputs[-2] + net.attend(last, inputs[-2], maps)
+
+
+def resclip(net: PlainClip, inputs: Inputs, grid_hw: GridHW) -> np.ndarray:
+    last = net.num_layers - 1
+    earlier = {12: (5, 6, 7, 8), 6: (2, 3, 3, 4)}[net.num_layers]
+    rest = sum(net.maps(block, inputs[block], "q", "k") for block in earlier) / 4
+    local = net.maps(last, inputs[-2], "k", "k", gaussian(grid_hw, 5.0))
+    return net.attend(last, inputs[-2], 2.0 * (0.6 * local + 0.4 * rest))
+
+
+# By name: the formulation, and the rule for positions that the authors ran with.
+PLAIN_METHODS = {
+    "clip": (clip, "size"),
+    "maskclip": (maskclip, "offset"),
+    "sclip": (sclip, "offset"),
+    "clearclip": (clearclip, "offset"),
+    "naclip": (naclip, "offset"),
+    "cliptrase": (cliptrase, "offset"),
+    "clip_surgery": (clip_surgery, "bilinear"),
+    "itaclip": (itaclip, "offset"),
+    "resclip": (resclip, "offset"),
+}
+
+
+def plain_method(net: PlainClip, pixels: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Patch features (h, w, D) and the image's vector (D,) of one image (3, H, W), under the method's own rules."""
+    method, rule = PLAIN_METHODS[name]
+    tokens, grid_hw = net.embed(pixels.astype(np.float64), rule)
+    inputs = net.inputs(tokens)
+    patches = net.project(method(net, inputs, grid_hw)[1:])
+    return patches.reshape(*grid_hw, -1), net.project(inputs[-1][:1])[0]
