@@ -9,7 +9,6 @@ from transformers import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from .dense_spar import POSITION_RULES, SIZE_RULES, Recipe, one_of
 from .methods_spar import find_method
 
-
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -35,6 +34,7 @@ class SparVisionConfig(CLIPVisionConfig):
 
     model_type = "spar_vision"
 
+    image_size: int = 224
     patch_size: int = 16
     method: str = "maskclip"
     recipe: dict[str, Any] | None = None

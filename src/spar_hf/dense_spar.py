@@ -9,18 +9,19 @@ purely CLIP-based method that changes only the last block's attention is one cho
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import nn
-
 
 POSITION_RULES = ("size", "offset", "antialias", "bilinear")
 SIZE_RULES = ("floor", "pad", "stretch")
 SCORES = ("identity", "qk", "qq", "kk", "vv")
 
 
-def one_of(name: str, value: str, allowed) -> None:
+def one_of(name: str, value: str, allowed: Iterable[str]) -> None:
     """Raises the `ValueError` that every named choice shares: what came and what is allowed."""
     if value not in allowed:
         raise ValueError(f"{name} is {value!r}; choose one of {', '.join(map(repr, allowed))}.")
@@ -50,7 +51,7 @@ def fit_to_patches(pixel_values: torch.Tensor, patch_px: int, rule: str) -> tupl
     if rule == "floor":
         if height < patch_px or width < patch_px:
             raise ValueError(
-                f"image is {height}x{width} px (height x width); both sides must be at least one patch ({patch_px} px)."
+                f"image is {height}x{width} px (height x width); both sides must be at least one patch, {patch_px} px."
                 " Resize it with SparImageProcessor, or load the model with size_rule='pad'."
             )
         return pixel_values, (height // patch_px * patch_px, width // patch_px * patch_px)
@@ -198,7 +199,7 @@ def merge_heads(heads: torch.Tensor) -> torch.Tensor:
     return heads.transpose(1, 2).flatten(2)
 
 
-def project_heads(attention: nn.Module, tokens: torch.Tensor, names: str) -> dict[str, torch.Tensor]:
+def project_heads(attention: Any, tokens: torch.Tensor, names: str) -> dict[str, torch.Tensor]:
     """The projections of an attention module that `names` spells ("q", "kv", ...), each (B, H, N, d)."""
     projections = {"q": attention.q_proj, "k": attention.k_proj, "v": attention.v_proj}
     return {name: split_heads(projections[name](tokens), attention.head_dim) for name in sorted(set(names))}
@@ -249,7 +250,7 @@ def mix_maps(
 
 
 def class_token_attention(
-    attention: nn.Module, tokens: torch.Tensor, values: torch.Tensor
+    attention: Any, tokens: torch.Tensor, values: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The class token's own attention over all tokens, at the cost of one query.
 

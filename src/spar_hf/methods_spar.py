@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 
 from .dense_spar import Recipe, Term
 
-
 BENCHMARKS = ("voc21", "context60", "coco_object", "voc20", "context59", "coco_stuff", "cityscapes", "ade20k")
 
 
@@ -96,8 +95,10 @@ METHODS: dict[str, Method] = {
         "ITACLIP",
         "Aydın et al., CVPR Workshops 2025",
         Recipe(
-            tuple(Term(scores, weight=1 / 2) for scores in ("qq", "kk"))
-            + tuple(Term(scores, weight=1 / 6, block=block) for block in (7, 8, 10) for scores in ("qq", "kk")),
+            (
+                *(Term(scores, weight=1 / 2) for scores in ("qq", "kk")),
+                *(Term(scores, weight=1 / 6, block=block) for block in (7, 8, 10) for scores in ("qq", "kk")),
+            ),
             feed_forward=False,
         ),
         stride_px=28,
@@ -109,8 +110,10 @@ METHODS: dict[str, Method] = {
         # tau ((1 - lambda) softmax(kk + locality) + lambda R), R the mean plain attention of blocks 6 to 9;
         # tau = 2, lambda = 0.4.
         Recipe(
-            (Term("kk", weight=2 * 0.6, sigma_patches=5.0),)
-            + tuple(Term("qk", weight=2 * 0.4 / 4, block=block) for block in (6, 7, 8, 9)),
+            (
+                Term("kk", weight=2 * 0.6, sigma_patches=5.0),
+                *(Term("qk", weight=2 * 0.4 / 4, block=block) for block in (6, 7, 8, 9)),
+            ),
             residual=False,
             feed_forward=False,
         ),

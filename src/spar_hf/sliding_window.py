@@ -8,12 +8,32 @@ from __future__ import annotations
 
 import math
 from itertools import product
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from .dense_spar import fit_to_patches
 from .modeling_spar import SparVisionOutput, check_pixels
+
+
+class DenseEncoder(Protocol):
+    """Whatever turns pixels (B, 3, H, W) into an output with `patch_embeds` (B, h, w, D).
+
+    A `SparVisionModel` in one pass, a `SlidingWindow` around any dense encoder, a method with a second network around
+    both: those who call one never ask which it is. `config` has patch_size, image_size, num_channels and size_rule.
+    """
+
+    @property
+    def config(self) -> Any: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def __call__(self, pixel_values: torch.Tensor) -> Any: ...
 
 
 def window_starts(length_px: int, window_px: int, stride_px: int) -> list[int]:
@@ -43,14 +63,17 @@ class SlidingWindow(nn.Module):
         ValueError: window or stride out of range.
     """
 
-    def __init__(self, encoder: nn.Module, window_px: int | None = None, stride_px: int = 24, batch_size: int = 32):
+    def __init__(
+        self, encoder: DenseEncoder, window_px: int | None = None, stride_px: int = 24, batch_size: int = 32
+    ) -> None:
         super().__init__()
-        patch_px = encoder.config.patch_size
-        window_px = encoder.config.image_size if window_px is None else window_px
+        patch_px: int = encoder.config.patch_size
+        native_px: int = encoder.config.image_size
+        window_px = native_px if window_px is None else window_px
         if window_px < patch_px or window_px % patch_px:
             raise ValueError(
                 f"window_px is {window_px}; it must be a multiple of the patch ({patch_px} px), at least one patch. "
-                f"The encoder's native size is {encoder.config.image_size}."
+                f"The encoder's native size is {native_px}."
             )
         if not 0 < stride_px <= window_px:
             raise ValueError(f"stride_px is {stride_px}; it must be from 1 to the window's {window_px} px.")
@@ -63,7 +86,7 @@ class SlidingWindow(nn.Module):
         self.cell_px = math.gcd(stride_px, patch_px)
 
     @property
-    def config(self):
+    def config(self) -> Any:
         return self.encoder.config
 
     @property
@@ -73,6 +96,9 @@ class SlidingWindow(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.encoder.device
+
+    def extra_repr(self) -> str:
+        return f"window_px={self.window_px}, stride_px={self.stride_px}"
 
     def num_windows(self, height_px: int, width_px: int) -> int:
         """How many forward passes of a window an image of this size costs."""
@@ -105,13 +131,13 @@ class SlidingWindow(nn.Module):
         index = torch.arange(batch, device=pixels.device).view(-1, 1, 1, 1) * count.numel() + index.flatten(2)
         index = index.flatten(0, 2)  # (windows, cells)
 
-        total = None
+        total = torch.empty(0)
         for first in range(0, len(places), self.batch_size):
             chunk = places[first : first + self.batch_size]
             windows = torch.stack([pixels[b, :, y : y + window_hw[0], x : x + window_hw[1]] for b, y, x in chunk])
-            features = self.encoder(windows).patch_embeds.permute(0, 3, 1, 2).float()  # (n, h, w, D) -> (n, D, h, w)
+            features = self.encoder(windows).patch_embeds.float().permute(0, 3, 1, 2)  # (n, h, w, D) -> (n, D, h, w)
             features = nn.functional.interpolate(features, size=cells_hw, mode="bilinear", align_corners=False)
-            if total is None:
+            if first == 0:
                 total = features.new_zeros(batch * count.numel(), features.shape[1])
             vectors = features.flatten(2).transpose(1, 2).flatten(0, 1)  # (n, D, cells) -> (n * cells, D)
             total.index_add_(0, index[first : first + self.batch_size].flatten(), vectors)
