@@ -119,7 +119,7 @@ class Term:
     sigma_patches: float | None = None
     block: int = 12
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         one_of("recipe term's scores", self.scores, SCORES)
         if self.sigma_patches is not None and not self.sigma_patches > 0:
             raise ValueError(f"sigma_patches is {self.sigma_patches}; it must be positive, or None for no locality.")
@@ -148,7 +148,7 @@ class Recipe:
     feed_forward: bool = True
     blocks: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         terms = tuple(term if isinstance(term, Term) else Term(**term) for term in self.terms)
         object.__setattr__(self, "terms", terms)
         if not terms:
@@ -205,6 +205,14 @@ def project_heads(attention: Any, tokens: torch.Tensor, names: str) -> dict[str,
     return {name: split_heads(projections[name](tokens), attention.head_dim) for name in sorted(set(names))}
 
 
+def _operands(
+    term: Term, projected: dict[str, torch.Tensor], grid_hw: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Patch queries (B, H, N, d), keys (B, H, 1 + N, d) and bias (N, 1 + N) or None of a term's map."""
+    query, key = projected[term.scores[0]][:, :, 1:], projected[term.scores[1]]
+    return query, key, None if term.sigma_patches is None else locality_bias(grid_hw, term.sigma_patches, query)
+
+
 def mix_patches(
     terms: tuple[Term, ...], heads: list[dict[str, torch.Tensor]], values: torch.Tensor, grid_hw: tuple[int, int]
 ) -> torch.Tensor:
@@ -219,21 +227,19 @@ def mix_patches(
     Returns:
         (B, H, N, d).
     """
-    mixed = None
+    mixed = torch.zeros_like(values[:, :, 1:])
     for term, projected in zip(terms, heads, strict=True):
         if term.scores == "identity":
             part = values[:, :, 1:]
         else:
-            query, key = projected[term.scores[0]][:, :, 1:], projected[term.scores[1]]
-            bias = None if term.sigma_patches is None else locality_bias(grid_hw, term.sigma_patches, query)
+            query, key, bias = _operands(term, projected, grid_hw)
             part = attend(query, key, values, bias)
-        part = part if term.weight == 1 else part * term.weight
-        mixed = part if mixed is None else mixed + part
+        mixed = torch.add(mixed, part, alpha=term.weight)
     return mixed
 
 
 def mix_maps(
-    terms: tuple[Term, ...], heads: list[dict[str, torch.Tensor]], like: torch.Tensor, grid_hw
+    terms: tuple[Term, ...], heads: list[dict[str, torch.Tensor]], like: torch.Tensor, grid_hw: tuple[int, int]
 ) -> torch.Tensor:
     """The map that `mix_patches` applies, written out: (B, H, N, 1 + N). `like` is any (B, H, 1 + N, d) tensor."""
     batch, num_heads, tokens, _ = like.shape
@@ -242,9 +248,7 @@ def mix_maps(
         if term.scores == "identity":
             part = torch.eye(tokens, dtype=like.dtype, device=like.device)[1:]
         else:
-            query, key = projected[term.scores[0]][:, :, 1:], projected[term.scores[1]]
-            bias = None if term.sigma_patches is None else locality_bias(grid_hw, term.sigma_patches, query)
-            part = attention_map(query, key, bias)
+            part = attention_map(*_operands(term, projected, grid_hw))
         total = total + term.weight * part
     return total
 
