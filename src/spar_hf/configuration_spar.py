@@ -96,6 +96,8 @@ def _vision_dict(config_dict: dict[str, Any]) -> dict[str, Any]:
         vision["projection_dim"] = config_dict["projection_dim"]
     if vision.get("model_type") in (None, "clip", "clip_vision_model"):
         vision["model_type"] = SparVisionConfig.model_type
+        # CLIP's files may leave out what equals CLIP's default, and that is not ours.
+        vision.setdefault("patch_size", CLIPVisionConfig.patch_size)
     return vision
 
 

@@ -88,9 +88,12 @@ def resize_positions(table: torch.Tensor, grid_hw: tuple[int, int], rule: str) -
         return table
     image = table.float().view(1, side, side, -1).permute(0, 3, 1, 2)  # (n * n, C) -> (1, C, n, n)
     if rule == "offset":
-        # Size and scale together, which nn.functional.interpolate refuses: the scale only sets the sampling points.
-        image = torch.ops.aten.upsample_bicubic2d(
-            image, [rows, columns], False, (rows + 0.1) / side, (columns + 0.1) / side
+        # The scale only sets the sampling points, (i + 0.5) * n / (rows + 0.1), here from -1 to 1 along the table. As
+        # points they compile for any grid; interpolate takes a scale as a constant and compiles anew for each size.
+        y, x = ((2 * torch.arange(n, device=table.device) + 1) / (n + 0.1) - 1 for n in grid_hw)
+        points = torch.stack([x.expand(rows, -1), y[:, None].expand(-1, columns)], dim=-1)  # (h, w, 2), x first
+        image = nn.functional.grid_sample(
+            image, points[None], mode="bicubic", padding_mode="border", align_corners=False
         )
     else:
         mode = "bilinear" if rule == "bilinear" else "bicubic"

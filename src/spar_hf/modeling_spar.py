@@ -138,7 +138,7 @@ def run_recipe(
         The tokens (B, 1 + N, C) after the last block, the input of each block, and the attention map of each block
         (None unless asked for).
     """
-    last, first = len(layers) - 1, len(layers) - recipe.blocks
+    last, first = len(layers) - 1, max(len(layers) - recipe.blocks, 0)
     tapped: dict[int, dict[str, torch.Tensor]] = {}  # projections that the last block takes from earlier ones
     inputs, maps = [], []
     path = None  # the patches on the recipe's own path, (B, N, C)

@@ -102,7 +102,9 @@ class SlidingWindow(nn.Module):
 
     def num_windows(self, height_px: int, width_px: int) -> int:
         """How many forward passes of a window an image of this size costs."""
-        return math.prod(len(window_starts(side, self.window_px, self.stride_px)) for side in (height_px, width_px))
+        image = torch.empty(1, self.config.num_channels, height_px, width_px, device="meta")  # no memory, no arithmetic
+        pixels, _ = fit_to_patches(image, self.config.patch_size, self.config.size_rule)
+        return math.prod(len(window_starts(side, self.window_px, self.stride_px)) for side in pixels.shape[2:])
 
     @torch.no_grad()
     def forward(self, pixel_values: torch.Tensor) -> SparVisionOutput:
@@ -144,6 +146,11 @@ class SlidingWindow(nn.Module):
 
         canvas = (total.view(batch, *canvas_hw, -1) / count.view(1, *canvas_hw, 1)).permute(0, 3, 1, 2)
         grid_hw = (height // patch_px, width // patch_px)
+        # Under the `floor` rule the border windows reach up to the last whole cell, beyond the last whole patch.
+        extent_hw = tuple(
+            covered * cells * cell_px // (patches * patch_px)
+            for covered, cells, patches in zip(extent_hw, canvas_hw, grid_hw, strict=True)
+        )
         canvas = nn.functional.interpolate(canvas, size=grid_hw, mode="bilinear", align_corners=False)
         return SparVisionOutput(
             patch_embeds=canvas.permute(0, 2, 3, 1).to(self.dtype), image_hw=image_hw, extent_hw=extent_hw
