@@ -88,7 +88,9 @@ def make_clip(clip_tokenizer: CLIPTokenizer) -> Callable[..., CLIPModel]:
 
     @cache
     def make(**vision: Any) -> CLIPModel:
-        config = CLIPConfig(text_config=text, vision_config={**VISION, **vision}, projection_dim=VISION["projection_dim"])
+        config = CLIPConfig(
+            text_config=text, vision_config={**VISION, **vision}, projection_dim=VISION["projection_dim"]
+        )
         model = CLIPModel(config).eval()
         randomise(model, seed=0)
         return model
@@ -102,7 +104,9 @@ def make_vision(make_clip: Callable[..., CLIPModel]) -> Callable[..., SparVision
 
     def make(num_hidden_layers: int = 12, **config: Any) -> SparVisionModel:
         clip = make_clip(num_hidden_layers=num_hidden_layers)
-        model = SparVisionModel(SparVisionConfig(**{**VISION, "num_hidden_layers": num_hidden_layers, **config})).eval()
+        model = SparVisionModel(
+            SparVisionConfig(**{**VISION, "num_hidden_layers": num_hidden_layers, **config})
+        ).eval()
         weights = {**clip.vision_model.state_dict(), "visual_projection.weight": clip.visual_projection.weight}
         model.load_state_dict(weights)
         return model

@@ -194,7 +194,7 @@ def cliptrase(net: PlainClip, inputs: Inputs, grid_hw: GridHW) -> np.ndarray:
 
 
 def clip_surgery(net: PlainClip, inputs: Inputs, grid_hw: GridHW) -> np.ndarray:
-    first = net.num_layers - 6
+    first = max(net.num_layers - 6, 0)
     path = inputs[first]
     for block in range(first, net.num_layers):
         path = path + net.attend(block, inputs[block], net.maps(block, inputs[block], "v", "v"))

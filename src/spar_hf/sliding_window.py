@@ -102,7 +102,7 @@ class SlidingWindow(nn.Module):
 
     def num_windows(self, height_px: int, width_px: int) -> int:
         """How many forward passes of a window an image of this size costs."""
-        image = torch.empty(1, self.config.num_channels, height_px, width_px, device="meta")  # no memory, no arithmetic
+        image = torch.empty(1, self.config.num_channels, height_px, width_px, device="meta")  # a shape, no pixels
         pixels, _ = fit_to_patches(image, self.config.patch_size, self.config.size_rule)
         return math.prod(len(window_starts(side, self.window_px, self.stride_px)) for side in pixels.shape[2:])
 
