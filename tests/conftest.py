@@ -39,7 +39,7 @@ TEXT = {
 }
 WORDS = (
     "a photo of the my one small large many cropped bright dark blurry good bad low resolution close-up picture "
-    "drawing sketch rendering itap origami embroidered road car automobile sky tree house person grass sea sand dog cat"
+    "drawing sketch rendering itap origami road car automobile sky tree house person grass sea sand dog cat"
 )
 
 torch.set_num_threads(1)
@@ -59,7 +59,7 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
                 weight.fill_(2.0)
             elif "norm" in name or "layrnorm" in name:
                 weight.copy_(0.3 * noise + name.endswith("weight"))
-            elif weight.ndim == 1 or "embedding.weight" in name and "patch" not in name:
+            elif weight.ndim == 1 or ("embedding.weight" in name and "patch" not in name):
                 weight.copy_(0.5 * noise)
             else:
                 weight.copy_(noise * weight[0].numel() ** -0.5)
