@@ -1,0 +1,87 @@
+"""`spar evaluate`: mean IoU of a model on a benchmark under a named protocol."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from .options import add_model_options, check_one_of, open_model, whole_number
+from .output import check_outputs, command_line
+
+HELP = "Measure mean IoU, seconds per image and peak memory on a benchmark."
+EPILOG = """examples:
+  spar evaluate --benchmark picturebook --scale 4
+      the drawn test split at four times the model's native side; needs no data
+  spar evaluate --benchmark picturebook --scale 4 --window-px native --stride-px 24
+      the same in a sliding window, SPAR's teacher
+  spar evaluate --benchmark ade20k --data data --model openai/clip-vit-base-patch16 --json ade20k.json
+      a data set laid out as MMSegmentation's data guide describes
+  spar evaluate --benchmark custom --images photos --masks masks --classes classes.txt --model FOLDER
+
+A long evaluation that may be stopped: --state FILE keeps what is done, and the same command goes on from there."""
+
+
+def positive(word: str) -> float:
+    try:
+        value = float(word)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"it is {word!r}; give a number above 0, such as 4")
+    return value
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--benchmark",
+        required=True,
+        metavar="NAME",
+        help="picturebook, custom, or a benchmark on disk: voc21, voc20, context60, context59, cityscapes, ade20k, "
+        "coco_object, coco_stuff",
+    )
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="the data set, or a folder above it")
+    parser.add_argument("--scale", type=positive, metavar="K", help="picturebook: draw at K times the native side")
+    parser.add_argument("--images", type=Path, metavar="FOLDER", help="custom: the pictures")
+    parser.add_argument("--masks", type=Path, metavar="FOLDER", help="custom: their label maps, PNG")
+    parser.add_argument("--classes", type=Path, metavar="FILE", help="custom: one class a line, synonyms by ','")
+    parser.add_argument("--protocol", metavar="NAME", help="spar or sclip (default: the benchmark's first)")
+    parser.add_argument("--limit", type=whole_number, metavar="N", help="N images, spread evenly over the benchmark")
+    parser.add_argument("--state", type=Path, metavar="FILE", help="keep what is done here, and go on from it")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results as JSON")
+    add_model_options(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    from ..data import BENCHMARKS, load_benchmark, load_protocol
+    from ..evaluation import evaluate
+
+    check_outputs(args)
+    check_one_of("benchmark", args.benchmark, BENCHMARKS)
+    protocol = load_protocol(args.protocol, args.benchmark)
+    opened = open_model(args)
+    benchmark = load_benchmark(
+        args.benchmark,
+        args.data,
+        scale=args.scale,
+        native_px=opened.model.config.vision_config.image_size,
+        images=args.images,
+        masks=args.masks,
+        classes=args.classes,
+    )
+    if args.short_side is not None:
+        protocol = protocol.replace(short_side_px=args.short_side)
+    if opened.encoder is not opened.model.vision_model and protocol.window_px is not None:
+        protocol = protocol.replace(window_px=None, stride_px=None)  # the window of the command line, not both
+    result = evaluate(
+        opened.encoder,
+        opened.model,
+        opened.processor,
+        benchmark,
+        protocol=protocol,
+        limit=args.limit,
+        state_path=args.state,
+        command=command_line(args),
+    )
+    print(result.table())
+    if args.json is not None:
+        result.save(args.json)

@@ -1,0 +1,39 @@
+"""`spar methods`: the table of methods."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+
+from .output import check_outputs, table, write_json
+
+HELP = "List the training-free methods that --method takes, with their papers and reported results."
+EPILOG = """examples:
+  spar methods
+  spar segment street.jpg --labels "road; car; sky" --model openai/clip-vit-base-patch16 --method naclip"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table as JSON")
+
+
+def run(args: argparse.Namespace) -> None:
+    from ..methods_spar import BENCHMARKS, METHODS
+
+    check_outputs(args)
+    short = {"coco_object": "object", "coco_stuff": "stuff"}
+    rows: list[tuple[str, ...]] = [("method", "branch", "gives", "needs", "paper")]
+    numbers: list[tuple[str, ...]] = [("method", *(short.get(name, name) for name in BENCHMARKS))]
+    for name, method in METHODS.items():
+        needs = ", ".join(method.needs) or "-"
+        rows.append((name, method.branch, method.kind, needs, f"{method.title}; {method.paper}"))
+        reported = (f"{method.reported[key]:.1f}" if key in method.reported else "-" for key in BENCHMARKS)
+        numbers.append((name, *reported))
+    print(table(rows, "<<<<<"))
+    print("\nReported mean IoU in %, CLIP ViT-B/16, each under its authors' own protocol:\n")
+    print(table(numbers, "<" + ">" * len(BENCHMARKS)))
+    print("\nbranch: clip alone, a vision foundation model beside it (vfm), or a generative one.")
+    print("gives: feature, one text-aligned vector per patch, which can be a teacher; or label, only a label map.")
+    if args.json is not None:
+        write_json(args.json, {"methods": {name: asdict(method) for name, method in METHODS.items()}})

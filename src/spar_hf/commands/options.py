@@ -1,0 +1,173 @@
+"""The options that say which model runs and how, and opening what they name."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from ..modeling_spar import SparModel
+    from ..processing_spar import SparProcessor
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def check_one_of(what: str, word: str, allowed: Iterable[str]) -> str:
+    """`word` if it is among the allowed ones.
+
+    Raises:
+        ValueError: it is not; the message lists them and suggests the nearest.
+    """
+    allowed = list(allowed)
+    if word not in allowed:
+        near = difflib.get_close_matches(word, allowed, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"there is no {what} {word!r}; choose one of {', '.join(allowed)}.{hint}")
+    return word
+
+
+def whole_number(word: str) -> int:
+    """An argparse type: a whole number from 1 up."""
+    if not re.fullmatch(r"[0-9]{1,15}", word) or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"it is {word!r}; give a whole number, at least 1")
+    return int(word)
+
+
+def window_px(word: str) -> int | str:
+    """An argparse type: a whole number of pixels, or the word `native`."""
+    if word != "native" and not re.fullmatch(r"[0-9]{1,15}", word):
+        raise argparse.ArgumentTypeError(f"it is {word!r}; give a whole number of pixels, or native")
+    return word if word == "native" else int(word)
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """The options that `segment`, `features` and `evaluate` have in common."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model",
+        default="tiny",
+        metavar="tiny|ID|FOLDER",
+        help="a checkpoint that ships with the package (tiny: drawings only), an id on the Hugging Face Hub such as "
+        "openai/clip-vit-base-patch16, or a folder (default: tiny)",
+    )
+    group.add_argument("--method", metavar="NAME", help="how the last block runs; 'spar methods' lists the names")
+    group.add_argument(
+        "--window-px",
+        type=window_px,
+        metavar="N|native",
+        help="slide a window of this side over the image and average (slow) instead of one pass; native is the side "
+        "the model was trained at",
+    )
+    group.add_argument(
+        "--stride-px", type=int, metavar="N", help="step of the sliding window (default with a window: 24)"
+    )
+    group.add_argument(
+        "--short-side", type=whole_number, metavar="N", help="resize the image to this shorter side, keeping its ratio"
+    )
+    group.add_argument(
+        "--max-pixels",
+        type=whole_number,
+        metavar="N",
+        help="refuse larger images (default: 100 million)",
+    )
+    group.add_argument("--dtype", default="float32", metavar="NAME", help=f"{', '.join(DTYPES)} (default: float32)")
+    group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto takes an accelerator if any")
+
+
+def add_image_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="a picture file; several are fine")
+    parser.add_argument(
+        "--output", type=Path, default=Path("spar-output"), metavar="FOLDER", help="default: spar-output"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results as JSON")
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model ready to run.
+
+    Attributes:
+        encoder: The model's vision tower, or a sliding window around it.
+        facts: What was opened and how, for the JSON output.
+    """
+
+    model: SparModel
+    processor: SparProcessor
+    encoder: Any
+    facts: dict[str, Any]
+
+
+def open_model(args: argparse.Namespace) -> Opened:
+    """The model, processor and dense encoder that the model options ask for.
+
+    Raises:
+        ValueError: no such model, method or device, a window or stride out of range.
+        OSError: the Hub or the files can't be read.
+    """
+    import torch
+
+    from ..checkpoints import load
+    from ..methods_spar import METHODS
+    from ..sliding_window import SlidingWindow
+
+    check_one_of("dtype", args.dtype, DTYPES)
+    overrides = {}
+    if args.method is not None:
+        check_one_of("method", args.method, METHODS)
+        overrides["method"] = args.method
+    device = _device(args.device)
+    model, processor = load(args.model, dtype=getattr(torch, args.dtype), **overrides)
+    model.to(device)
+    image_processor = processor.image_processor
+    if args.short_side is not None:
+        image_processor.size = {"shortest_edge": args.short_side}
+        image_processor.do_resize = True
+    if args.max_pixels is not None:
+        image_processor.max_image_pixels = image_processor.max_input_pixels = args.max_pixels
+
+    encoder: Any = model.vision_model
+    facts = {"model": args.model, "method": encoder.config.method, "dtype": args.dtype, "device": str(device)}
+    if args.window_px is not None or args.stride_px is not None:
+        native = args.window_px in (None, "native")
+        stride_px = encoder.config.stride_px if args.stride_px is None else args.stride_px
+        encoder = SlidingWindow(encoder, window_px=None if native else args.window_px, stride_px=stride_px)
+        facts |= {"window_px": encoder.window_px, "stride_px": encoder.stride_px}
+    return Opened(model, processor, encoder, facts)
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    if name == "auto":
+        return torch.accelerator.current_accelerator() or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        available = ["cpu"]
+        if torch.accelerator.is_available():
+            kind = torch.accelerator.current_accelerator().type
+            available += [f"{kind}:{index}" for index in range(torch.accelerator.device_count())]
+        raise ValueError(f"--device is {name!r}; this machine has {', '.join(available)}") from None
+    return device
+
+
+def check_images(paths: Sequence[Path]) -> None:
+    """Says before a model is loaded that a file is missing or a folder."""
+    for path in paths:
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder; name the pictures in it, for instance {path}/*.jpg")
+        if not path.exists():
+            raise ValueError(f"there is no file {path}")
+
+
+def open_image(path: Path, opened: Opened) -> Image.Image:
+    """The picture in a file as the model will see it: upright, RGB, at its own size."""
+    return opened.processor.image_processor.open_rgb(path)

@@ -1,0 +1,436 @@
+"""The command line with real files: what it writes and prints, and one clear line for every mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import spar_hf
+from spar_hf.cli import COMMANDS, main
+from spar_hf.commands.output import output_stems, shorten, table, whole_files
+from spar_hf.methods_spar import METHODS
+
+TINY = Path(spar_hf.__file__).parent / "assets" / "tiny"
+LABELS = "road; car, automobile; sky"
+
+
+@pytest.fixture(scope="session")
+def model_folder(make_spar, spar_processor, tmp_path_factory) -> str:
+    """A tiny random SPAR model with its processor, as `save_pretrained` writes them."""
+    folder = tmp_path_factory.mktemp("model")
+    make_spar(num_hidden_layers=2).save_pretrained(folder)
+    spar_processor.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """An empty working folder with one picture of 150 x 90 pixels in it."""
+    monkeypatch.chdir(tmp_path)
+    Image.effect_noise((150, 90), 80).convert("RGB").save(tmp_path / "street.png")
+    return tmp_path
+
+
+def files_of(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def fails(capsys, *words: str) -> str:
+    """Runs a command that must fail: status 2, one line on stderr, nothing on stdout. Returns the line."""
+    status = main(list(words))
+    out, err = capsys.readouterr()
+    assert status == 2, (status, out, err)
+    assert out == ""
+    assert err.startswith("spar: error: ") and err.count("\n") == 1, err
+    return err
+
+
+# --- segment ---------------------------------------------------------------------------------------------------
+
+
+def test_segment_writes_what_the_pipeline_finds(here, capsys, model_folder):
+    words = ["segment", "street.png", "--labels", LABELS, "--model", model_folder, "--json", "out/result.json"]
+    assert main([*words, "--output", "out"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert files_of(here) == {
+        "street.png", "out/street-overlay.png", "out/street-labels.png", "out/result.json"
+    }  # fmt: skip
+
+    model, processor = spar_hf.load(model_folder)
+    segment = spar_hf.OpenVocabularySegmentationPipeline(model=model, processor=processor)
+    expected = segment("street.png", candidate_labels=LABELS)["segmentation"]
+    label_map = Image.open("out/street-labels.png")
+    assert label_map.mode == "P" and (np.asarray(label_map) == expected).all()
+    assert Image.open("out/street-overlay.png").width >= 150
+
+    written = json.loads(Path("out/result.json").read_text())
+    assert written["command"].startswith("spar segment street.png --labels 'road; car")
+    assert written["model"] == model_folder and written["method"] == "maskclip"
+    (image,) = written["images"]
+    assert image["size_hw"] == [90, 150] and image["seconds"] > 0
+    assert image["label_map"] == "out/street-labels.png"
+    assert [entry["label"] for entry in image["classes"]] == ["road", "car", "sky"]
+    for entry in image["classes"]:
+        assert entry["share"] == pytest.approx((expected == entry["id"]).mean(), abs=1e-6)
+        shown = [line for line in out.splitlines() if line.strip().startswith(entry["label"])]
+        assert len(shown) == (entry["share"] > 0)
+        if shown and entry["share"] > 0.001:
+            assert shown[0].endswith(f"{100 * entry['share']:.1f} %")
+
+
+def test_segment_with_a_sliding_window_is_the_teacher(here, capsys, model_folder):
+    common = ["segment", "street.png", "--labels", LABELS, "--model", model_folder]
+    window = [*common, "--window-px", "native", "--stride-px", "24", "--output", "b", "--json", "b.json"]
+    assert main([*common, "--output", "a"]) == 0
+    assert main(window) == 0
+    facts = json.loads(Path("b.json").read_text())
+    assert (facts["window_px"], facts["stride_px"]) == (64, 24)
+
+    model, processor = spar_hf.load(model_folder)
+    teacher = spar_hf.SlidingWindow(model.vision_model, window_px=64, stride_px=24)
+    segment = spar_hf.OpenVocabularySegmentationPipeline(model=model, processor=processor)
+    expected = segment("street.png", candidate_labels=LABELS, encoder=teacher)["segmentation"]
+    written = np.asarray(Image.open("b/street-labels.png"))
+    assert (written == expected).all()
+    assert (written != np.asarray(Image.open("a/street-labels.png"))).any()
+
+
+def test_model_options_reach_the_model(here, capsys, model_folder):
+    words = ["segment", "street.png", "--labels", LABELS, "--model", model_folder, "--json", "r.json"]
+    grids = {}
+    for name, options in {
+        "plain": [],
+        "short": ["--short-side", "48"],
+        "method": ["--method", "naclip"],
+        "bf16": ["--dtype", "bfloat16", "--device", "cpu"],
+    }.items():
+        assert main([*words, "--output", name, *options]) == 0
+        facts = json.loads(Path("r.json").read_text())
+        grids[name] = (facts["images"][0]["grid_hw"], facts["method"], facts["dtype"])
+    assert grids["plain"][1:] == ("maskclip", "float32")
+    assert grids["short"][0] == [3, 5]  # 48 x 80 pixels in patches of 16
+    assert grids["method"][1] == "naclip" and grids["bf16"][2] == "bfloat16"
+    plain = np.asarray(Image.open("plain/street-labels.png"))
+    assert (plain != np.asarray(Image.open("method/street-labels.png"))).any()
+
+
+def test_several_images_of_one_name_and_odd_names(here, capsys, model_folder):
+    picture = Image.open("street.png")
+    names = ["a/street.jpg", "b/street.png", "-dash.png", "..png", "sp ace;$(x).png", "ünï 天.png", "new\nline.png"]
+    for name in names:
+        Path(name).parent.mkdir(exist_ok=True)
+        picture.save(name)
+    words = ["segment", "--labels", LABELS, "--model", model_folder, "--output", "out/deep", "--", *names]
+    before = files_of(here)
+    assert main(words) == 0
+    written = files_of(here) - before
+    stems = ["street", "street-2", "dash", "image", "sp ace;$(x)", "ünï 天", "new_line"]
+    assert written == {f"out/deep/{stem}-{kind}.png" for stem in stems for kind in ("overlay", "labels")}
+    out, _ = capsys.readouterr()
+    assert out.count("label map") == len(names)
+    assert "new line.png: 150 x 90 px" in out  # a line break in a name breaks no line
+
+
+def test_labels_are_only_text(here, capsys, model_folder):
+    hostile = "<script>alert(1)</script>; ../../escape; \x1b[31mred; شارع; " + "long " * 60
+    assert main(["segment", "street.png", "--labels", hostile, "--model", model_folder]) == 0
+    out, _ = capsys.readouterr()
+    assert "\x1b" not in out
+    assert max(map(len, out.splitlines())) < 200
+    assert files_of(here) == {"street.png", "spar-output/street-overlay.png", "spar-output/street-labels.png"}
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "I;16", "1"])
+def test_pictures_of_any_mode(here, capsys, model_folder, mode):
+    name = "picture.tif" if mode in ("CMYK", "I;16") else "picture.png"
+    Image.open("street.png").convert("I" if mode == "I;16" else mode).convert(mode).save(name)
+    assert main(["segment", name, "--labels", LABELS, "--model", model_folder]) == 0
+    assert Image.open("spar-output/picture-labels.png").size == (150, 90)
+
+
+def test_a_photograph_turned_by_its_camera(here, capsys, model_folder):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn clockwise
+    Image.open("street.png").save("turned.jpg", exif=exif)
+    assert main(["segment", "turned.jpg", "--labels", LABELS, "--model", model_folder]) == 0
+    assert Image.open("spar-output/turned-labels.png").size == (90, 150)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 300), (5, 5)])
+def test_very_small_pictures(here, capsys, model_folder, size):
+    Image.new("RGB", size, "red").save("small.png")
+    assert main(["segment", "small.png", "--labels", LABELS, "--model", model_folder]) == 0
+    assert Image.open("spar-output/small-labels.png").size == size
+
+
+@pytest.mark.skipif(not (TINY / "config.json").exists(), reason="the shipped checkpoint is not in this source tree")
+def test_the_shipped_checkpoint_runs_by_default(here, capsys):
+    assert main(["segment", "street.png", "--labels", "house; tree; sky"]) == 0
+    assert "street.png: 150 x 90 px" in capsys.readouterr().out
+
+
+# --- features, methods, evaluate -------------------------------------------------------------------------------
+
+
+def test_features_are_those_of_the_encoder(here, capsys, model_folder):
+    words = ["features", "street.png", "--model", model_folder, "--output", "out", "--json", "r.json"]
+    assert main(words) == 0
+    assert files_of(here) == {"street.png", "out/street.safetensors", "out/street-pca.png", "r.json"}
+    stored = load_file("out/street.safetensors")["patch_embeds"]
+
+    model, processor = spar_hf.load(model_folder)
+    pixel_values = processor(images=Image.open("street.png"), return_tensors="pt")["pixel_values"]
+    with torch.inference_mode():
+        expected = model.vision_model(pixel_values).patch_embeds[0]
+    assert torch.equal(stored, expected)
+    assert Image.open("out/street-pca.png").size == (150, 90)
+
+    with safe_open("out/street.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert json.loads(metadata["grid_hw"]) == list(expected.shape[:2])
+    assert json.loads(metadata["size_hw"]) == [90, 150] and metadata["method"] == "maskclip"
+    assert json.loads(Path("r.json").read_text())["images"][0]["dim"] == expected.shape[2]
+
+
+def test_features_keep_the_type_they_were_made_in(here, capsys, model_folder):
+    assert main(["features", "street.png", "--model", model_folder, "--dtype", "bfloat16"]) == 0
+    assert load_file("spar-output/street.safetensors")["patch_embeds"].dtype == torch.bfloat16
+
+
+def test_methods_lists_every_row(here, capsys):
+    assert main(["methods", "--json", "methods.json"]) == 0
+    out, _ = capsys.readouterr()
+    written = json.loads(Path("methods.json").read_text())["methods"]
+    assert list(written) == list(METHODS)
+    for name, method in METHODS.items():
+        (described, reported) = [line for line in out.splitlines() if line.split()[:1] == [name]]
+        assert method.paper in described and method.kind in described and method.branch in described
+        assert [float(word) for word in reported.split()[1:] if word != "-"] == list(method.reported.values())
+
+
+def test_evaluate_prints_a_table_and_writes_json(here, capsys, model_folder):
+    words = ["evaluate", "--benchmark", "picturebook", "--scale", "1.5", "--limit", "2", "--model", model_folder]
+    assert main([*words, "--json", "out/score.json"]) == 0
+    out, _ = capsys.readouterr()
+    written = json.loads(Path("out/score.json").read_text())
+    assert 0 <= written["mean_iou"] <= 1 and written["seconds_per_image"] > 0
+    assert written["command"] == f"spar {' '.join(words)} --json out/score.json"
+    assert written["num_images"] == 2
+    assert f"**{100 * written['mean_iou']:.1f}**" in out
+
+
+def test_evaluate_runs_the_window_of_the_command_line(here, capsys, model_folder):
+    words = ["evaluate", "--benchmark", "picturebook", "--scale", "1.5", "--limit", "1", "--model", model_folder]
+    scores = []
+    for name, options in {"a": [], "b": ["--window-px", "native"]}.items():
+        assert main([*words, *options, "--json", f"{name}.json"]) == 0
+        scores.append(json.loads(Path(f"{name}.json").read_text())["per_class_iou"])
+    assert scores[0] != scores[1]
+
+
+# --- mistakes --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "no command given; choose one of segment, features, methods, evaluate"),
+        (["segmnt"], "there is no command 'segmnt'; choose one of segment, .* Did you mean 'segment'"),
+        (["segment", "street.png"], "required: --labels"),
+        (["segment", "--labels", "a"], "required: IMAGE"),
+        (["segment", "street.png", "--lables", "a"], "there is no option '--lables'.* Did you mean '--labels'"),
+        (["segment", "street.png", "--labels", ""], "no labels"),
+        (["segment", "street.png", "--labels", "road; ; sky"], "label 2 is empty"),
+        (["segment", "street.png", "--labels", "road; car, road"], "label 'road' is in two classes"),
+        (["segment", "street.png", "--labels", ";".join(f"n{i}" for i in range(20000))], "at most"),
+        (["segment", "street.png", "--labels", "a", "--dtype", "float23"], "dtype 'float23'.*Did you mean 'float32'"),
+        (["segment", "street.png", "--labels", "a", "--method", "naklip"], "method 'naklip'.*Did you mean 'naclip'"),
+        (["segment", "street.png", "--labels", "a", "--device", "cuda:99"], "--device is 'cuda:99'; this machine has"),
+        (["segment", "street.png", "--labels", "a", "--device", "toaster"], "--device is 'toaster'; this machine has"),
+        (["segment", "street.png", "--labels", "a", "--model", "tinny"], "no model 'tinny'.*Did you mean 'tiny'"),
+        (["segment", "street.png", "--labels", "a", "--model", "empty"], "folder empty holds no config.json"),
+        (["segment", "street.png", "--labels", "a", "--window-px", "wide"], "it is 'wide'; give a whole number"),
+        (
+            ["segment", "street.png", "--labels", "a", "--short-side", "0"],
+            "it is '0'; give a whole number, at least 1",
+        ),
+        (["segment", "street.png", "--labels", "a", "--short-side", "9" * 5000], "give a whole number"),
+        (["segment", "missing.png", "--labels", "a"], "there is no file missing.png"),
+        (["segment", "empty", "--labels", "a"], "empty is a folder; name the pictures in it"),
+        (["segment", "street.png", "--labels", "a", "--output", "street.png"], "which is a file; give a folder"),
+        (["segment", "street.png", "--labels", "a", "--json", "empty"], "which is a folder; give a file"),
+        (["evaluate", "--benchmark", "voc12"], "benchmark 'voc12'.*Did you mean 'voc21'"),
+        (["evaluate", "--benchmark", "picturebook", "--scale", "-1"], "it is '-1'; give a number above 0"),
+        (["evaluate", "--benchmark", "picturebook", "--protocol", "sclip"], "protocol 'sclip' is not defined"),
+    ],
+    ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else "",
+)
+def test_mistakes_before_a_model_is_loaded(here, capsys, words, message):
+    Path("empty").mkdir()
+    before = files_of(here)
+    line = fails(capsys, *words)
+    assert re.search(message, line), line
+    assert files_of(here) == before and not Path("spar-output").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--window-px", "8"], "--window-px is 8; it must be a multiple of the patch"),
+        (["--window-px", "40"], "--window-px is 40; it must be a multiple of the patch"),
+        (["--stride-px", "0"], "--stride-px is 0; it must be from 1 to the window's 64"),
+        (["--window-px", "native", "--stride-px", "65"], "--stride-px is 65"),
+        (["--stride-px", "-3"], "--stride-px is -3"),
+        (["--max-pixels", "1000"], "13500|0 million.*raise --max-pixels"),
+    ],
+    ids=" ".join,
+)
+def test_mistakes_that_need_the_model(here, capsys, model_folder, options, message):
+    line = fails(capsys, "segment", "street.png", "--labels", LABELS, "--model", model_folder, *options)
+    assert re.search(message, line), line
+    assert files_of(here) == {"street.png"}
+
+
+def test_a_model_folder_without_weights(here, capsys, model_folder):
+    Path("bare").mkdir()
+    Path("bare/config.json").write_bytes((Path(model_folder) / "config.json").read_bytes())
+    line = fails(capsys, "segment", "street.png", "--labels", "a", "--model", "bare")
+    assert "folder bare holds no weights" in line
+
+
+@pytest.mark.parametrize("what", ["text", "truncated", "empty", "huge"])
+def test_files_that_are_no_usable_picture(here, capsys, model_folder, what):
+    path = Path("bad.png")
+    if what == "text":
+        path.write_text("not a picture")
+    elif what == "truncated":
+        path.write_bytes(Path("street.png").read_bytes()[:2000])
+    elif what == "empty":
+        path.touch()
+    else:  # a few kB on disk, 1.2 GB once decoded
+        Image.new("1", (20000, 20000)).save(path)
+    before = files_of(here)
+    line = fails(capsys, "segment", "bad.png", "--labels", LABELS, "--model", model_folder)
+    assert "bad.png" in line
+    if what == "huge":
+        assert "20000x20000" in line and "raise --max-pixels" in line
+    assert files_of(here) == before
+
+
+def test_a_bad_picture_among_good_ones_leaves_whole_results_only(here, capsys, model_folder):
+    Path("bad.png").write_bytes(Path("street.png").read_bytes()[:2000])
+    words = ["segment", "street.png", "bad.png", "--labels", LABELS, "--model", model_folder, "--json", "r.json"]
+    assert main(words) == 2
+    assert "bad.png" in capsys.readouterr().err
+    assert files_of(here) == {
+        "street.png", "bad.png", "spar-output/street-overlay.png", "spar-output/street-labels.png"
+    }  # fmt: skip
+
+
+def test_a_folder_that_cannot_be_written(here, capsys, model_folder, monkeypatch):
+    def refuse(source, target):
+        raise PermissionError(13, "Permission denied", str(target))
+
+    monkeypatch.setattr(os, "replace", refuse)
+    line = fails(capsys, "segment", "street.png", "--labels", LABELS, "--model", model_folder)
+    assert "Permission denied" in line
+    assert files_of(here) == {"street.png"}
+
+
+def test_ctrl_c_is_one_line(here, capsys, monkeypatch):
+    def interrupt(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(COMMANDS["methods"], "run", interrupt)
+    assert main(["methods"]) == 130
+    assert capsys.readouterr().err == "spar: error: interrupted\n"
+
+
+def test_a_bug_is_not_dressed_up_as_a_mistake(here, monkeypatch):
+    def bug(args):
+        raise TypeError("a bug")
+
+    monkeypatch.setattr(COMMANDS["methods"], "run", bug)
+    with pytest.raises(TypeError):
+        main(["methods"])
+
+
+# --- the program -----------------------------------------------------------------------------------------------
+
+
+def test_help_teaches_and_version_is_the_package_s(capsys):
+    for words in (["--help"], *([name, "--help"] for name in COMMANDS)):
+        with pytest.raises(SystemExit) as leaving:
+            main(words)
+        assert leaving.value.code == 0
+        out, _ = capsys.readouterr()
+        assert "examples:\n  spar " in out
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == f"spar-hf {spar_hf.__version__}\n"
+
+
+def test_a_process_of_its_own_is_quiet_and_exits_with_2(here, model_folder):
+    command = [sys.executable, "-m", "spar_hf.cli", "segment"]
+    options = ["--labels", LABELS, "--model", model_folder]
+    run = subprocess.run([*command, "street.png", *options], capture_output=True, text=True, timeout=300)
+    assert (run.returncode, run.stderr) == (0, "")
+    run = subprocess.run([*command, "nothing.png", *options], capture_output=True, text=True, timeout=300)
+    assert (run.returncode, run.stdout) == (2, "")
+    assert run.stderr == "spar: error: there is no file nothing.png\n"
+
+
+# --- parts -----------------------------------------------------------------------------------------------------
+
+
+def test_output_stems_are_safe_and_distinct():
+    names = [
+        "a/x.png",
+        "b/x.jpg",
+        "X.png",
+        "x-2.png",
+        "..",
+        "a/...png",
+        "a\\b.png",
+        "c:d|e?.png",
+        "\u202ex.png",
+        "y" * 999,
+    ]
+    stems = output_stems([Path(name) for name in names])
+    assert len({stem.casefold() for stem in stems}) == len(names)
+    for stem in stems:
+        assert stem and stem not in (".", "..") and not set(stem) & set('/\\:*?"<>|\u202e')
+        assert not stem.startswith((".", "-")) and len(stem.encode()) < 130
+
+
+def test_whole_files_appear_together_or_not_at_all(tmp_path):
+    old = tmp_path / "old.txt"
+    old.write_text("before")
+    with pytest.raises(RuntimeError), whole_files(old, tmp_path / "new.txt") as (first, second):
+        first.write_text("after")
+        second.write_text("half")
+        raise RuntimeError
+    assert old.read_text() == "before" and files_of(tmp_path) == {"old.txt"}
+    with whole_files(old, tmp_path / "deep" / "new.txt") as (first, second):
+        first.write_text("after")
+        second.write_text("whole")
+        assert old.read_text() == "before"
+    assert old.read_text() == "after" and files_of(tmp_path) == {"old.txt", "deep/new.txt"}
+
+
+def test_tables_line_up_for_wide_characters():
+    lines = table([("class", "share"), ("天空", "1.0 %"), ("a", "10.0 %")], "<>").splitlines()
+    assert lines == ["class   share", "天空    1.0 %", "a      10.0 %"]
+    assert shorten("x" * 1000, 10) == "x" * 9 + "…" and shorten("天" * 9, 10) == "天天天天…"
