@@ -1,0 +1,160 @@
+"""Times one forward pass of ViT-B/16 (random weights) against the obvious alternatives, on this machine.
+
+    python benchmarks/speed.py                         # ours and stock transformers
+    pip install open_clip_torch && python benchmarks/speed.py --models ours stock open_clip
+
+For each size and type: seconds (median), ratio to ours in the same run, peak memory over the loaded model, and the
+share of this machine's measured matrix-product rate (floating-point operations counted by formula). Models take turns
+in every round, each in a process of its own, so that a noisy machine disturbs all alike. Writes
+benchmarks/results/speed.json with the command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing as mp
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results" / "speed.json"
+SIZES = ("224x224", "448x448", "672x896", "1024x1024")
+WIDTH, LAYERS, MLP, PROJECTION, PATCH = 768, 12, 3072, 512, 16
+
+
+def ours(height_px: int, width_px: int, dtype: torch.dtype) -> Callable:
+    from spar_hf import SparVisionConfig, SparVisionModel
+
+    config = SparVisionConfig(hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=12, hidden_act="gelu")
+    model = SparVisionModel(config).eval().to(dtype)
+    return lambda pixels: model(pixels).patch_embeds
+
+
+def stock(height_px: int, width_px: int, dtype: torch.dtype) -> Callable:
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    model = CLIPVisionModel(CLIPVisionConfig(patch_size=PATCH, hidden_act="gelu")).eval().to(dtype)
+    return lambda pixels: model(pixels, interpolate_pos_encoding=True).last_hidden_state
+
+
+def open_clip(height_px: int, width_px: int, dtype: torch.dtype) -> Callable:
+    # Where torchvision's compiled operators do not match this torch, its import fails over two that open_clip never
+    # calls; it needs the transforms alone. Declaring them is enough.
+    for operator in ("nms", "qnms"):
+        torch.library.define(f"torchvision::{operator}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    import open_clip as package
+
+    model = package.create_model("ViT-B-16", force_image_size=(height_px, width_px)).visual.eval().to(dtype)
+    return lambda pixels: model(pixels)
+
+
+MODELS = {"ours": ours, "stock": stock, "open_clip": open_clip}
+
+
+def forward_flops(height_px: int, width_px: int, last_block: str) -> float:
+    """Floating-point operations of one pass: products of matrices only, two operations a multiply-add."""
+    patches = (height_px // PATCH) * (width_px // PATCH)
+    tokens = patches + 1
+    projection = 2 * tokens * WIDTH * WIDTH
+    attention = 4 * tokens * tokens * WIDTH
+    mlp = 4 * tokens * WIDTH * MLP
+    block = 4 * projection + attention + mlp
+    last = 2 * projection + mlp if last_block == "values" else block  # values and output projection alone (MaskCLIP)
+    head = 2 * tokens * WIDTH * PROJECTION if last_block == "values" else 0
+    return 2 * patches * 3 * PATCH**2 * WIDTH + (LAYERS - 1) * block + last + head
+
+
+def matrix_rate(dtype: torch.dtype) -> float:
+    """Operations a second of a matrix product of the network's own shape, best of several."""
+    left, right = torch.randn(4096, WIDTH, dtype=dtype), torch.randn(WIDTH, MLP, dtype=dtype)
+    best = float("inf")
+    for _ in range(12):
+        start = time.perf_counter()
+        left @ right
+        best = min(best, time.perf_counter() - start)
+    return 2 * 4096 * WIDTH * MLP / best
+
+
+def _measure(connection, name: str, size: str, dtype_name: str, threads: int) -> None:
+    """Runs in a process of its own: answers each 'go' with seconds, and the end with the peak memory."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    dtype = getattr(torch, dtype_name)
+    height_px, width_px = map(int, size.split("x"))
+    run = MODELS[name](height_px, width_px, dtype)
+    pixels = torch.randn(1, 3, height_px, width_px, dtype=dtype)
+    baseline = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with torch.inference_mode():
+        run(pixels)
+        while connection.recv() == "go":
+            start = time.perf_counter()
+            run(pixels)
+            connection.send(time.perf_counter() - start)
+    connection.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - baseline) / 1024)
+
+
+def compare(names: list[str], size: str, dtype: str, rounds: int, threads: int) -> dict[str, dict]:
+    """Seconds and memory of each model at one size and type, models taking turns."""
+    context = mp.get_context("spawn")
+    pipes, processes = {}, []
+    for name in names:
+        pipes[name], child = context.Pipe()
+        processes.append(context.Process(target=_measure, args=(child, name, size, dtype, threads), daemon=True))
+        processes[-1].start()
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(rounds):
+        for name, pipe in pipes.items():
+            pipe.send("go")
+            seconds[name].append(pipe.recv())
+    rows = {}
+    for name, pipe in pipes.items():
+        pipe.send("end")
+        rows[name] = {"seconds": statistics.median(seconds[name]), "peak_mb": pipe.recv()}
+    for process in processes:
+        process.join()
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["ours", "stock"])
+    parser.add_argument("--sizes", nargs="+", default=list(SIZES), help="height x width in pixels, such as 672x896")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+
+    table = []
+    print(f"{'size':>10} {'type':>9} {'model':>10} {'seconds':>8} {'vs ours':>8} {'peak MB':>8} {'of rate':>8}")
+    for size in args.sizes:
+        height_px, width_px = map(int, size.split("x"))
+        for dtype in args.dtypes:
+            rate = matrix_rate(getattr(torch, dtype))
+            rows = compare(args.models, size, dtype, args.rounds, args.threads)
+            rate = max(rate, matrix_rate(getattr(torch, dtype)))
+            for name, row in rows.items():
+                flops = forward_flops(height_px, width_px, "values" if name == "ours" else "attention")
+                row |= {"size": size, "dtype": dtype, "model": name, "flops": flops}
+                row |= {"of_matrix_rate": flops / row["seconds"] / rate, "matrix_gflops": rate / 1e9}
+                row["ratio_to_ours"] = row["seconds"] / rows[args.models[0]]["seconds"]
+                table.append(row)
+                print(
+                    f"{size:>10} {dtype:>9} {name:>10} {row['seconds']:>8.3f} {row['ratio_to_ours']:>8.2f} "
+                    f"{row['peak_mb']:>8.0f} {row['of_matrix_rate']:>8.0%}",
+                    flush=True,
+                )
+    report = {"command": "python " + " ".join(sys.argv), "threads": args.threads, "torch": torch.__version__}
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps({**report, "rows": table}, indent=1) + "\n")
+    print(f"written to {RESULTS}")
+
+
+if __name__ == "__main__":
+    main()
