@@ -25,6 +25,7 @@ IGNORED = -1  # the class id of a pixel that is not scored
 _UNKNOWN = -2
 _VOCABULARIES = Path(__file__).parent / "vocabularies"
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF")  # not EPS, which Pillow hands to Ghostscript to run
 
 LabelTable = Mapping[int, int]  # stored value -> class id or IGNORED
 
@@ -339,7 +340,7 @@ def read_sample(name: str, image_path: Path, mask_path: Path, table: LabelTable)
 
 def _open(path: Path) -> Image.Image:
     try:
-        with Image.open(path) as picture:
+        with Image.open(path, formats=_FORMATS) as picture:
             picture.load()
             return picture.copy()
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:

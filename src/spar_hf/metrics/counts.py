@@ -7,6 +7,7 @@ a data set add up to the counts of the whole.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TypedDict
 
 import numpy as np
 
@@ -76,6 +77,19 @@ class ConfusionMatrix:
         return float(_ratio(np.trace(self.matrix), self.matrix.sum()))
 
 
+class Scores(TypedDict):
+    """Scores from 0 to 1 under the names of the Hub's `mean_iou` metric; nan for a class in neither map."""
+
+    mean_iou: float
+    mean_accuracy: float
+    overall_accuracy: float
+    boundary_iou: float
+    per_category_iou: list[float]
+    per_category_accuracy: list[float]
+    per_category_boundary_iou: list[float]
+    num_images: int
+
+
 @dataclass
 class SegmentationCounts:
     """What an evaluation accumulates: the counts of all pixels and of the pixels near a boundary.
@@ -118,8 +132,8 @@ class SegmentationCounts:
         self.boundary.update(*maps)
         self.num_images += 1
 
-    def scores(self) -> dict[str, float | int | list[float]]:
-        """All scores, 0 to 1, under the names that the Hub's `mean_iou` metric uses; nan for a class never seen."""
+    def scores(self) -> Scores:
+        """All scores of what was counted so far."""
         iou, boundary_iou = self.pixels.iou(), self.boundary.iou()[: self.num_classes]
         class_accuracy = self.pixels.class_accuracy()
         return {

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 # Absolute, because evaluate.load copies this file elsewhere before it imports it.
-from spar_hf.metrics.counts import BOUNDARY_RATIO, SegmentationCounts
+from spar_hf.metrics.counts import BOUNDARY_RATIO, Scores, SegmentationCounts
 
 _DESCRIPTION = """Mean intersection over union of semantic segmentation, with per-class IoU, accuracies, boundary IoU.
 A class in neither the predictions nor the references is nan and left out of the means."""
@@ -92,7 +92,7 @@ class MeanIoU(evaluate.Metric):
 
     def compute(
         self, *, predictions: Sequence[ArrayLike] | None = None, references: Sequence[ArrayLike] | None = None
-    ) -> dict[str, Any]:
+    ) -> Scores:
         """Counts the batch, if one is given, and returns all scores; the next image starts a new count."""
         if predictions is not None or references is not None:
             self.add_batch(

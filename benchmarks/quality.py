@@ -1,0 +1,138 @@
+"""Measures mean IoU on the picture book's test split, over models and picture sizes, and prints a Markdown table.
+
+    python benchmarks/quality.py                    # tiny in one pass, its teachers, tiny-spar; 1x, 2x, 4x, 6x
+    python benchmarks/quality.py --limit 64 --scales 4 "single pass=tiny" "teacher 24=tiny,stride=24"
+    python benchmarks/quality.py "student=runs/seed0" "student=runs/seed1" "student=runs/seed2"
+
+A row is NAME=CHECKPOINT, with ",stride=N" for a native-size sliding window around it, ",method=NAME" for another last
+block. Rows of one name are one cell: their mean and, after the sign, their standard deviation. An interrupted run goes
+on where it was when it is started again with the same --state folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import re
+import shlex
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import spar_hf
+from spar_hf.data import load_benchmark
+from spar_hf.evaluation import EvaluationResult, evaluate, markdown_table, write_atomically
+from spar_hf.sliding_window import DenseEncoder, SlidingWindow
+
+RESULTS = Path(__file__).parent / "results" / "quality.json"
+ROWS = (
+    "single pass=tiny",
+    "teacher, stride 24=tiny,stride=24",
+    "teacher, stride 40=tiny,stride=40",
+    "teacher, stride 56=tiny,stride=56",
+    "student (tiny-spar)=tiny-spar",
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the command: a checkpoint and how it is run."""
+
+    name: str
+    checkpoint: str
+    stride_px: int | None = None
+    method: str | None = None
+
+    @classmethod
+    def parse(cls, spec: str) -> Row:
+        """Reads NAME=CHECKPOINT[,stride=N][,method=NAME]; the name may hold commas, the checkpoint may not."""
+        name, equals, rest = spec.partition("=")
+        checkpoint, *options = rest.split(",")
+        values = dict(option.partition("=")[::2] for option in options)
+        if not (equals and name.strip() and checkpoint) or not values.keys() <= {"stride", "method"}:
+            raise ValueError(f"row is {spec!r}; a row is NAME=CHECKPOINT[,stride=N][,method=NAME], as in {ROWS[1]!r}.")
+        stride = values.get("stride")
+        if stride is not None and not stride.isdecimal():
+            raise ValueError(f"stride is {stride!r} in {spec!r}; it must be a whole number of pixels, such as 24.")
+        return cls(name.strip(), checkpoint, None if stride is None else int(stride), values.get("method"))
+
+
+def measure(
+    row: Row, scale: float, limit: int | None, state: Path | None, device: str, batch: int
+) -> EvaluationResult:
+    """Evaluates one row at one scale."""
+    overrides = {} if row.method is None else {"method": row.method}
+    model, processor = spar_hf.load(row.checkpoint, **overrides)
+    model.to(device)
+    encoder: DenseEncoder = model.vision_model
+    if row.stride_px is not None:
+        encoder = SlidingWindow(encoder, stride_px=row.stride_px, batch_size=batch)
+    data = load_benchmark("picturebook", scale=scale, native_px=encoder.config.image_size)
+    what = re.sub(r"\W+", "-", f"{row.name} {row.checkpoint} {row.stride_px} {row.method} {scale:g} {limit}")
+    return evaluate(
+        encoder,
+        model,
+        processor,
+        data,
+        limit=limit,
+        state_path=None if state is None else state / f"{what}.safetensors",
+        command=shlex.join(sys.argv),
+    )
+
+
+def table(entries: list[dict[str, Any]], scales: list[float], score: Callable[[dict[str, Any]], float]) -> list[str]:
+    """Rows by name, columns by scale; several entries of a name and scale become mean and standard deviation."""
+    lines = []
+    for name in dict.fromkeys(entry["name"] for entry in entries):
+        cells = [name]
+        for scale in scales:
+            values = [score(entry) for entry in entries if entry["name"] == name and entry["scale"] == scale]
+            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.fmean(values):.1f}{spread}" if values else "")
+        lines.append(cells)
+    return markdown_table(["", *(f"{scale:g}x" for scale in scales)], lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", nargs="*", default=ROWS, metavar="NAME=CHECKPOINT[,stride=N][,method=NAME]")
+    parser.add_argument("--scales", type=float, nargs="+", default=[1, 2, 4, 6], help="multiples of the native side")
+    parser.add_argument("--limit", type=int, help="scenes per cell, spread over the test split (default: all)")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="JSON file (default: %(default)s)")
+    parser.add_argument("--state", type=Path, help="folder for what is needed to go on after an interruption")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--batch", type=int, default=32, help="windows of a teacher run at once")
+    args = parser.parse_args(argv)
+    try:
+        rows = [Row.parse(spec) for spec in args.rows]
+        entries: list[dict[str, Any]] = []
+        for scale in args.scales:
+            for row in rows:
+                print(f"{row.name}, {scale:g}x", file=sys.stderr)
+                result = measure(row, scale, args.limit, args.state, args.device, args.batch)
+                entries.append({**vars(row), "scale": scale, **json.loads(result.to_json())})
+                document = {
+                    "command": shlex.join(sys.argv),
+                    "machine": {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
+                    "versions": {module.__name__: module.__version__ for module in (spar_hf, torch, transformers)},
+                    "results": entries,
+                }
+                write_atomically(args.output, (json.dumps(document, indent=1) + "\n").encode())
+    except ValueError as error:
+        parser.error(str(error))
+    count = entries[0]["num_images"]
+    print(f"\nMean IoU in %, picture book, test split, {count} scenes, by side in multiples of the native one:\n")
+    print("\n".join(table(entries, args.scales, lambda entry: 100 * entry["mean_iou"])))
+    print(f"\nMilliseconds per picture (median) on {entries[0]['device']}, {entries[0]['dtype']}:\n")
+    print("\n".join(table(entries, args.scales, lambda entry: 1000 * entry["seconds_per_image"])))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""The evaluation protocols: everything besides the model and the benchmark that changes a number."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from PIL import Image
+
+from ..prompts_spar import IMAGENET_TEMPLATES
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a benchmark's images become label maps.
+
+    Attributes:
+        name: A key of `PROTOCOLS`, or "spar, changed" after `replace`.
+        short_side_px: Images are resized to this shorter side, keeping the ratio; None leaves them as they are.
+        long_side_px: ... but to no more than this longer side.
+        window_px: Runs the encoder in a `SlidingWindow` of this side; None runs it once on the whole image.
+        stride_px: Step of that window.
+        logit_scale: Factor on the cosine before the soft-max over all names.
+        background_threshold: Pixels whose best probability is below it become class 0; None for never.
+        area_threshold: Foreground classes with at most this share of the foreground are dropped; None for none.
+        templates: Sentences into which a name is put; None leaves the choice to the processor.
+    """
+
+    name: str
+    short_side_px: int | None = None
+    long_side_px: int | None = None
+    window_px: int | None = None
+    stride_px: int | None = None
+    logit_scale: float = 40.0
+    background_threshold: float | None = None
+    area_threshold: float | None = None
+    templates: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.window_px is None) != (self.stride_px is None):
+            raise ValueError(
+                f"window_px is {self.window_px} and stride_px {self.stride_px}; a window needs both. Set both or none."
+            )
+
+    def replace(self, **changes: Any) -> Protocol:
+        """The protocol with other constants; its name then says that it is changed."""
+        return replace(self, **{"name": f"{self.name.removesuffix(', changed')}, changed", **changes})
+
+    def resize(self, image: Image.Image) -> Image.Image:
+        """The image at the protocol's size; bilinear, with antialiasing where it shrinks."""
+        if self.short_side_px is None:
+            return image
+        factor = self.short_side_px / min(image.size)
+        if self.long_side_px is not None:
+            factor = min(factor, self.long_side_px / max(image.size))
+        width, height = (max(1, round(side * factor)) for side in image.size)
+        return image.resize((width, height), Image.Resampling.BILINEAR)
+
+
+# SPAR (arXiv 2604.02252): one pass at a short side of 672, Cityscapes whole. VOC21's and Context60's constants are the
+# paper's for CLIP. The paper does not evaluate COCO-Object; its constants are SCLIP's.
+_SPAR = Protocol("spar", short_side_px=672, long_side_px=2048, templates=IMAGENET_TEMPLATES)
+# SCLIP (ECCV 2024) and the papers that follow its code: a short side of 336, Cityscapes 560, window 224, stride 112.
+# Theirs averages the windows' logits, each resized to its pixels first. Here `SlidingWindow` averages the windows'
+# features, not normalised, in cells of one patch, and the cosine with the text is taken once afterwards.
+_SCLIP = Protocol(
+    "sclip", short_side_px=336, long_side_px=2048, window_px=224, stride_px=112, templates=IMAGENET_TEMPLATES
+)
+# What the benchmarks with a background class change, in both: (logit scale, background threshold, area threshold).
+_BACKGROUND: dict[str, dict[str, Any]] = {
+    "voc21": {"logit_scale": 65.0, "background_threshold": 0.1, "area_threshold": 0.1},
+    "context60": {"logit_scale": 50.0, "background_threshold": 0.1},
+    "coco_object": {"logit_scale": 50.0, "background_threshold": 0.1},
+}
+_ON_DISK = ("voc21", "voc20", "context60", "context59", "cityscapes", "ade20k", "coco_object", "coco_stuff", "custom")
+
+# Protocol -> benchmark -> its constants. "picturebook" draws at the size that is asked for, so nothing is resized.
+PROTOCOLS: dict[str, dict[str, Protocol]] = {
+    "spar": {name: replace(_SPAR, **_BACKGROUND.get(name, {})) for name in _ON_DISK}
+    | {"cityscapes": replace(_SPAR, short_side_px=1024)},
+    "sclip": {name: replace(_SCLIP, **_BACKGROUND.get(name, {})) for name in _ON_DISK}
+    | {"cityscapes": replace(_SCLIP, short_side_px=560)},
+    "picturebook": {"picturebook": Protocol("picturebook")},
+}
+
+
+def load_protocol(name: str | None, benchmark: str) -> Protocol:
+    """The constants of a protocol for a benchmark; None is the first protocol that has that benchmark.
+
+    Raises:
+        ValueError: If the protocol is unknown or not defined for the benchmark.
+    """
+    defined = [protocol for protocol, rows in PROTOCOLS.items() if benchmark in rows]
+    if name is None and defined:
+        name = defined[0]
+    if name not in defined:
+        raise ValueError(
+            f"protocol {name!r} is not defined for benchmark {benchmark!r}, which has "
+            f"{' and '.join(defined) or 'none'}. Choose one of these."
+        )
+    return PROTOCOLS[name][benchmark]

@@ -1,0 +1,328 @@
+"""Evaluates any dense encoder on a benchmark under a named protocol; can be stopped and resumed.
+
+data = load_benchmark("picturebook", scale=4, native_px=encoder.config.image_size)
+result = evaluate(encoder, model, processor, data)
+print(result.table())
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+from torch import nn
+from tqdm.auto import tqdm
+
+from .data import IGNORED, BenchmarkData, Protocol, load_protocol
+from .metrics import SegmentationCounts
+from .sliding_window import DenseEncoder, SlidingWindow
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """The scores of one evaluation, and what they are scores of.
+
+    Attributes:
+        benchmark: Name of the benchmark.
+        variant: Which one of that name, such as the scale of the picture book.
+        protocol: Every constant of the protocol, under "name" its name.
+        num_images: Images that were counted.
+        mean_iou: Mean over the classes that occur in prediction or truth, 0 to 1. All scores are nan if none does.
+        pixel_accuracy: Share of the pixels that were predicted right.
+        mean_accuracy: Mean over the true classes of the share of their pixels that were predicted right.
+        boundary_iou: Mean boundary IoU over the same classes as `mean_iou`; see `SegmentationCounts`.
+        per_class_iou: First name of each class -> IoU, nan for a class that occurs nowhere.
+        seconds_per_image: Median over the images, of encoder and post-processing; without reading and resizing.
+        seconds_per_image_mean: The mean of the same.
+        peak_memory_mb: On a GPU the most that torch held; on a CPU the peak of the whole process, libraries included.
+        device: Where the encoder ran.
+        dtype: In which type.
+        command: The command line that made this.
+    """
+
+    benchmark: str
+    variant: str
+    protocol: dict[str, Any]
+    num_images: int
+    mean_iou: float
+    pixel_accuracy: float
+    mean_accuracy: float
+    boundary_iou: float
+    per_class_iou: dict[str, float]
+    seconds_per_image: float
+    seconds_per_image_mean: float
+    peak_memory_mb: float
+    device: str
+    dtype: str
+    command: str
+
+    def to_json(self) -> str:
+        """Valid JSON: a score that does not exist (nan) is null."""
+        return json.dumps(_without_nan(asdict(self)), indent=1, ensure_ascii=False) + "\n"
+
+    def save(self, path: str | Path) -> None:
+        """Writes the JSON, whole or not at all."""
+        write_atomically(Path(path), self.to_json().encode())
+
+    def table(self) -> str:
+        """A Markdown table of the classes, best first, and of the means."""
+        scored = sorted(self.per_class_iou.items(), key=lambda entry: (math.isnan(entry[1]), -entry[1]))
+        rows = [(title, "absent" if math.isnan(iou) else f"{100 * iou:.1f}") for title, iou in scored]
+        rows += [
+            ("**mean IoU**", f"**{100 * self.mean_iou:.1f}**"),
+            ("pixel accuracy", f"{100 * self.pixel_accuracy:.1f}"),
+            ("mean class accuracy", f"{100 * self.mean_accuracy:.1f}"),
+            ("boundary IoU", f"{100 * self.boundary_iou:.1f}"),
+            ("seconds per image (median)", f"{self.seconds_per_image:.3f}"),
+            ("peak memory, MB", f"{self.peak_memory_mb:.0f}"),
+        ]
+        name = f"{self.benchmark} ({self.variant})" if self.variant else self.benchmark
+        return "\n".join(
+            [
+                f"{name}, protocol {self.protocol['name']}, {self.num_images} images, {self.device} {self.dtype}",
+                "",
+                *markdown_table(["class", "IoU, %"], rows),
+            ]
+        )
+
+
+def evaluate(
+    encoder: DenseEncoder,
+    model: nn.Module,
+    processor: Any,
+    benchmark: BenchmarkData,
+    protocol: Protocol | str | None = None,
+    limit: int | None = None,
+    progress: bool = True,
+    state_path: str | Path | None = None,
+    save_every: int = 20,
+    command: str | None = None,
+) -> EvaluationResult:
+    """Runs the benchmark, one image at a time.
+
+    Args:
+        encoder: Any dense encoder: a vision tower, a `SlidingWindow` around one, ...
+        model: The `SparModel` whose text tower embeds the classes.
+        processor: Its `SparProcessor`.
+        benchmark: From `load_benchmark`.
+        protocol: A name in `PROTOCOLS` or a `Protocol`; None is the benchmark's first. A protocol with a window runs
+            `encoder` in a `SlidingWindow`.
+        limit: Evaluates so many images, spread evenly over the benchmark; None takes all.
+        progress: Shows a bar with the running mean IoU.
+        state_path: Saves counts and position in this file, and goes on from there if it exists.
+        save_every: Images between two saves.
+        command: Kept in the result; the command line of this process when None.
+
+    Raises:
+        ValueError: If the protocol is not defined for the benchmark, the limit is not positive, or the state belongs
+            to another evaluation.
+    """
+    if not isinstance(protocol, Protocol):
+        protocol = load_protocol(protocol, benchmark.name)
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit is {limit}; it must be at least 1. Leave it out to take all {len(benchmark)} images.")
+    if protocol.window_px is not None and protocol.stride_px is not None:
+        encoder = SlidingWindow(encoder, window_px=protocol.window_px, stride_px=protocol.stride_px)
+    count = len(benchmark) if limit is None else min(limit, len(benchmark))
+    state = State(SegmentationCounts(len(benchmark.labels), ignore_index=IGNORED))
+    if state_path is not None:
+        fingerprint = _fingerprint(encoder, model, benchmark, protocol, count)
+        state.resume(Path(state_path), fingerprint)
+
+    device = encoder.device
+    label_features = processor.encode_labels(model, benchmark.labels, templates=protocol.templates)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    remaining = range(state.counts.num_images, count)
+    with tqdm(remaining, initial=remaining.start, total=count, desc=benchmark.name, disable=not progress) as bar:
+        for number in bar:
+            sample = benchmark.read(number * len(benchmark) // count)
+            image = protocol.resize(sample.image)
+            # The protocol alone decides the size, whatever the checkpoint's image processor is set to.
+            pixel_values = processor(images=image, do_resize=False, return_tensors="pt")["pixel_values"]
+            started = _now(device)
+            prediction = _label_map(encoder, processor, pixel_values, sample.truth.shape, label_features, protocol)
+            state.seconds.append(_now(device) - started)
+            state.counts.update(prediction, sample.truth)
+            if progress:
+                bar.set_postfix_str(f"mIoU {100 * float(np.nan_to_num(state.counts.scores()['mean_iou'])):.1f}")
+            if state_path is not None and (state.counts.num_images % save_every == 0 or number + 1 == count):
+                state.peak_memory_mb = max(state.peak_memory_mb, peak_memory_mb(device))
+                state.save(Path(state_path), fingerprint)
+
+    scores = state.counts.scores()
+    return EvaluationResult(
+        benchmark=benchmark.name,
+        variant=benchmark.variant,
+        protocol=asdict(protocol),
+        num_images=state.counts.num_images,
+        mean_iou=scores["mean_iou"],
+        pixel_accuracy=scores["overall_accuracy"],
+        mean_accuracy=scores["mean_accuracy"],
+        boundary_iou=scores["boundary_iou"],
+        per_class_iou=dict(zip(benchmark.labels.titles, scores["per_category_iou"], strict=True)),
+        seconds_per_image=statistics.median(state.seconds),
+        seconds_per_image_mean=statistics.fmean(state.seconds),
+        peak_memory_mb=max(state.peak_memory_mb, peak_memory_mb(device)),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        dtype=str(encoder.dtype).removeprefix("torch."),
+        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]) if command is None else command,
+    )
+
+
+@torch.inference_mode()
+def _label_map(
+    encoder: DenseEncoder,
+    processor: Any,
+    pixel_values: torch.Tensor,
+    size_hw: tuple[int, ...],
+    label_features: Any,
+    protocol: Protocol,
+) -> np.ndarray:
+    """The class ids (H, W) of one preprocessed image at the size of its truth."""
+    outputs = encoder(pixel_values.to(encoder.device, encoder.dtype))
+    (label_map,) = processor.post_process_semantic_segmentation(
+        outputs,
+        target_sizes=[size_hw],
+        label_features=label_features,
+        logit_scale=protocol.logit_scale,
+        background_threshold=protocol.background_threshold,
+        area_threshold=protocol.area_threshold,
+    )
+    return label_map.cpu().numpy()
+
+
+class State:
+    """What an evaluation has so far, and the file that keeps it.
+
+    Args:
+        counts: Empty counts for the benchmark's classes.
+    """
+
+    def __init__(self, counts: SegmentationCounts) -> None:
+        self.counts = counts
+        self.seconds: list[float] = []
+        self.peak_memory_mb = 0.0
+
+    def save(self, path: Path, fingerprint: dict[str, str]) -> None:
+        """Writes the state, whole or not at all."""
+        tensors = {
+            "pixels": self.counts.pixels.matrix,
+            "boundary": self.counts.boundary.matrix,
+            "seconds": np.array(self.seconds),
+            "peak_memory_mb": np.array(self.peak_memory_mb),
+        }
+        write_atomically(path, save(tensors, metadata={"fingerprint": json.dumps(fingerprint)}))
+
+    def resume(self, path: Path, fingerprint: dict[str, str]) -> None:
+        """Takes up the state in `path`, if that file exists.
+
+        Raises:
+            ValueError: If the file is no state, or was written by an evaluation of something else.
+        """
+        if not path.exists():
+            return
+        try:
+            with safe_open(path, framework="numpy") as file:
+                written = json.loads((file.metadata() or {})["fingerprint"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+            raise ValueError(
+                f"{path} is no state of an evaluation ({error}). Delete it or name another file."
+            ) from error
+        changed = [what for what in fingerprint if written.get(what) != fingerprint[what]]
+        if changed:
+            raise ValueError(
+                f"{path} was written by another evaluation: {', '.join(changed)} changed. "
+                "Delete it to start anew, or name another file."
+            )
+        self.counts.pixels.matrix = tensors["pixels"]
+        self.counts.boundary.matrix = tensors["boundary"]
+        self.counts.num_images = len(tensors["seconds"])
+        self.seconds = tensors["seconds"].tolist()
+        self.peak_memory_mb = float(tensors["peak_memory_mb"])
+
+
+def _fingerprint(
+    encoder: DenseEncoder, model: nn.Module, benchmark: BenchmarkData, protocol: Protocol, count: int
+) -> dict[str, str]:
+    """What decides the scores, by name, so that a refused state can say what changed."""
+    return {
+        # A module's repr holds its structure and, for a window, its side and stride.
+        "encoder": _digest([repr(encoder).encode(), encoder.config.to_json_string().encode()]),
+        "weights": _digest(_weights(part for part in (encoder, model) if isinstance(part, nn.Module))),
+        "benchmark": json.dumps(
+            [benchmark.name, benchmark.variant, _digest([json.dumps(benchmark.labels.classes).encode()])]
+        ),
+        "images": json.dumps([count, _digest(name.encode() + b"\0" for name in benchmark.sample_names)]),
+        "protocol": json.dumps(asdict(protocol)),
+    }
+
+
+def _weights(modules: Iterable[nn.Module]) -> Iterable[bytes]:
+    for module in modules:
+        for name, tensor in module.state_dict().items():
+            yield f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
+            yield tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    sha = hashlib.sha256()
+    for part in parts:
+        sha.update(part)
+    return sha.hexdigest()[:16]
+
+
+def _now(device: torch.device) -> float:
+    """Seconds, after what was queued on a GPU is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """The most memory so far, in 10^6 bytes: torch's on a GPU, the whole process's on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    import resource  # here, since Windows lacks it
+
+    # Linux counts in KiB, macOS in bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+def markdown_table(header: list[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    """The lines of a Markdown table, numbers to the right."""
+    alignment = ["---", *["---:"] * (len(header) - 1)]
+    return [f"| {' | '.join(row)} |" for row in (header, alignment, *rows)]
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes beside the file and moves it over, so that a reader never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        beside.write_bytes(content)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(entry) for key, entry in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
