@@ -1,0 +1,296 @@
+"""SparProcessor: images and words in, label maps out. Prompts, cached text features, post-processing."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import BatchFeature, ProcessorMixin
+from transformers.utils import logging
+
+from .prompts_spar import IMAGENET_TEMPLATES, Labels, check_templates, fill_template
+from .segmentation_spar import label_map
+
+__all__ = ["LabelFeatures", "Labels", "SparProcessor"]
+
+logger = logging.get_logger(__name__)
+
+CACHED_VOCABULARIES = 8  # per model; 10 000 names of 512 numbers take 20 MB
+QUIET_BATCHES = 8  # encoding that takes more batches than this shows a progress bar
+
+
+@dataclass(frozen=True, eq=False)
+class LabelFeatures:
+    """A vocabulary and its text features.
+
+    Attributes:
+        labels: The classes and their names.
+        text_embeds: One L2-normalised row per name (K, D), fp32.
+    """
+
+    labels: Labels
+    text_embeds: Tensor
+
+    @property
+    def class_ids(self) -> Tensor:
+        """The class of each name (K), on the features' device."""
+        return torch.tensor(self.labels.class_ids, device=self.text_embeds.device)
+
+
+class _FeatureCache(WeakKeyDictionary[nn.Module, OrderedDict[tuple, Tensor]]):
+    """Text features by model, which it doesn't keep alive. A copy of a processor starts with an empty one."""
+
+    def __deepcopy__(self, memo: dict) -> _FeatureCache:
+        return _FeatureCache()
+
+    def __reduce__(self) -> tuple:
+        return _FeatureCache, ()
+
+
+class SparProcessor(ProcessorMixin):
+    """An image processor, a tokenizer and the prompts of a model.
+
+    Args:
+        image_processor: A `SparImageProcessor`.
+        tokenizer: The text tower's tokenizer.
+        templates: Prompt templates, each with one `{}`; None is CLIP's 80 for ImageNet.
+        text_padding: `"longest"` for a causal text tower (CLIP), `"max_length"` for one trained at full length
+            (SigLIP).
+        max_length: Tokens the text tower reads; None is the tokenizer's own limit.
+        lowercase: Lower the text's case first (SigLIP2; CLIP's tokenizer does so itself).
+    """
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        templates: Sequence[str] | None = None,
+        text_padding: str = "longest",
+        max_length: int | None = None,
+        lowercase: bool = False,
+    ) -> None:
+        if text_padding not in ("longest", "max_length"):
+            raise ValueError(f"text_padding is {text_padding!r}; allowed are 'longest' and 'max_length'.")
+        super().__init__(image_processor, tokenizer)
+        self.templates = None if templates is None else list(check_templates(templates))
+        self.text_padding = text_padding
+        self.max_length = max_length
+        self.lowercase = lowercase
+        self._text_features = _FeatureCache()
+
+    def __call__(
+        self, images: Any = None, text: str | Sequence[str] | None = None, return_tensors: str = "pt", **kwargs: Any
+    ) -> BatchFeature:
+        """Inputs of `SparModel`.
+
+        Args:
+            images: See `SparImageProcessor.preprocess`.
+            text: One text or several, taken as they are (prompts for labels are `encode_labels`' work).
+            return_tensors: `"pt"` or `"np"`.
+            **kwargs: `padding`, `truncation` and `max_length` go to the tokenizer, the rest to the image processor.
+
+        Returns:
+            `pixel_values` and `original_sizes` for images; `input_ids` and what else the tokenizer gives for text.
+
+        Raises:
+            ValueError: Neither images nor text, or an unknown argument.
+        """
+        if images is None and text is None:
+            raise ValueError("there is nothing to process; pass images, text or both.")
+        text_kwargs = {key: kwargs.pop(key) for key in ("padding", "truncation", "max_length") if key in kwargs}
+        if images is None and kwargs:
+            raise ValueError(f"{', '.join(kwargs)} only have a meaning with images, and there are none.")
+        inputs: dict[str, Any] = {}
+        if text is not None:
+            inputs.update(self._tokenize(text, return_tensors=return_tensors, **text_kwargs))
+        if images is not None:
+            inputs.update(self.image_processor(images, return_tensors=return_tensors, **kwargs))
+        return BatchFeature(inputs)
+
+    @torch.no_grad()
+    def encode_labels(
+        self,
+        model: Any,
+        labels: Labels | str | Sequence[str | Sequence[str]],
+        templates: str | Iterable[str] | None = None,
+        batch_size: int = 256,
+    ) -> LabelFeatures:
+        """One vector per name: the mean over templates of L2-normalised text features, L2-normalised (SPAR, CLIP).
+
+        The result is cached by model, names and templates until the text tower's weights change.
+
+        Args:
+            model: Has `get_text_features` and `config.text_config`, as `SparModel`.
+            labels: A vocabulary; see `Labels.parse`.
+            templates: Prompt templates for this call; None is the processor's own.
+            batch_size: Prompts encoded at once; it bounds the memory.
+
+        Raises:
+            ValueError: Labels or templates are malformed.
+        """
+        labels = Labels.parse(labels)
+        templates = check_templates(templates or self.templates or IMAGENET_TEMPLATES)
+        weights = [weight for name, weight in model.named_parameters() if name.startswith("text")]
+        # A weight's version counts its changes in place: training the text tower or loading weights empties the cache.
+        state = tuple((w.device, w.dtype, w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights)
+        key = (labels.names, templates, self.text_padding, self.max_length, self.lowercase, state)
+        cached = self._text_features.setdefault(model, OrderedDict())
+        if key not in cached:
+            cached[key] = self._encode_names(model, labels.names, templates, batch_size)
+            if len(cached) > CACHED_VOCABULARIES:
+                cached.popitem(last=False)
+        cached.move_to_end(key)
+        return LabelFeatures(labels, cached[key])
+
+    def post_process_semantic_segmentation(
+        self,
+        outputs: Any,
+        target_sizes: Sequence[tuple[int, int]] | Tensor | None = None,
+        label_features: LabelFeatures | Tensor | None = None,
+        logit_scale: float = 40.0,
+        background_threshold: float | None = None,
+        background_class: int = 0,
+        area_threshold: float | None = None,
+    ) -> list[Tensor]:
+        """Label maps from patch features; see `segmentation_spar.label_map` for the formula.
+
+        Args:
+            outputs: A dense encoder's: `patch_embeds` (B, h, w, D), `image_hw`, `extent_hw`.
+            target_sizes: Height and width of each label map, such as the `original_sizes` of the processor's output;
+                None is the size of the pixels that the encoder saw.
+            label_features: From `encode_labels`; or text features (K, D), each its own class; None is
+                `outputs.text_embeds`.
+            logit_scale: Factor on the cosine before the soft-max; it matters to thresholds only.
+            background_threshold: Pixels whose best probability is below it become `background_class`.
+            background_class: Class id of the background; may lie outside the vocabulary.
+            area_threshold: Foreground classes with at most this share of the foreground pixels are struck out.
+
+        Returns:
+            One label map (H, W) of class ids, int32, per image.
+
+        Raises:
+            ValueError: Sizes that don't fit the batch, a threshold or scale out of range, features that hold NaN.
+        """
+        patch_embeds = outputs.patch_embeds
+        text_embeds, class_ids = self._text_side(outputs, label_features, patch_embeds.device)
+        sizes_hw = _sizes_hw(outputs, target_sizes)
+        for name, threshold in (("background_threshold", background_threshold), ("area_threshold", area_threshold)):
+            if threshold is not None and not 0 <= threshold <= 1:
+                raise ValueError(f"{name} is {threshold}; it must be from 0 to 1, or None for no threshold.")
+        if not logit_scale > 0:
+            raise ValueError(f"logit_scale is {logit_scale}; it must be above 0.")
+        if patch_embeds.shape[-1] != text_embeds.shape[-1]:
+            raise ValueError(
+                f"patch features have {patch_embeds.shape[-1]} numbers and text features {text_embeds.shape[-1]}; "
+                "they must come from the same model."
+            )
+        if not (torch.isfinite(patch_embeds).all() and torch.isfinite(text_embeds).all()):
+            raise ValueError("the features hold NaN or infinite numbers; run the model in fp32 or bf16, not in fp16.")
+        covered_hw = (1.0, 1.0)
+        if outputs.extent_hw is not None:
+            covered_hw = tuple(
+                image / extent for image, extent in zip(outputs.image_hw, outputs.extent_hw, strict=True)
+            )
+        return [
+            label_map(
+                patches,
+                text_embeds,
+                class_ids,
+                size_hw,
+                covered_hw,
+                logit_scale,
+                background_threshold,
+                background_class,
+                area_threshold,
+            )
+            for patches, size_hw in zip(patch_embeds, sizes_hw, strict=True)
+        ]
+
+    def _encode_names(self, model: Any, names: Sequence[str], templates: Sequence[str], batch_size: int) -> Tensor:
+        """(K, D): prompts go through the text tower in batches, and each adds to the row of its name."""
+        limit = min(self._token_limit(), model.config.text_config.max_position_embeddings)
+        self._warn_of_cut_labels(names, max(templates, key=len), limit)
+        device = next(model.parameters()).device
+        sums = torch.empty(0)
+        num_prompts = len(names) * len(templates)
+        starts = range(0, num_prompts, batch_size)
+        # A prompt's number = name * len(templates) + template; prompts are written when their turn comes.
+        for start in logging.tqdm(starts, desc="Encoding labels", disable=len(starts) <= QUIET_BATCHES, leave=False):
+            numbers = torch.arange(start, min(start + batch_size, num_prompts))
+            name_of = numbers // len(templates)
+            prompts = [
+                fill_template(templates[number % len(templates)], names[number // len(templates)])
+                for number in numbers.tolist()
+            ]
+            tokens = self._tokenize(prompts, max_length=limit).to(device)
+            embeds = F.normalize(model.get_text_features(**tokens).pooler_output.float(), dim=-1)
+            if start == 0:
+                sums = embeds.new_zeros(len(names), embeds.shape[-1])
+            sums.index_add_(0, name_of.to(device), embeds)
+        return F.normalize(sums, dim=-1)
+
+    def _tokenize(self, text: str | Sequence[str], **kwargs: Any) -> Any:
+        texts = [text] if isinstance(text, str) else list(text)
+        defaults = {
+            "padding": self.text_padding,
+            "truncation": True,
+            "max_length": self._token_limit(),
+            "return_tensors": "pt",
+        }
+        return self.tokenizer([t.lower() for t in texts] if self.lowercase else texts, **{**defaults, **kwargs})
+
+    def _token_limit(self) -> int:
+        # transformers writes 1e30 where a tokenizer has no limit.
+        return min(self.tokenizer.model_max_length, 10**5) if self.max_length is None else self.max_length
+
+    def _warn_of_cut_labels(self, names: Sequence[str], template: str, limit: int) -> None:
+        """Says which prompts are longer than the text tower reads, and what of them is lost."""
+        room = limit - self.tokenizer.num_special_tokens_to_add()
+        prompts = [fill_template(template, name) for name in names]
+        ids = self.tokenizer(prompts, add_special_tokens=False, verbose=False)["input_ids"]
+        too_long = [index for index, tokens in enumerate(ids) if len(tokens) > room]
+        for index in too_long[:3]:
+            lost = self.tokenizer.decode(ids[index][room:])
+            logger.warning(
+                f"label '{_short(names[index])}' is {len(ids[index])} tokens long in its prompt and the text tower "
+                f"reads {room}; cut off: '{_short(lost)}'."
+            )
+        if len(too_long) > 3:
+            logger.warning(f"{len(too_long) - 3} more labels are too long and were cut off.")
+
+    def _text_side(
+        self, outputs: Any, label_features: LabelFeatures | Tensor | None, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """Text features (K, D) and the class of each (K)."""
+        if isinstance(label_features, LabelFeatures):
+            return label_features.text_embeds.to(device), label_features.class_ids.to(device)
+        text_embeds = getattr(outputs, "text_embeds", None) if label_features is None else label_features
+        if text_embeds is None:
+            raise ValueError("there are no text features; pass label_features, which encode_labels makes.")
+        return text_embeds.to(device), torch.arange(len(text_embeds), device=device)
+
+
+def _sizes_hw(outputs: Any, target_sizes: Sequence[tuple[int, int]] | Tensor | None) -> list[tuple[int, int]]:
+    batch = len(outputs.patch_embeds)
+    if target_sizes is None:
+        if outputs.image_hw is None:
+            raise ValueError(
+                "the encoder doesn't say its image's size; pass target_sizes, one (height, width) an image."
+            )
+        return [tuple(outputs.image_hw)] * batch
+    sizes = target_sizes.tolist() if isinstance(target_sizes, Tensor) else list(target_sizes)
+    if len(sizes) != batch or any(len(size) != 2 or min(size) < 1 for size in sizes):
+        raise ValueError(
+            f"target_sizes is {sizes}; one (height, width) of at least one pixel is needed for each of {batch} images."
+        )
+    return [(int(height), int(width)) for height, width in sizes]
+
+
+def _short(text: str, length: int = 60) -> str:
+    return text if len(text) <= length else text[: length - 3] + "..."

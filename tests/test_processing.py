@@ -1,0 +1,345 @@
+"""Labels, prompts and SparProcessor: parsing, text features computed once, tokenizer rules, saving."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import logging
+import pickle
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from spar_hf.image_processing_spar import SparImageProcessor
+from spar_hf.modeling_spar import SparModel
+from spar_hf.processing_spar import LabelFeatures, Labels, SparProcessor
+from spar_hf.prompts_spar import IMAGENET_TEMPLATES, check_templates, fill_template
+
+TEMPLATES = ("a photo of a {}.", "a bad drawing of the {}.", "itap of my {}.")
+
+
+@pytest.fixture
+def model(make_spar: Callable[..., SparModel]) -> SparModel:
+    return make_spar(num_hidden_layers=2)
+
+
+@pytest.fixture
+def processor(clip_tokenizer: Any) -> SparProcessor:
+    """A fresh one, so that its cache is empty."""
+    return SparProcessor(SparImageProcessor(), clip_tokenizer)
+
+
+@pytest.fixture
+def calls(model: SparModel, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """How many prompts each call of the text tower got."""
+    sizes: list[int] = []
+    text_tower = model.get_text_features
+
+    def counted(**tokens: Any) -> Any:
+        sizes.append(len(tokens["input_ids"]))
+        return text_tower(**tokens)
+
+    monkeypatch.setattr(model, "get_text_features", counted)
+    yield sizes
+
+
+# Labels
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        "road; car, automobile; sky",
+        " road ;car ,  automobile;sky ",
+        ["road", "car, automobile", "sky"],
+        ("road", ("car", "automobile"), ["sky"]),
+        [["road"], ["car", "automobile"], ["sky"]],
+    ],
+)
+def test_labels_have_one_meaning_in_every_form(labels: Any) -> None:
+    parsed = Labels.parse(labels)
+    assert parsed == Labels((("road",), ("car", "automobile"), ("sky",)))
+    assert len(parsed) == 3
+    assert parsed.names == ("road", "car", "automobile", "sky")
+    assert parsed.class_ids == (0, 1, 1, 2)
+    assert parsed.titles == ("road", "car", "sky")
+    assert Labels.parse(parsed) is parsed
+
+
+def test_a_name_in_a_list_may_hold_a_comma() -> None:
+    assert Labels.parse([["lamp, floor"], ["sky"]]).names == ("lamp, floor", "sky")
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ("", "there are no labels"),
+        ("   ", "there are no labels"),
+        ([], "there are no labels"),
+        ("road;;sky", "label 2 is empty"),
+        ("road; car,; sky", "label 2 is empty in ' car,'"),
+        (["road", " "], "label 2 is empty"),
+        ([["road"], []], "label 2 is empty"),
+        ("road; car; Road", r"label 'Road' is in two classes, 1 \('road'\) and 3 \('Road'\)"),
+        ("car, automobile; van, automobile", r"label 'automobile' is in two classes, 1 \('car'\) and 2 \('van'\)"),
+        ("car, Car; sky", "label 1 names the same thing twice: car, Car"),
+        (["road", 3], "label 2 is 3; allowed are a string or a list of strings"),
+        (5, "labels are a int; allowed are a string such as"),
+    ],
+)
+def test_wrong_labels_say_why(labels: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Labels.parse(labels)
+
+
+def test_too_many_labels_name_the_limit() -> None:
+    many = [f"name {number}" for number in range(10_001)]
+    with pytest.raises(ValueError, match=r"there are 10001 labels; at most 10000 are allowed.*max_labels"):
+        Labels.parse(many)
+    assert len(Labels.parse(many, max_labels=10_001)) == 10_001
+
+
+def test_commas_between_classes_are_pointed_out(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert len(Labels.parse("road, car, sky")) == 1
+    assert "one class with 3 synonyms (road, car, sky); separate classes with ';'" in caplog.text
+
+
+def test_the_80_templates_are_all_there() -> None:
+    assert len(set(check_templates(IMAGENET_TEMPLATES))) == 80
+    assert fill_template("a photo of a {}.", "{car}") == "a photo of a {car}."
+
+
+@pytest.mark.parametrize("template", ["a photo", "{} and {}", ""])
+def test_a_template_needs_one_place_for_the_name(template: str, processor: SparProcessor, model: SparModel) -> None:
+    with pytest.raises(ValueError, match=r"must hold exactly one '\{\}'"):
+        check_templates(["a {}", template])
+    with pytest.raises(ValueError, match=r"must hold exactly one '\{\}'"):
+        processor.encode_labels(model, "sky", templates=["a {}", template])
+    with pytest.raises(ValueError, match="there are no prompt templates"):
+        check_templates([])
+
+
+# Text features
+
+
+def plain_text_features(model: SparModel, tokenizer: Any, name: str, templates: tuple[str, ...]) -> torch.Tensor:
+    """One name after another, one prompt at a time."""
+    rows = []
+    for template in templates:
+        tokens = tokenizer(template.replace("{}", name), return_tensors="pt")
+        with torch.no_grad():
+            row = model.get_text_features(**tokens).pooler_output[0]
+        rows.append(row / row.norm())
+    mean = torch.stack(rows).mean(0)
+    return mean / mean.norm()
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 5, 1000])
+def test_text_features_are_the_normalised_mean_of_normalised_prompts(
+    processor: SparProcessor, model: SparModel, clip_tokenizer: Any, batch_size: int
+) -> None:
+    features = processor.encode_labels(model, "road; car, automobile; sky", TEMPLATES, batch_size=batch_size)
+    assert isinstance(features, LabelFeatures)
+    assert features.class_ids.tolist() == [0, 1, 1, 2]
+    names = ("road", "car", "automobile", "sky")
+    wanted = torch.stack([plain_text_features(model, clip_tokenizer, name, TEMPLATES) for name in names])
+    torch.testing.assert_close(features.text_embeds, wanted, atol=2e-6, rtol=0)
+    assert not features.text_embeds.requires_grad
+
+
+def test_the_default_is_the_80_templates(processor: SparProcessor, model: SparModel, calls: list[int]) -> None:
+    features = processor.encode_labels(model, "road; sky")
+    assert sum(calls) == 160
+    torch.testing.assert_close(
+        features.text_embeds, processor.encode_labels(model, "road; sky", IMAGENET_TEMPLATES).text_embeds
+    )
+
+
+def test_the_processors_own_templates_come_before_the_80(
+    clip_tokenizer: Any, model: SparModel, calls: list[int]
+) -> None:
+    processor = SparProcessor(SparImageProcessor(), clip_tokenizer, templates=TEMPLATES)
+    processor.encode_labels(model, "road; sky")
+    assert sum(calls) == 6
+
+
+def test_a_vocabulary_is_encoded_once(processor: SparProcessor, model: SparModel, calls: list[int]) -> None:
+    first = processor.encode_labels(model, "road; car, automobile", TEMPLATES)
+    assert sum(calls) == 9
+    again = processor.encode_labels(model, ["road", "car, automobile"], list(TEMPLATES))
+    regrouped = processor.encode_labels(model, "road; car; automobile", TEMPLATES)
+    assert sum(calls) == 9
+    assert again.text_embeds is first.text_embeds is regrouped.text_embeds
+    assert regrouped.class_ids.tolist() == [0, 1, 2]
+
+
+def test_other_words_templates_weights_dtype_or_model_are_encoded_anew(
+    processor: SparProcessor, model: SparModel, calls: list[int]
+) -> None:
+    processor.encode_labels(model, "road; sky", TEMPLATES)
+    processor.encode_labels(model, "sky; road", TEMPLATES)
+    assert sum(calls) == 12
+    processor.encode_labels(model, "road; sky", TEMPLATES[:2])
+    assert sum(calls) == 16
+
+    before = processor.encode_labels(model, "road; sky", TEMPLATES).text_embeds
+    with torch.no_grad():
+        model.text_projection.weight.mul_(torch.linspace(0.5, 2, model.text_projection.weight.shape[0])[:, None])
+    after = processor.encode_labels(model, "road; sky", TEMPLATES).text_embeds
+    assert sum(calls) == 22
+    assert not torch.allclose(before, after, atol=1e-3)
+    with torch.no_grad():
+        model.vision_model.visual_projection.weight.mul_(2)  # the image side does not matter
+    processor.encode_labels(model, "road; sky", TEMPLATES)
+    assert sum(calls) == 22
+
+    model.to(torch.bfloat16)
+    half = processor.encode_labels(model, "road; sky", TEMPLATES).text_embeds
+    assert sum(calls) == 28
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, after, atol=0.05, rtol=0)
+
+
+def test_the_cache_is_bounded_and_keeps_no_model_alive(
+    processor: SparProcessor, make_spar: Callable[..., SparModel]
+) -> None:
+    model = make_spar(num_hidden_layers=2)
+    for number in range(12):
+        processor.encode_labels(model, f"name {number}", TEMPLATES[:1])
+    assert len(processor._text_features[model]) == 8
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None
+    assert len(processor._text_features) == 0
+
+
+def test_a_copied_or_pickled_processor_works_and_starts_empty(processor: SparProcessor, model: SparModel) -> None:
+    wanted = processor.encode_labels(model, "road; sky", TEMPLATES).text_embeds
+    for twin in (copy.deepcopy(processor), pickle.loads(pickle.dumps(processor))):
+        assert len(twin._text_features) == 0
+        torch.testing.assert_close(twin.encode_labels(model, "road; sky", TEMPLATES).text_embeds, wanted)
+
+
+def test_ten_thousand_labels_go_through_in_batches(
+    processor: SparProcessor, model: SparModel, calls: list[int]
+) -> None:
+    many = [f"name {number}" for number in range(10_000)]
+    features = processor.encode_labels(model, many, "{}", batch_size=512)
+    assert features.text_embeds.shape == (10_000, 24)
+    assert max(calls) == 512 and sum(calls) == 10_000
+
+
+def test_a_label_too_long_for_the_text_tower_says_what_is_cut(
+    processor: SparProcessor, model: SparModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        processor.encode_labels(model, ["sky", "car " * 74 + "dog cat"], ["{}"])
+    # 77 tokens less start and end leave 75: the last of 76 words is lost.
+    assert "is 76 tokens long in its prompt and the text tower reads 75; cut off: 'cat" in caplog.text
+    assert len(caplog.records) == 1
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        processor.encode_labels(model, ["sky", "car " * 74 + "dog"], ["{}"])
+        processor.encode_labels(model, [f"{'car ' * 80} {n}" for n in range(5)], ["{}"])
+    assert len(caplog.records) == 4
+    assert "2 more labels are too long" in caplog.text
+
+
+# Tokenizer rules and calls
+
+
+def test_padding_length_and_case_are_fields_of_the_processor(clip_tokenizer: Any) -> None:
+    plain = SparProcessor(SparImageProcessor(), clip_tokenizer)
+    assert plain(text=["sky", "a photo of the sky"])["input_ids"].shape == (2, 7)
+    fixed = SparProcessor(
+        SparImageProcessor(), clip_tokenizer, text_padding="max_length", max_length=16, lowercase=True
+    )
+    ids = fixed(text=["SKY", "a photo of the sky"])["input_ids"]
+    assert ids.shape == (2, 16)
+    assert ids[0].tolist() == fixed(text="sky")["input_ids"][0].tolist()
+    assert fixed(text="sky " * 40)["input_ids"].shape == (1, 16)
+    with pytest.raises(ValueError, match="text_padding is 'left'; allowed are 'longest' and 'max_length'"):
+        SparProcessor(SparImageProcessor(), clip_tokenizer, text_padding="left")
+
+
+def test_a_call_prepares_both_sides_of_the_model(processor: SparProcessor, model: SparModel) -> None:
+    image = np.zeros((40, 56, 3), np.uint8)
+    inputs = processor(images=image, text=["road", "a photo of the sky"], padding=True, do_resize=False)
+    assert inputs["pixel_values"].shape == (1, 3, 40, 56)
+    assert inputs["original_sizes"].tolist() == [[40, 56]]
+    original_sizes = inputs.pop("original_sizes")
+    with torch.no_grad():
+        outputs = model(**inputs)
+    (labels,) = processor.post_process_semantic_segmentation(outputs, original_sizes)
+    cosine = F.normalize(outputs.patch_embeds[0], dim=-1) @ F.normalize(outputs.text_embeds, dim=-1).T
+    assert labels.shape == (40, 56)
+    assert labels[0, 0] == cosine[0, 0].argmax()
+
+
+def test_wrong_calls_say_why(processor: SparProcessor) -> None:
+    with pytest.raises(ValueError, match="nothing to process"):
+        processor()
+    with pytest.raises(ValueError, match="do_resize only have a meaning with images"):
+        processor(text="sky", do_resize=False)
+    with pytest.raises(ValueError, match="does not know do_crop"):
+        processor(images=np.zeros((20, 20, 3), np.uint8), do_crop=True)
+
+
+# Saved and loaded
+
+
+def test_save_and_load(clip_tokenizer: Any, model: SparModel, tmp_path: Path) -> None:
+    processor = SparProcessor(
+        SparImageProcessor(size=None, min_side_px=8), clip_tokenizer, TEMPLATES, "max_length", 20, lowercase=True
+    )
+    wanted = processor.encode_labels(model, "road; Sky").text_embeds
+    processor.save_pretrained(tmp_path)
+    model.config.save_pretrained(tmp_path)
+    loaded = SparProcessor.from_pretrained(tmp_path)
+    assert loaded.templates == list(TEMPLATES)
+    assert (loaded.text_padding, loaded.max_length, loaded.lowercase) == ("max_length", 20, True)
+    assert isinstance(loaded.image_processor, SparImageProcessor)
+    assert loaded.image_processor.to_dict() == processor.image_processor.to_dict()
+    torch.testing.assert_close(loaded.encode_labels(model, "road; Sky").text_embeds, wanted)
+
+
+def test_a_saved_processor_loads_as_remote_code_without_the_package(
+    clip_tokenizer: Any, model: SparModel, tmp_path: Path
+) -> None:
+    clip_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    code = (
+        "import sys\nfrom transformers import AutoTokenizer\n"
+        "from spar_hf.image_processing_spar import SparImageProcessor\n"
+        "from spar_hf.processing_spar import SparProcessor\n"
+        "SparImageProcessor.register_for_auto_class()\nSparProcessor.register_for_auto_class()\n"
+        "tokenizer = AutoTokenizer.from_pretrained(sys.argv[1] + '/tokenizer')\n"
+        "SparProcessor(SparImageProcessor(size=99), tokenizer, ['my {}']).save_pretrained(sys.argv[1] + '/model')\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+    code = (
+        "import sys\nsys.modules['spar_hf'] = None\n"
+        "import numpy\nfrom transformers import AutoImageProcessor, AutoProcessor\n"
+        "processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
+        "batch = processor(images=numpy.zeros((50, 60, 3), 'uint8'), text='sky', size=None)\n"
+        "print(processor.templates, tuple(batch['pixel_values'].shape), tuple(batch['input_ids'].shape))\n"
+        "print(AutoImageProcessor.from_pretrained(sys.argv[1], trust_remote_code=True).size)\n"
+    )
+    environment = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "PATH": ""}
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "model")],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert result.stdout.strip() == "['my {}'] (1, 3, 50, 60) (1, 3)\n{'shortest_edge': 99}", result.stderr
