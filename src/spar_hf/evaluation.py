@@ -140,7 +140,7 @@ def evaluate(
     count = len(benchmark) if limit is None else min(limit, len(benchmark))
     state = State(SegmentationCounts(len(benchmark.labels), ignore_index=IGNORED))
     if state_path is not None:
-        fingerprint = _fingerprint(encoder, model, benchmark, protocol, count)
+        fingerprint = _fingerprint(encoder, model, processor, benchmark, protocol, count)
         state.resume(Path(state_path), fingerprint)
 
     device = encoder.device
@@ -258,13 +258,19 @@ class State:
 
 
 def _fingerprint(
-    encoder: DenseEncoder, model: nn.Module, benchmark: BenchmarkData, protocol: Protocol, count: int
+    encoder: DenseEncoder,
+    model: nn.Module,
+    processor: Any,
+    benchmark: BenchmarkData,
+    protocol: Protocol,
+    count: int,
 ) -> dict[str, str]:
     """What decides the scores, by name, so that a refused state can say what changed."""
     return {
         # A module's repr holds its structure and, for a window, its side and stride.
         "encoder": _digest([repr(encoder).encode(), encoder.config.to_json_string().encode()]),
         "weights": _digest(_weights(part for part in (encoder, model) if isinstance(part, nn.Module))),
+        "processor": _digest([processor.to_json_string().encode()]),
         "benchmark": json.dumps(
             [benchmark.name, benchmark.variant, _digest([json.dumps(benchmark.labels.classes).encode()])]
         ),

@@ -25,7 +25,7 @@ IGNORED = -1  # the class id of a pixel that is not scored
 _UNKNOWN = -2
 _VOCABULARIES = Path(__file__).parent / "vocabularies"
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF")  # not EPS, which Pillow hands to Ghostscript to run
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")  # not EPS, which Pillow hands to Ghostscript to run
 
 LabelTable = Mapping[int, int]  # stored value -> class id or IGNORED
 
