@@ -1,0 +1,159 @@
+"""The teacher: any dense encoder, by default the student's own starting weights in a sliding window."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
+
+from ..checkpoints import load, resolve
+from ..dense_spar import Recipe
+from ..modeling_spar import SparVisionModel, run_recipe
+from ..sliding_window import SlidingWindow
+from .cache import FeatureStore, weights_hash
+from .sources import BadImage
+from .views import Views
+
+DenseEncoder = SparVisionModel | SlidingWindow  # what the flags can ask for
+VISION_ONLY = ("clip_vision_model", "spar_vision")
+
+
+def normalise(pixels: torch.Tensor, config: Any) -> torch.Tensor:
+    """(B, H, W, 3) uint8 -> (B, 3, H, W) float with the configuration's mean and std."""
+    mean, std = (torch.tensor(v, device=pixels.device).view(1, 3, 1, 1) for v in (config.image_mean, config.image_std))
+    return (pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std
+
+
+def load_tower(name: str, **overrides: Any) -> tuple[PreTrainedModel, SparVisionModel, ProcessorMixin | None]:
+    """A checkpoint, its vision tower, and its processor; a vision tower alone is its own and has no processor.
+
+    Args:
+        name: `tiny`, a folder or a Hub id.
+        overrides: fields of the vision configuration, or arguments of `from_pretrained`.
+    """
+    path = resolve(name)
+    if PreTrainedConfig.get_config_dict(path)[0].get("model_type") in VISION_ONLY:
+        vision = SparVisionModel.from_pretrained(path, **overrides).eval()
+        return vision, vision, None
+    model, processor = load(name, **overrides)
+    return model, model.vision_model, processor
+
+
+def build_teacher(args: argparse.Namespace) -> tuple[DenseEncoder, dict[str, Any]]:
+    """The dense encoder that the flags ask for, without gradients, and what its features depend on."""
+    name = args.teacher_model or args.student
+    overrides = {} if args.teacher_method is None else {"method": args.teacher_method}
+    dtype = getattr(torch, args.teacher_dtype)
+    _, vision, _ = load_tower(name, dtype=dtype, **overrides)
+    vision.requires_grad_(False)
+    config = vision.config
+    described = {
+        "model": str(name),
+        "weights": weights_hash(vision),
+        "revision": getattr(config, "_commit_hash", None),
+        "method": config.method,
+        "recipe": recipe_of(vision).to_dict(),
+        "position_interpolation": config.position_interpolation,
+        "size_rule": config.size_rule,
+        "dtype": args.teacher_dtype,
+        "window_px": None,
+        "stride_px": None,
+    }
+    if args.window_px == 0:
+        return vision, described
+    teacher = SlidingWindow(vision, args.window_px or config.window_px, args.stride_px, args.window_batch)
+    return teacher, {**described, "window_px": teacher.window_px, "stride_px": args.stride_px}
+
+
+@torch.no_grad()
+def teacher_features(teacher: DenseEncoder, pixels: torch.Tensor) -> torch.Tensor:
+    """(B, H, W, 3) uint8 -> (B, h, w, D)."""
+    return teacher(normalise(pixels, teacher.config).to(teacher.dtype)).patch_embeds
+
+
+def mean_feature(
+    teacher: DenseEncoder | None, store: FeatureStore | None, views: Views
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The direction that all features share, over up to 64 views, from the store or the teacher.
+
+    Returns:
+        Mean feature (D,) and the root mean square of the features' lengths.
+    """
+    vectors, squares = [], []
+    numbers = list(views.of_epoch(0)) if store is None else sorted(store.index)
+    for number in numbers[:: -(-len(numbers) // 64)]:
+        if store is not None:
+            features = store.read(number, "features").float()
+        elif teacher is not None:
+            try:
+                pixels = torch.from_numpy(views.pixels(number)).to(teacher.device)
+            except BadImage:
+                continue  # training will report it
+            features = teacher_features(teacher, pixels[None])[0].float().cpu()
+        vectors.append(features.mean(dim=(0, 1)))
+        squares.append(features.square().sum(-1).mean())
+    return torch.stack(vectors).mean(0), torch.stack(squares).mean().sqrt()
+
+
+def num_windows(teacher: DenseEncoder, size_hw: tuple[int, int]) -> float:
+    """What an image costs the teacher: in windows, or in patches when it runs in one pass."""
+    if isinstance(teacher, SlidingWindow):
+        return teacher.num_windows(*size_hw)
+    return size_hw[0] * size_hw[1] / teacher.config.patch_size**2
+
+
+class Student(nn.Module):
+    """The network that learns: on pixels, or on the stored input of its first trained block.
+
+    Args:
+        vision: the vision tower.
+        first_block: 0-based block that stored inputs belong to.
+    """
+
+    def __init__(self, vision: SparVisionModel, first_block: int = 0):
+        super().__init__()
+        self.vision = vision
+        self.first_block = first_block
+
+    def forward(self, inputs: torch.Tensor, grid_hw: tuple[int, int] | None = None) -> torch.Tensor:
+        """Patch features (B, h, w, D).
+
+        Args:
+            inputs: pixels (B, H, W, 3) uint8; or with `grid_hw` the tokens (B, 1 + h * w, C) that enter `first_block`.
+            grid_hw: rows and columns of patches.
+        """
+        vision = self.vision
+        if grid_hw is None:
+            return vision(normalise(inputs, vision.config)).patch_embeds
+        layers, tokens = vision.encoder.layers[self.first_block :], inputs.to(vision.dtype)
+        tokens, _, _ = run_recipe(layers, tokens, recipe_of(vision), grid_hw)
+        return vision.visual_projection(vision.post_layernorm(tokens[:, 1:])).unflatten(1, grid_hw)
+
+    @torch.no_grad()
+    def trunk(self, pixels: torch.Tensor) -> torch.Tensor:
+        """The tokens (B, 1 + h * w, C) that enter `first_block`."""
+        vision = self.vision
+        return vision(normalise(pixels, vision.config), output_hidden_states=True).hidden_states[self.first_block]
+
+
+def recipe_of(vision: SparVisionModel) -> Recipe:
+    return Recipe(**cast(dict, vision.config.recipe))
+
+
+def check_trunk(vision: SparVisionModel, num_blocks: int) -> int:
+    """0-based index of the first of the last `num_blocks` blocks, if the network can be run from there alone.
+
+    Raises:
+        ValueError: it cannot: no such block, or the last block looks at blocks before it.
+    """
+    total, recipe = len(vision.encoder.layers), recipe_of(vision)
+    if not 1 <= num_blocks <= total:
+        raise ValueError(f"the trunk ends {num_blocks} blocks before the end; this network has {total} blocks.")
+    if recipe.blocks > num_blocks or any(term.block != 12 for term in recipe.terms):
+        raise ValueError(
+            f"method {vision.config.method!r} looks at blocks before the last {num_blocks}; cache without the trunk."
+        )
+    return total - num_blocks
