@@ -1,12 +1,61 @@
 """Open-vocabulary segmentation in one forward pass, on the Hugging Face stack.
 
-Importing the package registers its models, processors and the pipeline task with transformers' Auto classes.
+Importing the package registers its models, processors and the pipeline task with transformers' Auto classes, and makes
+whatever it saves carry the `*_spar.py` files, so that saved models load without the package as well.
 """
 
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForZeroShotImageClassification,
+    AutoProcessor,
+)
+
+from .checkpoints import load
 from .configuration_spar import SparConfig, SparVisionConfig
+from .image_processing_spar import InvalidImageError, SparImageProcessor
 from .methods_spar import METHODS, Method
 from .modeling_spar import SparModel, SparOutput, SparVisionModel, SparVisionOutput
-from .sliding_window import SlidingWindow
-
+from .pipeline_spar import OpenVocabularySegmentationPipeline, register_pipeline
+from .processing_spar import LabelFeatures, Labels, SparProcessor
+from .sliding_window import DenseEncoder, SlidingWindow
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "METHODS",
+    "DenseEncoder",
+    "InvalidImageError",
+    "LabelFeatures",
+    "Labels",
+    "Method",
+    "OpenVocabularySegmentationPipeline",
+    "SlidingWindow",
+    "SparConfig",
+    "SparImageProcessor",
+    "SparModel",
+    "SparOutput",
+    "SparProcessor",
+    "SparVisionConfig",
+    "SparVisionModel",
+    "SparVisionOutput",
+    "load",
+]
+
+for _config, _model in ((SparConfig, SparModel), (SparVisionConfig, SparVisionModel)):
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+    AutoModel.register(_config, _model, exist_ok=True)
+    # Both keys: without the second, transformers warns of a fallback wherever torchvision is installed.
+    AutoImageProcessor.register(
+        _config,
+        image_processor_classes={"pil": SparImageProcessor, "torchvision": SparImageProcessor},
+        exist_ok=True,
+    )
+    _config.register_for_auto_class()
+    _model.register_for_auto_class("AutoModel")
+AutoModelForZeroShotImageClassification.register(SparConfig, SparModel, exist_ok=True)
+AutoProcessor.register(SparConfig, SparProcessor, exist_ok=True)
+SparImageProcessor.register_for_auto_class()
+SparProcessor.register_for_auto_class()
+register_pipeline()
