@@ -6,96 +6,29 @@ what it is. The details are vector shapes like the silhouette: they grow with it
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 
-# What a polygon is made of. BODY takes the thing's colour and pattern, SHADE and TINT are darker and lighter tones of
-# the same colour, and the others have a colour of their own.
-BODY, SHADE, TINT, INK, WHITE, GLASS, GOLD, WOOD, METAL, LEAF, FLAME = range(11)
-MATERIAL_RGB = {
-    INK: (28, 26, 32),
-    WHITE: (246, 244, 238),
-    GLASS: (176, 226, 240),
-    GOLD: (250, 206, 60),
-    WOOD: (122, 78, 42),
-    METAL: (158, 162, 170),
-    LEAF: (58, 140, 52),
-    FLAME: (246, 118, 30),
-}
-CONTOUR_WIDTH = 0.06  # width of the ink line around a thing, in units of half its side
-
-
-class Part(NamedTuple):
-    """One polygon: the material and its corners, shape (corners, 2) as (x, y)."""
-
-    material: int
-    points: np.ndarray
-
-
-def polygon(material: int, *corners: tuple[float, float]) -> Part:
-    return Part(material, np.array(corners, dtype=np.float64))
-
-
-def box(material: int, left: float, top: float, right: float, bottom: float) -> Part:
-    return polygon(material, (left, top), (right, top), (right, bottom), (left, bottom))
-
-
-def ellipse(
-    material: int, x: float, y: float, rx: float, ry: float, start: float = 0, stop: float = 360, tilt: float = 0
-) -> Part:
-    """An ellipse, or the part of it between two angles (degrees, clockwise from the right), closed by a chord."""
-    angle = np.radians(np.linspace(start, stop, 33 if stop - start >= 180 else 17))
-    px, py = rx * np.cos(angle), ry * np.sin(angle)
-    cos, sin = np.cos(np.radians(tilt)), np.sin(np.radians(tilt))
-    return Part(material, np.stack([x + cos * px - sin * py, y + sin * px + cos * py], axis=1))
-
-
-def arc(material: int, x: float, y: float, radius: float, width: float, start: float, stop: float) -> Part:
-    """A band of constant width along a circle; a whole ring from 0 to 360 degrees."""
-    angle = np.radians(np.linspace(start, stop, 25))
-    rim = np.stack([np.cos(angle), np.sin(angle)], axis=1)
-    points = np.concatenate([rim * (radius + width / 2), rim[::-1] * (radius - width / 2)])
-    return Part(material, points + (x, y))
-
-
-def line(material: int, width: float, *corners: tuple[float, float]) -> list[Part]:
-    """A line of a given width through the corners, one quadrilateral a stretch."""
-    parts = []
-    for begin, end in zip(corners[:-1], corners[1:], strict=True):
-        a, b = np.array(begin), np.array(end)
-        along = (b - a) / np.linalg.norm(b - a)
-        side = np.array([-along[1], along[0]]) * width / 2
-        # Half a width longer at both ends, so that stretches meet without a notch.
-        a, b = a - along * width / 2, b + along * width / 2
-        parts.append(Part(material, np.stack([a + side, b + side, b - side, a - side])))
-    return parts
-
-
-def _grown(points: np.ndarray, width: float) -> np.ndarray:
-    """Moves every corner of a polygon outwards by `width`, along the bisector of its two sides."""
-    sides = np.roll(points, -1, axis=0) - points
-    points = points[np.linalg.norm(sides, axis=1) > 1e-9]
-    sides = np.roll(points, -1, axis=0) - points
-    sides /= np.linalg.norm(sides, axis=1, keepdims=True)
-    x, y = points.T
-    clockwise = np.sum(x * np.roll(y, -1) - np.roll(x, -1) * y) > 0  # y points down
-    normals = np.stack([sides[:, 1], -sides[:, 0]], axis=1) * (1 if clockwise else -1)
-    bisectors = normals + np.roll(normals, 1, axis=0)
-    # The mitre of a sharp corner is cut at 2.5 widths.
-    bisectors *= np.minimum(2 / np.maximum((bisectors**2).sum(1), 1e-6), 2.5)[:, None]
-    return points + width * bisectors
-
-
-def _with_contour(parts: list[Part]) -> tuple[Part, ...]:
-    """Puts an ink copy of each large part, slightly grown, under the whole thing: only its outer rim stays visible."""
-    large = [part for part in parts if np.ptp(part.points, axis=0).max() > 0.3]
-    return tuple([Part(INK, _grown(part.points, CONTOUR_WIDTH)) for part in large] + parts)
-
-
-def _circle(radius: float, count: int, phase_deg: float = 0, x: float = 0, y: float = 0) -> list[tuple[float, float]]:
-    angle = np.radians(np.arange(count) * 360 / count + phase_deg)
-    return [(x + radius * float(np.cos(a)), y + radius * float(np.sin(a))) for a in angle]
+from .picture_book_shapes import (
+    BODY,
+    FLAME,
+    GLASS,
+    GOLD,
+    INK,
+    LEAF,
+    METAL,
+    SHADE,
+    TINT,
+    WHITE,
+    WOOD,
+    Part,
+    arc,
+    box,
+    circle,
+    ellipse,
+    line,
+    polygon,
+    with_contour,
+)
 
 
 def _house() -> list[Part]:
@@ -189,7 +122,7 @@ def _fish() -> list[Part]:
 
 
 def _flower() -> list[Part]:
-    petals = _circle(0.44, 6, 30, y=-0.3)
+    petals = circle(0.44, 6, 30, y=-0.3)
     return [
         *line(LEAF, 0.1, (0.0, 0.1), (0.0, 0.95)),
         ellipse(LEAF, -0.28, 0.6, 0.3, 0.13, tilt=30),
@@ -198,15 +131,15 @@ def _flower() -> list[Part]:
         *[
             part
             for k in range(6)
-            for part in line(SHADE, 0.04, _circle(0.28, 6, 30, y=-0.3)[k], _circle(0.58, 6, 30, y=-0.3)[k])
+            for part in line(SHADE, 0.04, circle(0.28, 6, 30, y=-0.3)[k], circle(0.58, 6, 30, y=-0.3)[k])
         ],
         ellipse(GOLD, 0.0, -0.3, 0.24, 0.24),
-        *[ellipse(WOOD, x, y, 0.04, 0.04) for x, y in _circle(0.13, 6, y=-0.3)],
+        *[ellipse(WOOD, x, y, 0.04, 0.04) for x, y in circle(0.13, 6, y=-0.3)],
     ]
 
 
 def _star() -> list[Part]:
-    tips, notches = _circle(0.98, 5, -90), _circle(0.44, 5, -54)
+    tips, notches = circle(0.98, 5, -90), circle(0.44, 5, -54)
     outline = [corner for pair in zip(tips, notches, strict=True) for corner in pair]
     return [
         polygon(BODY, *outline),
@@ -308,7 +241,8 @@ def _apple() -> list[Part]:
         ellipse(WHITE, -0.42, -0.08, 0.1, 0.2, tilt=25),
         arc(SHADE, 0, 0.15, 0.58, 0.1, 10, 100),
         ellipse(SHADE, 0.0, -0.38, 0.24, 0.08),
-        *[ellipse(GOLD, x, y, 0.035, 0.05) for x, y in ((0.0, 0.2), (0.22, 0.0), (-0.18, 0.44), (0.14, 0.52), (0.4, 0.24))],
+        *[ellipse(GOLD, x, y, 0.035, 0.05)
+          for x, y in ((0.0, 0.2), (0.22, 0.0), (-0.18, 0.44), (0.14, 0.52), (0.4, 0.24))],
     ]  # fmt: skip
 
 
@@ -350,7 +284,7 @@ def _bird() -> list[Part]:
 
 
 def _clock() -> list[Part]:
-    ticks, inner = _circle(0.54, 12, y=0.08), _circle(0.44, 12, y=0.08)
+    ticks, inner = circle(0.54, 12, y=0.08), circle(0.44, 12, y=0.08)
     return [
         ellipse(SHADE, -0.52, -0.66, 0.3, 0.22, tilt=-40),
         ellipse(SHADE, 0.52, -0.66, 0.3, 0.22, tilt=40),
@@ -436,7 +370,8 @@ def _cake() -> list[Part]:
 def _crown() -> list[Part]:
     jewels = [(-0.5, GLASS), (0.0, FLAME), (0.5, GLASS)]
     return [
-        polygon(BODY, (-0.8, 0.75), (-0.95, -0.45), (-0.45, 0.05), (0, -0.72), (0.45, 0.05), (0.95, -0.45), (0.8, 0.75)),
+        polygon(BODY, (-0.8, 0.75), (-0.95, -0.45), (-0.45, 0.05), (0, -0.72), (0.45, 0.05), (0.95, -0.45),
+                (0.8, 0.75)),
         *[ellipse(GOLD, x, y, 0.12, 0.12) for x, y in ((-0.93, -0.52), (0, -0.78), (0.93, -0.52))],
         polygon(SHADE, (-0.82, 0.4), (0.82, 0.4), (0.8, 0.75), (-0.8, 0.75)),
         *line(GOLD, 0.06, (-0.8, 0.4), (0.8, 0.4)),
@@ -467,8 +402,8 @@ def _snail() -> list[Part]:
 
 
 def _turtle() -> list[Part]:
-    hexagon = _circle(0.24, 6, 0, y=0.0)
-    rim = _circle(0.58, 6, 0, y=0.0)
+    hexagon = circle(0.24, 6, 0, y=0.0)
+    rim = circle(0.58, 6, 0, y=0.0)
     return [
         *[ellipse(LEAF, x * 0.56, y * 0.5, 0.26, 0.17, tilt=t)
           for x, y, t in ((-1, -1, 45), (1, -1, -45), (-1, 1, -45), (1, 1, 45))],
@@ -505,7 +440,7 @@ def _robot() -> list[Part]:
 
 # The first name of a class is the one that captions of the test scenes use; all are valid labels.
 THINGS: dict[tuple[str, ...], tuple[Part, ...]] = {
-    names: _with_contour(draw())
+    names: with_contour(draw())
     for names, draw in (
         (("house", "home", "cottage"), _house),
         (("tree", "oak tree", "leafy tree"), _tree),
