@@ -83,7 +83,7 @@ def measure(
         data,
         limit=limit,
         state_path=None if state is None else state / f"{what}.safetensors",
-        command=shlex.join(sys.argv),
+        command=shlex.join(["python", *sys.argv]),
     )
 
 
@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
                 result = measure(row, scale, args.limit, args.state, args.device, args.batch)
                 entries.append({**vars(row), "scale": scale, **json.loads(result.to_json())})
                 document = {
-                    "command": shlex.join(sys.argv),
+                    "command": shlex.join(["python", *sys.argv]),
                     "machine": {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
                     "versions": {module.__name__: module.__version__ for module in (spar_hf, torch, transformers)},
                     "results": entries,
