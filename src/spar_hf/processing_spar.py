@@ -284,12 +284,13 @@ def _sizes_hw(outputs: Any, target_sizes: Sequence[tuple[int, int]] | Tensor | N
                 "the encoder doesn't say its image's size; pass target_sizes, one (height, width) an image."
             )
         return [tuple(outputs.image_hw)] * batch
-    sizes = target_sizes.tolist() if isinstance(target_sizes, Tensor) else list(target_sizes)
-    if len(sizes) != batch or any(len(size) != 2 or min(size) < 1 for size in sizes):
+    sizes = torch.as_tensor(target_sizes)
+    if sizes.shape != (batch, 2) or bool((sizes < 1).any()):
         raise ValueError(
-            f"target_sizes is {sizes}; one (height, width) of at least one pixel is needed for each of {batch} images."
+            f"target_sizes is {sizes.tolist()}; one (height, width) of at least one pixel is needed for each of "
+            f"{batch} images."
         )
-    return [(int(height), int(width)) for height, width in sizes]
+    return [(int(height), int(width)) for height, width in sizes.tolist()]
 
 
 def _short(text: str, length: int = 60) -> str:
