@@ -3,6 +3,7 @@
     python training/pretrain_tiny.py --output tiny                      # 70 minutes on two CPU cores
     python training/pretrain_tiny.py --output tiny --resume             # goes on after an interruption
     python training/pretrain_tiny.py --output tiny --steps 2700 --device cuda
+    python training/pretrain_tiny.py --output tiny --evaluate_only      # writes native_evaluation.json again
 
 One process draws views of training scenes (the whole scene, or a close-up of down to a sixth of its side, always
 128 x 128 px) into a pool; the other trains on batches from the pool. Three losses share one temperature:
@@ -297,6 +298,15 @@ def make_optimizers(model: CLIPModel, weight_decay: float) -> list[torch.optim.O
     return [muon, torch.optim.AdamW(groups, betas=(0.9, 0.98))]
 
 
+def write_evaluation(folder: Path, counts: dict, model: CLIPModel, tokenizer: CLIPTokenizer, scenes: int) -> None:
+    """Measures the weights on the test split and writes `native_evaluation.json` beside them."""
+    result = {**counts, **evaluate(model, tokenizer, "test", scenes)}
+    draft = folder / "native_evaluation.tmp"
+    draft.write_text(json.dumps(result, indent=1) + "\n")
+    os.replace(draft, folder / "native_evaluation.json")
+    log.info("test: mIoU %.1f, of things %.1f", result["miou"], result["miou_things"])
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--output", type=Path, required=True, help="folder for the weights, the log and the state")
@@ -304,6 +314,7 @@ def parse_arguments() -> argparse.Namespace:
     budget.add_argument("--minutes", type=float, default=70, help="time budget; the learning rate ends with it")
     budget.add_argument("--steps", type=int, help="budget in steps instead")
     parser.add_argument("--resume", action="store_true", help="go on from the state in --output")
+    parser.add_argument("--evaluate_only", action="store_true", help="measure the weights in --output and stop")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--learning_rate", type=float, default=1.5e-3)
     parser.add_argument("--weight_decay", type=float, default=0.05)
@@ -322,6 +333,10 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     handlers = [logging.StreamHandler(sys.stdout), logging.FileHandler(args.output / "train.log")]
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", handlers=handlers)
+    if args.evaluate_only:
+        model, tokenizer = CLIPModel.from_pretrained(args.output), CLIPTokenizer.from_pretrained(args.output)
+        write_evaluation(args.output, {}, model.to(args.device).eval(), tokenizer, args.test_scenes)
+        return
     state_file = args.output / "state.safetensors"
     counts = {"step": 0, "views_seen": 0, "views_drawn": 0, "elapsed_s": 0.0}
     if args.resume:
@@ -392,11 +407,7 @@ def main() -> None:
             log.info("validation: mIoU %.1f, of things %.1f", result["miou"], result["miou_things"])
 
     save(args.output, average, tokenizer)
-    result = {**counts, **evaluate(average, tokenizer, "test", args.test_scenes)}
-    draft = args.output / "native_evaluation.tmp"
-    draft.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(draft, args.output / "native_evaluation.json")
-    log.info("test: mIoU %.1f, of things %.1f", result["miou"], result["miou_things"])
+    write_evaluation(args.output, counts, average, tokenizer, args.test_scenes)
 
 
 if __name__ == "__main__":
