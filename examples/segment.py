@@ -1,0 +1,21 @@
+"""Segments a picture by words, in five lines. Prints the classes with their share of the picture.
+
+python examples/segment.py [IMAGE]
+"""
+
+import sys
+from pathlib import Path
+
+from transformers import pipeline
+
+import spar_hf
+
+PICTURE = Path(spar_hf.__file__).parent / "assets" / "pictures" / "demo.png"
+
+model, processor = spar_hf.load("tiny")
+segment = pipeline("open-vocabulary-segmentation", model=model, processor=processor)
+result = segment(
+    sys.argv[1] if len(sys.argv) > 1 else str(PICTURE), candidate_labels="house; tree; car; sky; grass; sea"
+)
+for found in result["segments"]:
+    print(f"{found['label']:>8} {found['share']:.0%}")
