@@ -20,6 +20,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -64,13 +65,18 @@ class Row:
         return cls(name.strip(), checkpoint, None if stride is None else int(stride), values.get("method"))
 
 
+@cache
+def load(checkpoint: str, method: str | None, device: str) -> tuple[spar_hf.SparModel, spar_hf.SparProcessor]:
+    """Once for all rows and scales, so that the processor encodes the vocabulary once."""
+    model, processor = spar_hf.load(checkpoint, **({} if method is None else {"method": method}))
+    return model.to(device), processor
+
+
 def measure(
     row: Row, scale: float, limit: int | None, state: Path | None, device: str, batch: int
 ) -> EvaluationResult:
     """Evaluates one row at one scale."""
-    overrides = {} if row.method is None else {"method": row.method}
-    model, processor = spar_hf.load(row.checkpoint, **overrides)
-    model.to(device)
+    model, processor = load(row.checkpoint, row.method, device)
     encoder: DenseEncoder = model.vision_model
     if row.stride_px is not None:
         encoder = SlidingWindow(encoder, stride_px=row.stride_px, batch_size=batch)
