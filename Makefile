@@ -13,7 +13,7 @@ help:  ## list the targets
 
 demo: $(VENV)/.spar-demo  ## install, then segment a shipped picture with the shipped checkpoint
 	$(BIN)/spar segment src/spar_hf/assets/pictures/demo.png \
-		--labels "house; tree; car; boat; sky; grass; sea; sand" --output demo-output
+		--labels "cake; car, automobile; tree; apple; star; sea; sky; sand" --output demo-output
 
 test: $(VENV)/.spar-dev  ## install, then run the tests (PYTEST_ARGS adds options)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)

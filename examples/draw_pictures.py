@@ -1,6 +1,6 @@
 """Draws test scenes of the picture book; without arguments, the pictures that ship with the package.
 
-    python examples/draw_pictures.py [--scenes 12 4 7 --height-px 512 --width-px 768 --output FOLDER]
+python examples/draw_pictures.py [--scenes 12 4 7 --height-px 512 --width-px 768 --output FOLDER]
 """
 
 import argparse

@@ -18,7 +18,7 @@ recipe = Recipe(
 )
 
 model, processor = spar_hf.load("tiny", method="clearclip", recipe=recipe.to_dict())
-words = processor.encode_labels(model, "house; tree; car; sky; grass; sea")
+words = processor.encode_labels(model, "cake; car, automobile; tree; apple; star; sea; sky; sand")
 inputs = processor(images=str(PICTURE), return_tensors="pt")
 with torch.inference_mode():
     outputs = model.vision_model(inputs["pixel_values"])

@@ -15,7 +15,8 @@ PICTURE = Path(spar_hf.__file__).parent / "assets" / "pictures" / "demo.png"
 model, processor = spar_hf.load("tiny")
 segment = pipeline("open-vocabulary-segmentation", model=model, processor=processor)
 result = segment(
-    sys.argv[1] if len(sys.argv) > 1 else str(PICTURE), candidate_labels="house; tree; car; sky; grass; sea"
+    sys.argv[1] if len(sys.argv) > 1 else str(PICTURE),
+    candidate_labels="cake; car, automobile; tree; apple; star; sea; sky; sand",
 )
 for found in result["segments"]:
     print(f"{found['label']:>8} {found['share']:.0%}")
