@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import io
+import logging
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NoReturn
 
 from . import __version__
@@ -98,10 +100,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     verbose = "-v" in argv or "--verbose" in argv
     try:
         args = parse(argv)
-        _set_loudness(verbose)
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")  # a label or name that the terminal's encoding lacks
-        COMMANDS[args.command].run(args)
+        with _loudness(verbose):
+            COMMANDS[args.command].run(args)
         sys.stdout.flush()
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
@@ -119,24 +121,45 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _set_loudness(verbose: bool) -> None:
-    """Keeps the libraries quiet in normal use; errors reach the user as exceptions in any case."""
-    from transformers.utils import logging
+class _Notes(logging.Handler):
+    """Shows the package's own warnings, say of a label that was cut, as lines of the command."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(f"spar: note: {_clean(record.getMessage())}", file=sys.stderr)
+
+
+@contextmanager
+def _loudness(verbose: bool) -> Iterator[None]:
+    """Keeps the libraries quiet, and lets the package's own warnings through."""
+    from transformers.utils import logging as transformers_logging
 
     if verbose:
-        logging.set_verbosity_info()
+        transformers_logging.set_verbosity_info()
     else:
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+    notes, ours = _Notes(logging.WARNING), logging.getLogger("spar_hf")
+    ours.addHandler(notes)
+    try:
+        yield
+    finally:
+        ours.removeHandler(notes)
+
+
+def _clean(message: str) -> str:
+    """One line without control characters, whatever labels and file names it quotes."""
+    from .visualize import plain_text
+
+    return plain_text(message)
 
 
 def _one_line(error: BaseException) -> str:
     """The message of an error, line breaks folded; `[Errno 2]` and its like put into words."""
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        return _clean(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
     if isinstance(error, MemoryError):
         return "out of memory; give a smaller --short-side"
-    message = " ".join(str(error).split()) or type(error).__name__
+    message = _clean(str(error)) or type(error).__name__
     for name, flag in FLAGS.items():
         message = message.replace(name, flag)
     return message

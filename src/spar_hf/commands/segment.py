@@ -42,6 +42,7 @@ def run(args: argparse.Namespace) -> None:
     check_images(args.images)
     opened = open_model(args)
     segment = OpenVocabularySegmentationPipeline(model=opened.model, processor=opened.processor)
+    opened.processor.encode_labels(opened.model, labels)  # cached: the first image's seconds are its own
     results = []
     for path, stem in progress(list(zip(args.images, output_stems(args.images), strict=True))):
         image = open_image(path, opened)
@@ -52,11 +53,12 @@ def run(args: argparse.Namespace) -> None:
         with whole_files(overlay_path, label_map_path) as (overlay_partial, label_map_partial):
             overlay(image, found["segmentation"], labels).save(overlay_partial, format="PNG")
             label_map_image(found["segmentation"]).save(label_map_partial, format="PNG")
-        shares = {segment["id"]: segment["share"] for segment in found["segments"]}
+        shares = {entry["id"]: entry["share"] for entry in found["segments"]}
         results.append(
             {
                 "image": str(path),
-                "size_hw": list(found["size_hw"]),
+                "size_hw": [image.height, image.width],
+                "input_hw": list(found["size_hw"]),
                 "grid_hw": list(found["grid_hw"]),
                 "seconds": round(seconds, 4),
                 "classes": [
