@@ -10,7 +10,7 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from . import __version__
 from .commands import evaluate, features, methods, segment
@@ -40,7 +40,7 @@ FLAGS = {
 class Parser(argparse.ArgumentParser):
     """An `ArgumentParser` that reports a mistake as a `ValueError` instead of leaving with its usage text."""
 
-    def __init__(self, **kwargs):
+    def __init__(self, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
     def error(self, message: str) -> NoReturn:

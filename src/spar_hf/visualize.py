@@ -262,7 +262,7 @@ def _with_legend(picture: Image.Image, titles: Sequence[str], shares: np.ndarray
     present = [int(index) for index in np.argsort(-shares, kind="stable") if shares[index] > 0]
     shown, rest = present[:MAX_LEGEND_ROWS], present[MAX_LEGEND_ROWS:]
     colours = palette(len(titles)).tolist()
-    rows = [
+    rows: list[tuple[tuple[int, ...] | None, str, ImageFont.FreeTypeFont, float]] = [
         (tuple(colours[index]), *drawable(plain_text(titles[index]), f"class {index}", text_px), shares[index])
         for index in shown
     ]

@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
         args.benchmark,
         args.data,
         scale=args.scale,
-        native_px=opened.model.config.vision_config.image_size,
+        native_px=opened.encoder.config.image_size,
         images=args.images,
         masks=args.masks,
         classes=args.classes,

@@ -152,9 +152,8 @@ def _device(name: str) -> Any:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
         available = ["cpu"]
-        if torch.accelerator.is_available():
-            kind = torch.accelerator.current_accelerator().type
-            available += [f"{kind}:{index}" for index in range(torch.accelerator.device_count())]
+        if accelerator := torch.accelerator.current_accelerator():
+            available += [f"{accelerator.type}:{index}" for index in range(torch.accelerator.device_count())]
         raise ValueError(f"--device is {name!r}; this machine has {', '.join(available)}") from None
     return device
 
