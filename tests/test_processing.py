@@ -313,6 +313,7 @@ def test_save_and_load(clip_tokenizer: Any, model: SparModel, tmp_path: Path) ->
     torch.testing.assert_close(loaded.encode_labels(model, "road; Sky").text_embeds, wanted)
 
 
+@pytest.mark.slow
 def test_a_saved_processor_loads_as_remote_code_without_the_package(
     clip_tokenizer: Any, model: SparModel, tmp_path: Path
 ) -> None:
