@@ -71,6 +71,9 @@ def load_processor(path: str, vision_config: SparVisionConfig) -> SparProcessor:
     if config.model_type == SparConfig.model_type:
         return SparProcessor.from_pretrained(path)
     image_processor = SparImageProcessor(
-        image_mean=vision_config.image_mean, image_std=vision_config.image_std, min_side_px=vision_config.patch_size
+        size={"shortest_edge": 672},  # SPAR, section 4: the size of the paper's results
+        image_mean=vision_config.image_mean,
+        image_std=vision_config.image_std,
+        min_side_px=vision_config.patch_size,
     )
     return SparProcessor(image_processor=image_processor, tokenizer=AutoTokenizer.from_pretrained(path))

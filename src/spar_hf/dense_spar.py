@@ -183,6 +183,11 @@ def attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """softmax(d^-0.5 query keyᵀ + bias) value, without an N x N matrix: (B, H, M, d), (B, H, N, d) -> (B, H, M, d)."""
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16:
+        # PyTorch's fused attention is faster in fp32 than in bf16 on CPUs without matrix tiles, and more exact;
+        # the linear layers around it are not: benchmarks/speed.py.
+        bias = None if bias is None else bias.float()
+        return attend(query.float(), key.float(), value.float(), bias).to(query.dtype)
     return nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias)
 
 

@@ -21,6 +21,7 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_spar import SparConfig, SparVisionConfig
 from .dense_spar import (
     Recipe,
+    attend,
     attention_map,
     class_token_attention,
     fit_to_patches,
@@ -83,11 +84,13 @@ class SparVisionEmbeddings(CLIPVisionEmbeddings):  # differs from CLIP only in h
         return torch.cat([class_token, patches + positions], dim=1), grid_hw
 
 
-class SparAttention(CLIPAttention):  # differs from CLIP in that it can be asked for its map whatever computes it
+class SparAttention(CLIPAttention):  # differs from CLIP in its arithmetic on the CPU, and in that it shows its map
     def forward(self, hidden_states, attention_mask=None, need_weights: bool = False, **kwargs):
-        if not need_weights:
+        if self.config._attn_implementation != "sdpa" and not need_weights:
             return super().forward(hidden_states, attention_mask, **kwargs)
         heads = project_heads(self, hidden_states, "qkv")
+        if not need_weights:
+            return self.out_proj(merge_heads(attend(heads["q"], heads["k"], heads["v"]))), None
         weights = attention_map(heads["q"], heads["k"])
         return self.out_proj(merge_heads(weights @ heads["v"])), weights
 
