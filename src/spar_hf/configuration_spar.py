@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from transformers.configuration_utils import SubConfigSpec
 
 from .dense_spar import POSITION_RULES, SIZE_RULES, Recipe, one_of
 from .methods_spar import find_method
@@ -60,18 +61,21 @@ class SparVisionConfig(CLIPVisionConfig):
         Recipe(**self.recipe)
         one_of("position_interpolation", self.position_interpolation, POSITION_RULES)
         one_of("size_rule", self.size_rule, SIZE_RULES)
-        for name in ("image_size", "patch_size"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; give one positive number of pixels (square).")
+        window_px = self.image_size if self.window_px is None else self.window_px
+        sides_px = {"image_size": self.image_size, "patch_size": self.patch_size, "window_px": window_px}
+        for name, value in {**sides_px, "stride_px": self.stride_px}.items():
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}; give one whole number of pixels, at least 1.")
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}.")
-        window_px = self.window_px or self.image_size
-        if window_px < self.patch_size or window_px % self.patch_size:
+        if window_px % self.patch_size:
             raise ValueError(f"window_px is {window_px}; it must be a multiple of patch_size {self.patch_size}.")
-        if not 0 < self.stride_px <= window_px:
+        if self.stride_px > window_px:
             raise ValueError(f"stride_px is {self.stride_px}; it must be 1 to the window's {window_px} px.")
         if len(self.image_mean) != self.num_channels or len(self.image_std) != self.num_channels:
             raise ValueError(f"image_mean and image_std need {self.num_channels} numbers each, one a channel.")
+        if min(self.image_std) <= 0:
+            raise ValueError(f"image_std is {self.image_std}; pixels are divided by it, so all must be positive.")
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
@@ -90,10 +94,13 @@ class SparVisionConfig(CLIPVisionConfig):
 
 def _vision_dict(config_dict: dict[str, Any]) -> dict[str, Any]:
     """The vision part of a CLIP, SPAR or vision-only configuration, as fields of `SparVisionConfig`."""
-    vision = dict(config_dict.get("vision_config", config_dict))
-    if "vision_config" in config_dict and config_dict.get("projection_dim") is not None:
-        # The full model's projection counts: old files leave the tower's own at its default.
-        vision["projection_dim"] = config_dict["projection_dim"]
+    vision = dict(config_dict)
+    if "vision_config" in config_dict:
+        # Old files give the tower twice; as in CLIPConfig, `vision_config_dict` prevails.
+        vision = {**(config_dict["vision_config"] or {}), **(config_dict.get("vision_config_dict") or {})}
+        if config_dict.get("projection_dim") is not None:
+            # The full model's projection counts: old files leave the tower's own at its default.
+            vision["projection_dim"] = config_dict["projection_dim"]
     if vision.get("model_type") in (None, "clip", "clip_vision_model"):
         vision["model_type"] = SparVisionConfig.model_type
         # CLIP's files may leave out what equals CLIP's default, and that is not ours.
@@ -109,7 +116,10 @@ class SparConfig(CLIPConfig):
     """
 
     model_type = "spar"
-    sub_configs_defaults = {"vision_config": SparVisionConfig, "text_config": CLIPTextConfig}
+    sub_configs_defaults = {  # the long form: transformers 5.20, the last for Python 3.10, reads no other
+        "vision_config": SubConfigSpec(config_class=SparVisionConfig),
+        "text_config": SubConfigSpec(config_class=CLIPTextConfig),
+    }
 
     text_config: dict | CLIPTextConfig | None = None
     vision_config: dict | SparVisionConfig | None = None
@@ -117,8 +127,14 @@ class SparConfig(CLIPConfig):
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if config_dict.get("model_type") in ("clip_vision_model", SparVisionConfig.model_type):
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds a vision tower alone, and SparModel needs the text tower too. "
+                "Load it with SparVisionModel, or give a whole CLIP checkpoint."
+            )
         if config_dict.get("model_type") == "clip":
             config_dict = {**config_dict, "model_type": cls.model_type, "vision_config": _vision_dict(config_dict)}
+            config_dict.pop("vision_config_dict", None)
         return config_dict, kwargs
 
     @classmethod

@@ -130,6 +130,6 @@ def find_method(name: str) -> Method:
     """
     if name in METHODS:
         return METHODS[name]
-    near = difflib.get_close_matches(name, METHODS, n=1)
+    near = difflib.get_close_matches(str(name), METHODS, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise ValueError(f"there is no method {name!r}; choose one of {', '.join(METHODS)}.{hint}")
