@@ -17,8 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import spar_hf
-from spar_hf.cli import COMMANDS, main
-from spar_hf.commands.output import output_stems, shorten, table, whole_files
+from spar_cli.main import COMMANDS, main
+from spar_cli.output import output_stems, shorten, table, whole_files
 from spar_hf.methods_spar import METHODS
 
 TINY = Path(spar_hf.__file__).parent / "assets" / "tiny"
@@ -390,6 +390,12 @@ def test_a_process_of_its_own_is_quiet_and_exits_with_2(here, model_folder):
     run = subprocess.run([*command, "nothing.png", *options], capture_output=True, text=True, timeout=300)
     assert (run.returncode, run.stdout) == (2, "")
     assert run.stderr == "spar: error: there is no file nothing.png\n"
+
+
+def test_help_and_mistakes_on_the_line_load_no_torch():
+    code = "import sys; from spar_cli.main import main; print(main(['segmnt']), 'torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert run.stdout == "2 False\n", run.stderr
 
 
 # --- parts -----------------------------------------------------------------------------------------------------

@@ -38,7 +38,8 @@ def wheel(tmp_path_factory) -> zipfile.ZipFile:
 def test_wheel_holds_every_file_of_the_package(wheel):
     ours = {
         path.relative_to(PACKAGE.parent).as_posix()
-        for path in PACKAGE.rglob("*")
+        for package in ("spar_hf", "spar_cli")
+        for path in (PACKAGE.parent / package).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts and not path.name.endswith((".tmp", ".pyc"))
     }
     packed = {name for name in wheel.namelist() if ".dist-info/" not in name}
@@ -51,7 +52,7 @@ def test_wheel_says_what_it_is(wheel):
     (info,) = {name.partition("/")[0] for name in wheel.namelist() if ".dist-info/" in name}
     metadata = wheel.read(f"{info}/METADATA").decode()
     assert "\nName: spar-hf\n" in metadata and "\nLicense-Expression: Apache-2.0\n" in metadata
-    assert "spar = spar_hf.cli:main" in wheel.read(f"{info}/entry_points.txt").decode()
+    assert "spar = spar_cli.main:main" in wheel.read(f"{info}/entry_points.txt").decode()
     for name in ("LICENSE", "NOTICE"):
         assert wheel.read(f"{info}/licenses/{name}") == (ROOT / name).read_bytes()
 

@@ -18,7 +18,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 SIZE_KEYS = ("shortest_edge", "longest_edge", "max_pixels")
 
-# 300 MB as RGB; the largest camera sensors in common use have fewer.
+# 300 MB as RGB.
 MAX_IMAGE_PIXELS = 100_000_000
 
 _PILLOW_LIMIT = threading.Lock()
@@ -71,6 +71,9 @@ class SparImageProcessor(BaseImageProcessor):
         super().__init__(**kwargs)
         self.size = _check_size(size)
         self.do_resize = bool(do_resize)
+        if resample not in list(Image.Resampling):
+            filters = ", ".join(f"{filter.value} ({filter.name.lower()})" for filter in Image.Resampling)
+            raise ValueError(f"resample is {resample!r}; allowed are Pillow's filters {filters}.")
         self.resample = int(resample)
         self.image_mean = [float(value) for value in image_mean]
         self.image_std = [float(value) for value in image_std]
@@ -135,8 +138,8 @@ class SparImageProcessor(BaseImageProcessor):
             pixel_values.append(self._to_values(self._resize(rgb, name)))
         agree = len({values.shape for values in pixel_values}) == 1
         if return_tensors == "np":
-            values = np.stack(pixel_values) if agree else pixel_values
-            return BatchFeature({"pixel_values": values, "original_sizes": np.array(original_sizes, dtype=np.int64)})
+            arrays = np.stack(pixel_values) if agree else pixel_values
+            return BatchFeature({"pixel_values": arrays, "original_sizes": np.array(original_sizes, dtype=np.int64)})
         tensors = [torch.from_numpy(values) for values in pixel_values]
         values = torch.stack(tensors) if agree else tensors
         return BatchFeature({"pixel_values": values, "original_sizes": torch.tensor(original_sizes)})

@@ -33,9 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..pipeline_spar import OpenVocabularySegmentationPipeline
-    from ..prompts_spar import Labels
-    from ..visualize import label_map_image, overlay
+    from spar_hf.pipeline_spar import OpenVocabularySegmentationPipeline
+    from spar_hf.prompts_spar import Labels
+    from spar_hf.visualize import label_map_image, overlay
 
     labels = Labels.parse(args.labels)
     check_outputs(args)
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
 
 def report(result: dict[str, Any]) -> str:
     """One image's table: its classes, largest share first; those not found share the last line."""
-    from ..visualize import plain_text, share_text
+    from spar_hf.visualize import plain_text, share_text
 
     (height, width), (rows, columns) = result["size_hw"], result["grid_hw"]
     name = plain_text(result["image"])

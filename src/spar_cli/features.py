@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from ..visualize import pca_picture, plain_text
+    from spar_hf.visualize import pca_picture, plain_text
 
     check_outputs(args)
     check_images(args.images)

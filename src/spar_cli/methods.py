@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..methods_spar import BENCHMARKS, METHODS
+    from spar_hf.methods_spar import BENCHMARKS, METHODS
 
     check_outputs(args)
     short = {"coco_object": "object", "coco_stuff": "stuff"}

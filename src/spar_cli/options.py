@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ..modeling_spar import SparModel
-    from ..processing_spar import SparProcessor
+    from spar_hf.modeling_spar import SparModel
+    from spar_hf.processing_spar import SparProcessor
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -113,9 +113,9 @@ def open_model(args: argparse.Namespace) -> Opened:
     """
     import torch
 
-    from ..checkpoints import load
-    from ..methods_spar import METHODS
-    from ..sliding_window import SlidingWindow
+    from spar_hf.checkpoints import load
+    from spar_hf.methods_spar import METHODS
+    from spar_hf.sliding_window import SlidingWindow
 
     check_one_of("dtype", args.dtype, DTYPES)
     overrides = {}

@@ -52,8 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..data import BENCHMARKS, load_benchmark, load_protocol
-    from ..evaluation import evaluate
+    from spar_hf.data import BENCHMARKS, load_benchmark, load_protocol
+    from spar_hf.evaluation import evaluate
 
     check_outputs(args)
     check_one_of("benchmark", args.benchmark, BENCHMARKS)
