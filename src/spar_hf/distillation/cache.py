@@ -107,7 +107,7 @@ class FeatureStore:
             return False
         try:
             with safe_open(path, "pt") as file:
-                return json.loads(file.metadata()["made_from"]) == self.made_from
+                return json.loads(file.metadata()["index"])["made_from"] == self.made_from
         except (SafetensorError, KeyError, TypeError):
             return False
 
@@ -129,7 +129,8 @@ class FeatureStore:
                 raise ValueError(f"{name} in shard {shard} is not finite in fp16; this network's features do not fit.")
         sums = {name: checksum(tensor) for name, tensor in tensors.items()}
         metadata = {"made_from": self.made_from, "views": rows, "sums": sums, "bad": bad}
-        content = save(tensors, metadata={key: json.dumps(value) for key, value in metadata.items()})
+        # One entry, as safetensors writes several in any order: the same views give the same bytes.
+        content = save(tensors, metadata={"index": json.dumps(metadata)})
         write_atomically(self.path(shard), content)
 
     # ---- reading
@@ -160,7 +161,7 @@ class FeatureStore:
         """Reads the headers of all shards."""
         for shard in range(self.num_shards):
             with safe_open(self.path(shard), "pt") as file:
-                metadata = {key: json.loads(value) for key, value in file.metadata().items()}
+                metadata = json.loads(file.metadata()["index"])
             for view, row in metadata["views"].items():
                 self.index[int(view)] = (self.path(shard), {**row, "sums": metadata["sums"]})
             self.bad |= metadata["bad"]

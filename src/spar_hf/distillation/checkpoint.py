@@ -25,7 +25,6 @@ OPTIONS = dcp.StateDictOptions(
     full_state_dict=True,
     cpu_offload=True,
     ignore_frozen_params=True,
-    flatten_optimizer_state_dict=True,
     strict=False,  # frozen weights are not in the file
 )
 
@@ -44,20 +43,19 @@ def save_checkpoint(
     Raises:
         OSError: the disk is full; earlier checkpoints are intact.
     """
-    weights, optimizer_state = dcp.get_state_dict(student, optimizer, options=OPTIONS)
+    gathered: Any = dcp.get_state_dict(student, optimizer, options=OPTIONS)
+    weights, moments = gathered
     if accelerator.is_main_process:
-        flat = {
-            **{f"model.{k}": v for k, v in weights.items()},
-            **{f"optim.{k}": v for k, v in optimizer_state.items()},
-        }
+        tensors = {f"model.{name}": weight.contiguous() for name, weight in weights.items()}
+        for name, state in moments["state"].items():
+            tensors |= {f"optim.{name}.{key}": value.contiguous() for key, value in state.items()}
         record = {
             "step": step,
             "made_from": made_from,
+            "param_groups": moments["param_groups"],
             "scheduler": scheduler.state_dict(),
             "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
-            "numbers": {k: v for k, v in flat.items() if not isinstance(v, torch.Tensor)},
         }
-        tensors = {k: v.contiguous() for k, v in flat.items() if isinstance(v, torch.Tensor)}
         content = save(tensors, metadata={"record": json.dumps(record)})
         write_atomically(folder / f"checkpoint-{step:08d}.safetensors", content)
         for old in sorted(folder.glob("checkpoint-*.safetensors"))[:-KEPT]:
@@ -83,17 +81,22 @@ def load_checkpoint(
         return 0
     with safe_open(found[-1], "pt") as file:
         record = json.loads(file.metadata()["record"])
-        flat = {**record["numbers"], **{name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     # As JSON, so that tuples and lists compare alike.
     other = list(differences(json.loads(json.dumps(made_from)), record["made_from"]))
     if other:
         raise ValueError(f"{folder} holds a run with other flags: {'; '.join(other)}. Choose another --output.")
-    parts = {
-        part: {k.removeprefix(part): v for k, v in flat.items() if k.startswith(part)} for part in ("model.", "optim.")
-    }
-    dcp.set_state_dict(
-        student, optimizer, model_state_dict=parts["model."], optim_state_dict=parts["optim."], options=OPTIONS
-    )
+    weights: dict[str, Any] = {}
+    state: dict[str, Any] = {}
+    for path, tensor in tensors.items():
+        kind, _, name = path.partition(".")
+        if kind == "model":
+            weights[name] = tensor
+        else:
+            name, _, key = name.rpartition(".")
+            state.setdefault(name, {})[key] = tensor
+    moments: Any = {"state": state, "param_groups": record["param_groups"]}
+    dcp.set_state_dict(student, optimizer, model_state_dict=weights, optim_state_dict=moments, options=OPTIONS)
     scheduler.load_state_dict(record["scheduler"])
     if accelerator.scaler:
         accelerator.scaler.load_state_dict(record["scaler"])

@@ -70,7 +70,9 @@ class Photographs:
                 image = Image.open(io.BytesIO(self.read(index, HEADER_BYTES)))
             except Exception:  # perhaps a long header: the whole file decides
                 image = Image.open(io.BytesIO(self.read(index)))
-            turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientation 5 to 8: rows and columns change places
+            exif = Image.Exif()
+            exif.load(image.info.get("exif", b""))  # image.getexif() would decode a whole PNG
+            turned = exif.get(0x0112, 1) >= 5  # orientation 5 to 8: rows and columns change places
             return image.size if turned else image.size[::-1]
         except Exception as error:  # decoders raise anything on broken bytes
             raise BadImage(self.names[index], f"{type(error).__name__}: {error}") from error

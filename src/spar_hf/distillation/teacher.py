@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -12,12 +13,11 @@ from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 from ..checkpoints import load, resolve
 from ..dense_spar import Recipe
 from ..modeling_spar import SparVisionModel, run_recipe
-from ..sliding_window import SlidingWindow
+from ..sliding_window import DenseEncoder, SlidingWindow
 from .cache import FeatureStore, weights_hash
 from .sources import BadImage
 from .views import Views
 
-DenseEncoder = SparVisionModel | SlidingWindow  # what the flags can ask for
 VISION_ONLY = ("clip_vision_model", "spar_vision")
 
 
@@ -51,7 +51,7 @@ def build_teacher(args: argparse.Namespace) -> tuple[DenseEncoder, dict[str, Any
     vision.requires_grad_(False)
     config = vision.config
     described = {
-        "model": str(name),
+        "model": Path(name).name if Path(name).is_dir() else name,  # no path of this machine in the weights
         "weights": weights_hash(vision),
         "revision": getattr(config, "_commit_hash", None),
         "method": config.method,

@@ -143,7 +143,7 @@ class Views:
         image = self.source.draw(self.images[number % len(self.images)][0], *view.resized_hw)
         (top, left), (height, width) = view.top_left, view.size_hw
         image = image[top : top + height, left : left + width]
-        return np.ascontiguousarray(image[:, ::-1] if view.flip else image)
+        return np.array(image[:, ::-1] if view.flip else image)
 
     def of_epoch(self, epoch: int) -> range:
         """Numbers of the views of an epoch: one of each image; after the last draw the first comes again."""

@@ -1,0 +1,421 @@
+"""Tests of distillation: equal to a plain loop, however it is split, cached, killed and resumed; faults are named."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import signal
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from distillation_help import SIZES, finish, run, save_network, save_pictures, start, wait_for
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from spar_hf import SlidingWindow, SparVisionModel
+from spar_hf.distillation import files
+from spar_hf.distillation.batches import plan_steps, share_of
+from spar_hf.distillation.flags import RunStopped
+from spar_hf.distillation.selection import select_parameters
+from spar_hf.distillation.sources import (
+    BadImage,
+    PictureBookScenes,
+    hub_dataset,
+    image_folder,
+    tar_files,
+)
+from spar_hf.distillation.views import EXTENDED, Augmentation, Views, plan_batches
+
+LEARNING = ("--learning-rate", "1e-3", "--epochs", 2)
+SMALL = Augmentation(long_side_px=64, short_side_px=64, min_side_px=32, multiple_px=8)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A network, six pictures."""
+    folder = tmp_path_factory.mktemp("world")
+    return save_network(folder / "net"), save_pictures(folder / "pictures")
+
+
+def flags(world, output, *more):
+    network, pictures = world
+    return ("--student", network, "--images", pictures, "--output", output, "--stride-px", 12, "--workers", 0,
+            "--tracker", "none", *SIZES, *LEARNING, *more)  # fmt: skip
+
+
+def weights(output):
+    return load_file(output / "model" / "model.safetensors")
+
+
+def largest_difference(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    return max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
+
+
+@pytest.fixture(scope="module")
+def reference(world, tmp_path_factory):
+    """A run of 12 steps, on line, without a disturbance."""
+    output = tmp_path_factory.mktemp("reference") / "run"
+    run("distill.py", *flags(world, output))
+    return output
+
+
+# ---- the method
+
+
+def test_training_equals_a_plain_loop(world, reference):
+    """Independent of the script: student, teacher, mean squared error and AdamW written out."""
+    network, pictures = world
+    views = Views(image_folder(pictures), SMALL, draws=2, seed=0)
+    student = SparVisionModel.from_pretrained(network)
+    before = {name: weight.clone() for name, weight in student.state_dict().items()}
+    teacher = SlidingWindow(SparVisionModel.from_pretrained(network).eval(), 32, 12)
+    learns = [
+        weight
+        for name, weight in student.named_parameters()
+        if name.startswith("encoder.layers.1.")
+        or (name.startswith("encoder.layers.2.") and "q_proj" not in name and "k_proj" not in name)
+    ]
+    optimizer = torch.optim.AdamW(learns, lr=1e-3, weight_decay=1e-4)
+    mean, std = (
+        torch.tensor(values).view(3, 1, 1) for values in (student.config.image_mean, student.config.image_std)
+    )
+    losses = []
+    for step in plan_steps(views, None, epochs=2, batch_size=1, batches_per_step=1, seed=0):
+        ((number,),) = step
+        x = ((torch.from_numpy(views.pixels(number)).permute(2, 0, 1) / 255 - mean) / std)[None]
+        loss = ((student(x).patch_embeds - teacher(x).patch_embeds) ** 2).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    found = weights(reference)
+    assert largest_difference(found, student.state_dict()) < 1e-6
+    logged = [json.loads(line) for line in (reference / "log.jsonl").read_text().splitlines()]
+    assert logged[0]["loss"] == pytest.approx(np.mean(losses[:10]), rel=1e-4)
+    # What does not train is bit-identical; what trains has moved.
+    changed = {name for name in found if not torch.equal(found[name], before[name])}
+    assert changed == {name for name, weight in student.named_parameters() if any(weight is w for w in learns)}
+
+
+def test_result_loads_and_names_its_teacher(reference):
+    model = SparVisionModel.from_pretrained(reference / "model")
+    teacher = model.config.teacher
+    assert (teacher["model"], teacher["method"], teacher["window_px"], teacher["stride_px"]) == (
+        "net",
+        "maskclip",
+        32,
+        12,
+    )
+    assert teacher["data"]["images"] == 6 and teacher["loss"] == "mse" and "revision" in teacher
+    record = json.loads((reference / "run.json").read_text())
+    assert record["seed"] == 0 and "distill.py" in record["command"] and record["versions"]["torch"]
+
+
+def test_whole_models_keep_text_tower_and_processor(clip_folder, clip_tokenizer, world, tmp_path):
+    from transformers import AutoModel, AutoProcessor
+
+    clip_tokenizer.save_pretrained(clip_folder)
+    run("distill.py", *flags((clip_folder, world[1]), tmp_path / "run", "--stride-px", 32, "--max-steps", 1))
+    model = AutoModel.from_pretrained(tmp_path / "run" / "model")
+    text = AutoProcessor.from_pretrained(tmp_path / "run" / "model")(text=["a photo of a cat"], return_tensors="pt")
+    assert model.get_text_features(**text).pooler_output.shape == (1, 24)
+    assert model.config.vision_config.teacher["stride_px"] == model.vision_model.config.teacher["stride_px"] == 32
+
+
+@pytest.mark.parametrize(
+    ("selection", "expected"),
+    [
+        ("last:1", "encoder.layers.2."),
+        ("last:3", "encoder.layers."),
+        ("positions", "embeddings.position_embedding.weight"),
+        ("patch-embed", "embeddings.patch_embedding.weight"),
+        ("all", ""),
+    ],
+)
+def test_selection(world, selection, expected):
+    names = [name for name, _ in SparVisionModel.from_pretrained(world[0]).named_parameters()]
+    chosen = select_parameters(names, selection)
+    assert chosen == {name for name in names if name.startswith(expected)}
+    assert select_parameters(names, f"last:1, {selection}") == chosen | {n for n in names if "layers.2." in n}
+
+
+@pytest.mark.parametrize("selection", ["", "last:0", "last:4", "last:", "qkv", "last:2,", "positions,posembed"])
+def test_wrong_selection_lists_what_exists(world, selection):
+    names = [name for name, _ in SparVisionModel.from_pretrained(world[0]).named_parameters()]
+    with pytest.raises(ValueError, match=r"choose of all, positions, patch-embed, last:1 to last:3"):
+        select_parameters(names, selection)
+
+
+def test_selection_knows_networks_without_learned_positions():
+    names = ["embeddings.patch_embeddings.weight", "layer.0.attention.q_proj.weight", "layer.1.mlp.fc1.weight"]
+    assert select_parameters(names, "last:1") == {"layer.1.mlp.fc1.weight"}
+    with pytest.raises(ValueError, match="no part 'positions'"):
+        select_parameters(names, "positions")
+
+
+# ---- splits, stores
+
+
+def test_batches_accumulation_and_processes_split_alike(world, tmp_path):
+    """2 processes of 1 batch = 1 process of 2 batches, and 1 batch of 2 where sizes allow."""
+    square = save_pictures(tmp_path / "square", 4)
+    for path in square.iterdir():
+        Image.open(path).resize((64, 64)).save(path)
+    fixed = ("--scale-range", 1, 1, "--crop-probability", 0, "--seed", 3)
+    one, two, batched = (tmp_path / name for name in ("one", "two", "batched"))
+    run("distill.py", *flags((world[0], square), one, *fixed, "--accumulate", 2))
+    run("distill.py", *flags((world[0], square), batched, *fixed, "--batch-size", 4))
+    run("distill.py", *flags((world[0], square), tmp_path / "four", *fixed, "--accumulate", 4))
+    finish(start("distill.py", *flags((world[0], square), two, *fixed), processes=2))
+    # Tolerance: sums in another order, twice (fp32); a step moves a weight by about 1e-3.
+    assert largest_difference(weights(one), weights(two)) < 2e-6
+    assert largest_difference(weights(batched), weights(tmp_path / "four")) < 2e-6
+    assert largest_difference(weights(one), weights(batched)) > 1e-4
+
+
+def test_uneven_processes_cover_every_view_once(world):
+    views = Views(image_folder(world[1]), SMALL, draws=1, seed=0)
+    steps = plan_steps(views, None, epochs=1, batch_size=2, batches_per_step=4, seed=0)
+    shares = [share_of(steps, rank, processes=2, accumulate=2) for rank in range(2)]
+    assert len(shares[0]) == len(shares[1]) == 2 * len(steps)
+    assert sorted(number for share in shares for batch in share for number in batch) == list(range(6))
+
+
+def test_batches_have_one_size_and_each_view_once(world):
+    views = Views(image_folder(world[1]), Augmentation(64, 64, (0.5, 1.0), min_side_px=32, multiple_px=32), 5, seed=1)
+    batches = plan_batches(views, list(range(len(views))), 4, np.random.default_rng(0))
+    assert sorted(number for batch in batches for number in batch) == list(range(30))
+    assert all(len({views.plan(number).size_hw for number in batch}) == 1 for batch in batches)
+    assert max(map(len, batches)) == 4
+    assert batches != plan_batches(views, list(range(len(views))), 4, np.random.default_rng(1))
+
+
+def test_stored_features_and_trunk_train_as_on_line(world, tmp_path):
+    cached = ("--student", world[0], "--images", world[1], "--stride-px", 12, "--workers", 0, *SIZES)
+    run("cache_teacher.py", *cached, "--cache", tmp_path / "c", "--draws", 2, "--trunk-blocks", 2)
+    one_draw = ("--draws", 2)
+    run("distill.py", *flags(world, tmp_path / "online", *one_draw))
+    run("distill.py", *flags(world, tmp_path / "stored", *one_draw, "--cache", tmp_path / "c"))
+    run("distill.py", *flags(world, tmp_path / "trunk", *one_draw, "--cache", tmp_path / "c", "--trunk-blocks", 2))
+    online = weights(tmp_path / "online")
+    moved = largest_difference(online, load_file(world[0] / "model.safetensors"))
+    assert moved > 5e-3
+    # fp16 targets and tokens: a sign of a tiny gradient can turn in Adam's first steps, so compare in the mean.
+    for name in ("stored", "trunk"):
+        found = weights(tmp_path / name)
+        learned = [n for n in online if not torch.equal(online[n], load_file(world[0] / "model.safetensors")[n])]
+        apart = torch.cat([(found[n] - online[n]).abs().flatten() for n in learned]).mean()
+        assert apart < 0.02 * moved, name
+        losses = [
+            json.loads((tmp_path / r / "log.jsonl").read_text().splitlines()[-1])["loss"] for r in (name, "online")
+        ]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    with pytest.raises(ValueError, match="--train last:3 reaches blocks before the last 2"):
+        run("distill.py", *flags(world, tmp_path / "x", *one_draw, "--cache", tmp_path / "c", "--trunk-blocks", 2,
+                                 "--train", "last:3"))  # fmt: skip
+    with pytest.raises(ValueError, match="needs a frozen trunk"):
+        run("distill.py", *flags(world, tmp_path / "x", *one_draw, "--cache", tmp_path / "c", "--trunk-blocks", 2,
+                                 "--train", "last:2,positions"))  # fmt: skip
+
+
+@pytest.mark.parametrize("loss", ["cosine", "centred-cosine"])
+def test_other_losses_fall(world, tmp_path, loss):
+    run("distill.py", *flags(world, tmp_path / "run", "--loss", loss, "--epochs", 8, "--log-every", 6, "--draws", 1,
+                             "--clip-norm", 1, "--schedule", "cosine", "--train", "all"))  # fmt: skip
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+# ---- faults
+
+
+def test_killed_and_resumed_ends_with_the_same_weights(world, tmp_path):
+    long = ("--epochs", 40, "--save-every", 3)
+    run("distill.py", *flags(world, tmp_path / "whole", *long))
+    process = start("distill.py", *flags(world, tmp_path / "killed", *long))
+    wait_for(lambda: len(list((tmp_path / "killed").glob("checkpoint-*.safetensors"))) >= 2, process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "model").exists()
+    with pytest.raises(ValueError, match="holds a run; add --resume"):
+        run("distill.py", *flags(world, tmp_path / "killed", *long))
+    with pytest.raises(ValueError, match=r"other flags: learning_rate is 0\.001 there and 0\.5 here"):
+        run("distill.py", *flags(world, tmp_path / "killed", *long, "--resume", "--learning-rate", 0.5))
+    run("distill.py", *flags(world, tmp_path / "killed", *long, "--resume"))
+    assert largest_difference(weights(tmp_path / "killed"), weights(tmp_path / "whole")) == 0
+    steps = [json.loads(line)["step"] for line in (tmp_path / "killed" / "log.jsonl").read_text().splitlines()]
+    assert steps == sorted(set(steps)) and steps[-1] == 240
+
+
+def test_signal_saves_and_leaves_clean(world, tmp_path):
+    long = ("--epochs", 40)
+    process = start("distill.py", *flags(world, tmp_path / "run", *long, "--workers", 1))
+    wait_for(
+        lambda: (tmp_path / "run" / "log.jsonl").exists() and (tmp_path / "run" / "log.jsonl").stat().st_size, process
+    )
+    process.send_signal(signal.SIGTERM)
+    assert "stopped by a signal after step" in finish(process, status=0)
+    assert len(list((tmp_path / "run").glob("checkpoint-*.safetensors"))) == 1
+    run("distill.py", *flags(world, tmp_path / "run", *long, "--resume"))
+    run("distill.py", *flags(world, tmp_path / "whole", *long))
+    assert largest_difference(weights(tmp_path / "run"), weights(tmp_path / "whole")) == 0
+
+
+def test_unreadable_pictures_are_named_skipped_and_limited(world, tmp_path, capsys):
+    pictures = save_pictures(tmp_path / "pictures", 5)
+    whole = (pictures / "p2.png").read_bytes()
+    (pictures / "p2.png").write_bytes(whole[: len(whole) // 2])  # a good header, then nothing
+    (pictures / "p4.png").write_bytes(b"no picture")
+    run("distill.py", *flags((world[0], pictures), tmp_path / "run", "--accumulate", 2))
+    printed = capsys.readouterr().out
+    assert printed.count("unreadable image, p2.png") == printed.count("unreadable image, p4.png") == 1
+    assert "could not be read: 2" in printed
+    with pytest.raises(RunStopped, match=r"--max-bad-images is 1; the last is p2\.png"):
+        run("distill.py", *flags((world[0], pictures), tmp_path / "strict", "--max-bad-images", 1))
+
+
+def test_loss_that_is_no_number_stops_with_the_batch_named(world, tmp_path):
+    network = save_network(tmp_path / "net")
+    broken = load_file(network / "model.safetensors")
+    name = next(name for name in broken if name.endswith("visual_projection.weight"))
+    broken[name][0, 0] = float("nan")
+    save_file(broken, network / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RunStopped, match=r"the loss is \[nan\] in step 1: p\d\.png"):
+        run("distill.py", *flags((network, world[1]), tmp_path / "run"))
+
+
+def test_disk_that_fills_up_leaves_the_last_checkpoint_intact(world, reference, tmp_path, monkeypatch):
+    output, real_fsync, full = tmp_path / "run", files.os.fsync, []
+
+    def fsync(descriptor):
+        if full or list(output.glob("checkpoint-*.safetensors")):
+            full.append(True)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real_fsync(descriptor)
+
+    monkeypatch.setattr(files.os, "fsync", fsync)
+    with pytest.raises(OSError, match=r"disk full while writing .*checkpoint-00000006.* is intact"):
+        run("distill.py", *flags(world, output, "--save-every", 3))
+    assert [path.name for path in output.glob("*checkpoint*")] == ["checkpoint-00000003.safetensors"]
+    monkeypatch.undo()
+    run("distill.py", *flags(world, output, "--save-every", 3, "--resume"))
+    assert largest_difference(weights(output), weights(reference)) == 0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (("--epohcs", "3"), "unrecognized arguments: --epohcs"),
+        (("--epoch", "3"), "unrecognized arguments: --epoch"),
+        (("--train", "qkv"), "no part 'qkv'"),
+        (("--loss", "l1"), "invalid choice: 'l1'"),
+        (("--trunk-blocks", "2"), "give the --cache that holds it"),
+        (("--crop-range", "0.9", "0.4"), "crop_range is 0.9 0.4"),
+        (("--multiple-px", "12"), "--multiple-px is 12; it must be a multiple of the patch"),
+        (("--teacher-method", "naclpi"), "Did you mean 'naclip'"),
+    ],
+)
+def test_mistakes_are_explained(world, tmp_path, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        run("distill.py", *flags(world, tmp_path / "run", *wrong))
+
+
+def test_mistakes_are_one_line_and_status_2(world, tmp_path):
+    printed = finish(start("distill.py", *flags(world, tmp_path / "run", "--train", "qkv")), status=2)
+    assert [line for line in printed.splitlines() if "error" in line] == [printed.splitlines()[-1]]
+    assert "Traceback" not in printed
+
+
+# ---- data
+
+
+@pytest.mark.parametrize("size_hw", [(1500, 2250), (2250, 1500), (600, 800), (300, 3000)])
+def test_augmentation_keeps_the_papers_bounds(size_hw):
+    augmentation = Augmentation()
+    rng = np.random.default_rng(0)
+    views = [augmentation.draw(size_hw, rng) for _ in range(400)]
+    sizes = np.array([view.size_hw for view in views])
+    assert (sizes % 16 == 0).all() and sizes.min() >= 512 and sizes.max() <= 2048
+    for view in views:
+        (height, width), (top, left) = view.resized_hw, view.top_left
+        assert min(height, width) >= 512 and abs(height / width / (size_hw[0] / size_hw[1]) - 1) < 0.01
+        assert 0 <= top <= height - view.size_hw[0] and 0 <= left <= width - view.size_hw[1]
+    if size_hw == (1500, 2250):
+        # (2048, 1024) x [0.5, 1] with the ratio kept: the short side decides, 512 to 1024.
+        assert {round(min(view.resized_hw)) for view in views} <= set(range(512, 1025))
+        assert np.mean([min(view.resized_hw) for view in views]) == pytest.approx(768, abs=20)
+        whole = [h // 16 * 16 == kh and w // 16 * 16 == kw for (h, w), _, (kh, kw), _ in views]
+        assert np.mean(whole) == pytest.approx(0.5, abs=0.08)
+        assert np.mean([view.flip for view in views]) == pytest.approx(0.5, abs=0.08)
+    extended = Augmentation(**EXTENDED)
+    sizes = np.array([extended.draw(size_hw, rng).size_hw for _ in range(400)])
+    assert sizes.min() >= 512 and 2048 < sizes.max() <= 2560
+
+
+def test_views_depend_on_seed_draw_and_image_only(world):
+    source = image_folder(world[1])
+    views = Views(source, SMALL, draws=3, seed=0)
+    again = Views(source, SMALL, draws=9, seed=0)
+    assert [views.plan(n) for n in range(18)] == [again.plan(n) for n in range(18)]
+    assert [views.plan(n) for n in range(6)] != [views.plan(n) for n in range(6, 12)]
+    assert [views.plan(n) for n in range(6)] != [Views(source, SMALL, 1, seed=1).plan(n) for n in range(6)]
+    assert list(views.of_epoch(4)) == list(views.of_epoch(1)) == list(range(6, 12))
+
+
+def test_sources_give_the_same_pictures(world, tmp_path):
+    """A folder, a tar in SA-1B's layout, a data set on disk and its stream hold the same pixels."""
+    import datasets
+
+    folder = image_folder(world[1])
+    with tarfile.open(tmp_path / "sa_000.tar", "w") as tar:
+        for path in sorted(world[1].iterdir()):
+            tar.add(path, arcname=path.name)
+            note = tarfile.TarInfo(f"{path.stem}.json")
+            note.size = 2
+            tar.addfile(note, io.BytesIO(b"{}"))
+    data = datasets.Dataset.from_dict({"label": list(range(6)), "image": [str(p) for p in sorted(world[1].iterdir())]})
+    data.cast_column("image", datasets.Image()).save_to_disk(tmp_path / "set")
+    stream = str(tmp_path / "stream")
+    sources = [
+        tar_files([str(tmp_path / "sa_000.tar")]),
+        tar_files([str(tmp_path)]),
+        hub_dataset(str(tmp_path / "set"), "train", None, None, None),
+        hub_dataset(str(tmp_path / "set"), "train", "image", 4, stream),
+        hub_dataset(str(tmp_path / "set"), "train", "image", 6, stream),  # fetches the two that it lacks
+        hub_dataset(str(world[1]), "train", None, None, None),  # a folder that load_dataset reads
+    ]
+    assert [len(source.names) for source in sources] == [6, 6, 6, 4, 6, 6]
+    for source in sources:
+        for index in range(len(source.names)):
+            assert source.size_hw(index) == folder.size_hw(index)
+            assert np.array_equal(source.draw(index, 40, 48), folder.draw(index, 40, 48))
+    with pytest.raises(ValueError, match=r"'label' is no image column; image columns: \['image'\]"):
+        hub_dataset(str(tmp_path / "set"), "train", "label", None, None)
+
+
+def test_photographs_turn_by_exif_and_name_what_is_broken(tmp_path):
+    pixels = np.zeros((20, 30, 3), np.uint8)
+    pixels[:, :15] = 255  # the left half is white
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned by 90 degrees clockwise: what was left is on top
+    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff")
+    source = image_folder(tmp_path)
+    assert source.names == ["broken.jpg", "turned.png"] and source.size_hw(1) == (30, 20)
+    drawn = source.draw(1, 30, 20)
+    assert drawn[:14].min() == 255 and drawn[16:].max() == 0
+    with pytest.raises(BadImage, match=r"broken\.jpg: "):
+        source.size_hw(0)
+
+
+def test_picture_book_is_drawn_at_every_size():
+    source = PictureBookScenes(50, seed=0)
+    shapes = [source.size_hw(index) for index in range(50)]
+    ratios = [height / width for height, width in shapes]
+    assert min(ratios) >= 0.49 and max(ratios) <= 2.05 and ratios.count(1) > 10
+    assert source.draw(3, 48, 64).shape == (48, 64, 3)
