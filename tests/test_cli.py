@@ -38,7 +38,10 @@ def model_folder(make_spar, spar_processor, tmp_path_factory) -> str:
 def here(tmp_path, monkeypatch) -> Path:
     """An empty working folder with one picture of 150 x 90 pixels in it."""
     monkeypatch.chdir(tmp_path)
-    Image.effect_noise((150, 90), 80).convert("RGB").save(tmp_path / "street.png")
+    picture = Image.effect_noise((150, 90), 80).convert("RGB")
+    picture.paste("orange", (0, 0, 60, 90))
+    picture.paste("navy", (60, 0, 100, 50))
+    picture.save(tmp_path / "street.png")
     return tmp_path
 
 
@@ -108,8 +111,8 @@ def test_segment_with_a_sliding_window_is_the_teacher(here, capsys, model_folder
 
 
 def test_model_options_reach_the_model(here, capsys, model_folder):
-    words = ["segment", "street.png", "--labels", LABELS, "--model", model_folder, "--json", "r.json"]
-    grids = {}
+    words = ["features", "street.png", "--model", model_folder, "--json", "r.json"]
+    stored, facts = {}, {}
     for name, options in {
         "plain": [],
         "short": ["--short-side", "48"],
@@ -117,13 +120,19 @@ def test_model_options_reach_the_model(here, capsys, model_folder):
         "bf16": ["--dtype", "bfloat16", "--device", "cpu"],
     }.items():
         assert main([*words, "--output", name, *options]) == 0
-        facts = json.loads(Path("r.json").read_text())
-        grids[name] = (facts["images"][0]["grid_hw"], facts["method"], facts["dtype"])
-    assert grids["plain"][1:] == ("maskclip", "float32")
-    assert grids["short"][0] == [3, 5]  # 48 x 80 pixels in patches of 16
-    assert grids["method"][1] == "naclip" and grids["bf16"][2] == "bfloat16"
-    plain = np.asarray(Image.open("plain/street-labels.png"))
-    assert (plain != np.asarray(Image.open("method/street-labels.png"))).any()
+        stored[name] = load_file(f"{name}/street.safetensors")["patch_embeds"]
+        facts[name] = json.loads(Path("r.json").read_text())
+    assert (facts["plain"]["method"], facts["plain"]["dtype"]) == ("maskclip", "float32")
+    assert stored["short"].shape[:2] == (3, 5)  # 48 x 80 pixels in patches of 16
+    assert stored["bf16"].dtype == torch.bfloat16 and facts["bf16"]["dtype"] == "bfloat16"
+    assert torch.allclose(stored["bf16"].float(), stored["plain"], rtol=0.1, atol=0.1 * float(stored["plain"].std()))
+
+    assert facts["method"]["method"] == "naclip"
+    model, processor = spar_hf.load(model_folder, method="naclip")
+    pixel_values = processor(images="street.png")["pixel_values"]
+    with torch.inference_mode():
+        expected = model.vision_model(pixel_values).patch_embeds[0]
+    assert torch.equal(stored["method"], expected) and not torch.allclose(expected, stored["plain"], rtol=0.1)
 
 
 def test_several_images_of_one_name_and_odd_names(here, capsys, model_folder):
