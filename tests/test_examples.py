@@ -33,11 +33,7 @@ def test_shipped_pictures_are_what_the_script_draws():
 def test_readme_block_finds_what_the_picture_shows(monkeypatch):
     monkeypatch.chdir(ROOT)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    block = next(
-        code
-        for code in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-        if "segment(" in code
-    )
+    block = next(code for code in blocks if "segment(" in code)
     names = {}
     exec(compile(block, "README.md", "exec"), names)
     result = names["result"]
