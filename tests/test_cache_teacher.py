@@ -102,7 +102,8 @@ def test_killed_writer_goes_on_without_a_missing_or_broken_sample(world, whole, 
 
 
 def test_two_processes_share_the_shards(world, whole, tmp_path):
-    finish(start("cache_teacher.py", *flags(world, tmp_path / "two", "--draws", 20), processes=2))
+    printed = finish(start("cache_teacher.py", *flags(world, tmp_path / "two", "--draws", 20), processes=2))
+    assert "with 2 process(es)" in printed
     assert_same_store(tmp_path / "two", whole)
 
 

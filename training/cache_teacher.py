@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
@@ -79,7 +79,7 @@ class ViewPixels(Dataset):
 
 def main() -> None:
     args = parse_flags()
-    state = PartialState()
+    state = Accelerator()
     say = state.print
     teacher, teacher_is = build_teacher(args)
     teacher.to(state.device)

@@ -293,6 +293,7 @@ def describe_run(args: argparse.Namespace, accelerator: Accelerator) -> dict[str
         "git_revision": revision or None,
         "versions": {"python": sys.version.split()[0], **{name: version(name) for name in packages}},
         "processes": accelerator.num_processes,
+        "distributed": accelerator.distributed_type.value,
         "device": accelerator.device.type,
         "mixed_precision": accelerator.mixed_precision,
     }
