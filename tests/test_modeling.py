@@ -312,12 +312,11 @@ def test_compiles_whole_for_any_size(name, make_vision):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["maskclip", "naclip"])
-def test_inductor_compiles_it(name, make_vision):
+def test_inductor_compiles_it(make_vision):
     torch._dynamo.reset()
-    model = make_vision(method=name, num_hidden_layers=2)
+    model = make_vision(method="maskclip", num_hidden_layers=1)
     compiled = torch.compile(model, fullgraph=True, dynamic=True)
-    for size_hw in ((96, 112), (90, 75), (64, 64)):
+    for size_hw in ((96, 112), (90, 75)):
         images = torch.randn(2, 3, *size_hw)
         torch.testing.assert_close(compiled(images).patch_embeds, model(images).patch_embeds, atol=1e-4, rtol=0)
 
