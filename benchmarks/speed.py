@@ -12,6 +12,8 @@ benchmarks/results/speed.json with the command.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.util
 import json
 import multiprocessing as mp
 import resource
@@ -44,14 +46,24 @@ def stock(height_px: int, width_px: int, dtype: torch.dtype) -> Callable:
 
 
 def open_clip(height_px: int, width_px: int, dtype: torch.dtype) -> Callable:
-    # Where torchvision's compiled operators do not match this torch, its import fails over two that open_clip never
-    # calls; it needs the transforms alone. Declaring them is enough.
-    for operator in ("nms", "qnms"):
-        torch.library.define(f"torchvision::{operator}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     import open_clip as package
 
     model = package.create_model("ViT-B-16", force_image_size=(height_px, width_px)).visual.eval().to(dtype)
     return lambda pixels: model(pixels)
+
+
+def declare_torchvision_operators() -> None:
+    """Lets torchvision be imported where its compiled operators do not match this torch.
+
+    open_clip needs its transforms alone, transformers none of it; the import fails over two operators that neither
+    calls.
+    """
+    if importlib.util.find_spec("torchvision") is None:
+        return
+    for operator in ("nms", "qnms"):
+        schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+        with contextlib.suppress(RuntimeError):  # declared already, by a torchvision that works
+            torch.library.define(f"torchvision::{operator}", schema)
 
 
 MODELS = {"ours": ours, "stock": stock, "open_clip": open_clip}
@@ -83,6 +95,7 @@ def matrix_rate(dtype: torch.dtype) -> float:
 
 def _measure(connection, name: str, size: str, dtype_name: str, threads: int) -> None:
     """Runs in a process of its own: answers each 'go' with seconds, and the end with the peak memory."""
+    declare_torchvision_operators()
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     dtype = getattr(torch, dtype_name)

@@ -184,7 +184,6 @@ def test_very_small_pictures(here, capsys, model_folder, size):
     assert Image.open("spar-output/small-labels.png").size == size
 
 
-@pytest.mark.skipif(not (TINY / "config.json").exists(), reason="the shipped checkpoint is not in this source tree")
 def test_the_shipped_checkpoint_runs_by_default(here, capsys):
     assert main(["segment", "street.png", "--labels", "house; tree; sky"]) == 0
     assert "street.png: 150 x 90 px" in capsys.readouterr().out
