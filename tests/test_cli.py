@@ -21,7 +21,6 @@ from spar_cli.main import COMMANDS, main
 from spar_cli.output import output_stems, shorten, table, whole_files
 from spar_hf.methods_spar import METHODS
 
-TINY = Path(spar_hf.__file__).parent / "assets" / "tiny"
 LABELS = "road; car, automobile; sky"
 
 

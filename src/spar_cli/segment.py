@@ -41,7 +41,9 @@ def run(args: argparse.Namespace) -> None:
     check_outputs(args)
     check_images(args.images)
     opened = open_model(args)
-    segment = OpenVocabularySegmentationPipeline(model=opened.model, processor=opened.processor)
+    segment = OpenVocabularySegmentationPipeline(
+        model=opened.model, processor=opened.processor, device=opened.model.device
+    )
     opened.processor.encode_labels(opened.model, labels)  # cached: the first image's seconds are its own
     results = []
     for path, stem in progress(list(zip(args.images, output_stems(args.images), strict=True))):
