@@ -127,7 +127,9 @@ def test_remote_code_imports_only_what_the_hub_can_give_it(path):
 
 
 def test_make_help_lists_every_target():
-    run = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
+    # Run from `make test` it is a make inside a make, which would announce the folders it enters and leaves.
+    command = ["make", "--no-print-directory", "help"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
     listed = {line.split()[1] for line in run.stdout.splitlines()}
     assert listed == {"help", "demo", "test", "lint", "bench"}
 

@@ -98,6 +98,8 @@ def main() -> None:
     if state.is_main_process:
         bad.add(views.bad)
     todo = [shard for shard in range(store.num_shards) if not store.finished(shard)]
+    # All have the same list before the first shard is written: a shorter one would be dealt out differently.
+    state.wait_for_everyone()
     mine = todo[state.process_index :: state.num_processes]
     numbers = [number for shard in mine for number in store.views_of(shard)]
     cost = {n: num_windows(teacher, views.plan(n).size_hw) for shard in todo for n in store.views_of(shard)}
