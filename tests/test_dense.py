@@ -16,6 +16,7 @@ from spar_hf.dense_spar import (
     SIZE_RULES,
     Recipe,
     Term,
+    attend,
     fit_to_patches,
     locality_bias,
     resize_positions,
@@ -191,3 +192,28 @@ def test_recipe_survives_its_dictionary():
 def test_impossible_recipes_are_refused(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("shape", [(2, 3, 520, 16), (1, 2, 1030, 8)])
+def test_bf16_attention_in_rows_is_the_softmax_written_out(shape, biased):
+    batch, heads, tokens, width = shape
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(batch, heads, tokens - 1, width, generator=generator).bfloat16()
+    key, value = (torch.randn(shape, generator=generator).bfloat16() for _ in "kv")
+    bias = torch.rand(tokens - 1, tokens, generator=generator).bfloat16() * 4 if biased else None
+    with torch.no_grad():
+        got = attend(query, key, value, bias)
+    scores = torch.einsum("bhmd,bhnd->bhmn", query.double(), key.double()) / width**0.5
+    weights = (scores + (bias.double() if biased else 0)).exp()
+    wanted = torch.einsum("bhmn,bhnd->bhmd", weights / weights.sum(-1, keepdim=True), value.double())
+    assert got.dtype == torch.bfloat16
+    # bf16 keeps eight bits: a score of 8 is off by up to 1/32, and so is its weight, relatively.
+    assert (got.double() - wanted).abs().max() < 0.03
+    assert (got.double() - wanted).abs().mean() < 0.003
+
+
+def test_bf16_attention_keeps_gradients():
+    query = torch.randn(1, 2, 600, 8).bfloat16().requires_grad_()
+    attend(query, query, query).sum().backward()
+    assert query.grad.isfinite().all()
