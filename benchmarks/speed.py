@@ -121,8 +121,10 @@ def compare(names: list[str], size: str, dtype: str, rounds: int, threads: int) 
         processes.append(context.Process(target=_measure, args=(child, name, size, dtype, threads), daemon=True))
         processes[-1].start()
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for _ in range(rounds):
-        for name, pipe in pipes.items():
+    for turn in range(rounds):
+        order = list(pipes.items())
+        for name, pipe in order[turn % len(order) :] + order[: turn % len(order)]:
+            time.sleep(1)  # the threads of the one before spin for a while after their work
             pipe.send("go")
             seconds[name].append(pipe.recv())
     rows = {}
@@ -141,6 +143,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
@@ -164,9 +167,9 @@ def main() -> None:
                     flush=True,
                 )
     report = {"command": "python " + " ".join(sys.argv), "threads": args.threads, "torch": torch.__version__}
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps({**report, "rows": table}, indent=1) + "\n")
-    print(f"written to {RESULTS}")
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps({**report, "rows": table}, indent=1) + "\n")
+    print(f"written to {args.output}")
 
 
 if __name__ == "__main__":
