@@ -136,6 +136,17 @@ def compare(names: list[str], size: str, dtype: str, rounds: int, threads: int) 
     return rows
 
 
+def bf16_error(height_px: int, width_px: int) -> float:
+    """Norm of the difference that bf16 makes to our features, as a share of their norm in fp32."""
+    pixels = torch.randn(1, 3, height_px, width_px, generator=torch.Generator().manual_seed(0))
+    features = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        with torch.inference_mode():
+            features[dtype] = ours(height_px, width_px, dtype)(pixels.to(dtype)).float()
+    return float((features[torch.bfloat16] - features[torch.float32]).norm() / features[torch.float32].norm())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["ours", "stock"])
@@ -144,8 +155,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--accuracy", action="store_true", help="only print what bf16 does to the features")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.accuracy:
+        for size in args.sizes:
+            print(f"{size:>10}: bf16 moves the features by {bf16_error(*map(int, size.split('x'))):.2%} of their norm")
+        return
 
     table = []
     print(f"{'size':>10} {'type':>9} {'model':>10} {'seconds':>8} {'vs ours':>8} {'peak MB':>8} {'of rate':>8}")

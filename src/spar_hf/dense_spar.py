@@ -197,8 +197,8 @@ def _attend_in_rows(
 ) -> torch.Tensor:
     """`attend` for bf16 on a CPU: plain products over some rows of one head at a time, in one reused buffer.
 
-    PyTorch's fused attention gains nothing from bf16 on a CPU without matrix tiles (benchmarks/speed.py: 0.35 s for
-    4,097 tokens of ViT-B, in fp32 as in bf16); its plain bf16 products do (0.21 s), if the buffer stays in the cache.
+    PyTorch's fused attention gains little from bf16 on a CPU without matrix tiles; its plain bf16 products do, if the
+    buffer stays in the cache. benchmarks/speed.py has the whole pass in both types.
     """
     out = query.new_empty(query.shape)
     buffer = query.new_empty(ROWS, key.shape[2])
