@@ -1,4 +1,4 @@
-"""Measures mean IoU on the picture book's test split, over models and picture sizes, and prints a Markdown table.
+"""Measures mean IoU on the picture book, over models and picture sizes, and prints a Markdown table.
 
     python benchmarks/quality.py                    # tiny in one pass, its teachers, tiny-spar; 1x, 2x, 4x, 6x
     python benchmarks/quality.py --limit 64 --scales 4 "single pass=tiny" "teacher 24=tiny,stride=24"
@@ -73,15 +73,15 @@ def load(checkpoint: str, method: str | None, device: str) -> tuple[spar_hf.Spar
 
 
 def measure(
-    row: Row, scale: float, limit: int | None, state: Path | None, device: str, batch: int
+    row: Row, scale: float, split: str, limit: int | None, state: Path | None, device: str, batch: int
 ) -> EvaluationResult:
     """Evaluates one row at one scale."""
     model, processor = load(row.checkpoint, row.method, device)
     encoder: DenseEncoder = model.vision_model
     if row.stride_px is not None:
         encoder = SlidingWindow(encoder, stride_px=row.stride_px, batch_size=batch)
-    data = load_benchmark("picturebook", scale=scale, native_px=encoder.config.image_size)
-    what = re.sub(r"\W+", "-", f"{row.name} {row.checkpoint} {row.stride_px} {row.method} {scale:g} {limit}")
+    data = load_benchmark("picturebook", scale=scale, split=split, native_px=encoder.config.image_size)
+    what = re.sub(r"\W+", "-", f"{row.name} {row.checkpoint} {row.stride_px} {row.method} {split} {scale:g} {limit}")
     return evaluate(
         encoder,
         model,
@@ -110,7 +110,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="*", default=ROWS, metavar="NAME=CHECKPOINT[,stride=N][,method=NAME]")
     parser.add_argument("--scales", type=float, nargs="+", default=[1, 2, 4, 6], help="multiples of the native side")
-    parser.add_argument("--limit", type=int, help="scenes per cell, spread over the test split (default: all)")
+    parser.add_argument("--split", choices=("validation", "test"), default="test", help="validation: to choose by")
+    parser.add_argument("--limit", type=int, help="scenes per cell, spread over the split (default: all)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="JSON file (default: %(default)s)")
     parser.add_argument("--state", type=Path, help="folder for what is needed to go on after an interruption")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -122,7 +123,7 @@ def main(argv: list[str] | None = None) -> None:
         for scale in args.scales:
             for row in rows:
                 print(f"{row.name}, {scale:g}x", file=sys.stderr)
-                result = measure(row, scale, args.limit, args.state, args.device, args.batch)
+                result = measure(row, scale, args.split, args.limit, args.state, args.device, args.batch)
                 entries.append({**vars(row), "scale": scale, **json.loads(result.to_json())})
                 document = {
                     "command": shlex.join(["python", *sys.argv]),
@@ -134,7 +135,7 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
     count = entries[0]["num_images"]
-    print(f"\nMean IoU in %, picture book, test split, {count} scenes, by side in multiples of the native one:\n")
+    print(f"\nMean IoU in %, picture book, {args.split}, {count} scenes, by side in multiples of the native one:\n")
     print("\n".join(table(entries, args.scales, lambda entry: 100 * entry["mean_iou"])))
     print(f"\nMilliseconds per picture (median) on {entries[0]['device']}, {entries[0]['dtype']}:\n")
     print("\n".join(table(entries, args.scales, lambda entry: 1000 * entry["seconds_per_image"])))

@@ -220,13 +220,16 @@ def test_custom_says_what_is_missing(tmp_path: Path) -> None:
 def test_picture_book_at_a_multiple_of_the_native_side() -> None:
     small, large = (load_benchmark("picturebook", scale=scale, native_px=16) for scale in (1, 2.5))
     assert small.sample_names == large.sample_names and len(small) > 100
-    assert large.variant == "2.5x the native side, 40 px"
+    assert large.variant == "test, 2.5x the native side, 40 px"
     assert small.read(3).truth.shape == (16, 16) and large.read(3).truth.shape == (40, 40)
     assert large.read(3).image.size == (40, 40)
     # The same scene: where the small one shows a class in a whole block, so does the large one, mostly.
     shown = np.asarray(Image.fromarray(large.read(3).truth).resize((16, 16), Image.Resampling.NEAREST))
     assert (shown == small.read(3).truth).mean() > 0.8
     assert set(np.unique(large.read(3).truth)) <= set(range(len(large.labels)))
+    other = load_benchmark("picturebook", scale=1, native_px=16, split="validation")
+    assert other.variant.startswith("validation") and set(other.sample_names).isdisjoint(small.sample_names)
+    assert (other.read(3).truth != small.read(3).truth).any()
 
 
 def test_picture_book_arguments() -> None:

@@ -161,7 +161,7 @@ class BenchmarkData:
 
     Attributes:
         name: Its name in `BENCHMARKS`.
-        variant: What else tells it from another of that name ("4x the native side, 224 px"), or "".
+        variant: What else tells it from another of that name ("test, 4x the native side, 512 px"), or "".
         labels: The vocabulary; class ids index it.
         sample_names: One name a sample.
         read: Reads or draws a sample by its index.
@@ -183,6 +183,7 @@ def load_benchmark(
     *,
     scale: float | None = None,
     native_px: int | None = None,
+    split: str | None = None,
     images: str | Path | None = None,
     masks: str | Path | None = None,
     classes: str | Path | None = None,
@@ -192,8 +193,9 @@ def load_benchmark(
     Args:
         name: A key of `BENCHMARKS`.
         data: Folder of the data set, or one above it as MMSegmentation has it; for the benchmarks on disk.
-        scale: For "picturebook": draws the test split at this many times the native side; 1 when None.
+        scale: For "picturebook": draws the scenes at this many times the native side; 1 when None.
         native_px: For "picturebook": the model's native side.
+        split: For "picturebook": "validation", to choose by, or "test", to report; "test" when None.
         images: For "custom": folder of images.
         masks: For "custom": folder of label maps, `<name of the image>.png`; value k is line k + 1 of `classes`,
             255 (65535 in 16-bit files) is ignored.
@@ -204,10 +206,10 @@ def load_benchmark(
     """
     if name not in BENCHMARKS:
         raise ValueError(f"benchmark {name!r} is unknown; there are {', '.join(BENCHMARKS)}. Choose one of them.")
-    given = {"data": data, "scale": scale, "images": images, "masks": masks, "classes": classes}
-    wanted = {"picturebook": {"scale"}, "custom": {"images", "masks", "classes"}}.get(name, {"data"})
+    given = {"data": data, "scale": scale, "split": split, "images": images, "masks": masks, "classes": classes}
+    wanted = {"picturebook": {"scale", "split"}, "custom": {"images", "masks", "classes"}}.get(name, {"data"})
     superfluous = [argument for argument, value in given.items() if value is not None and argument not in wanted]
-    missing = [argument for argument in sorted(wanted - {"scale"}) if given[argument] is None]
+    missing = [argument for argument in sorted(wanted - {"scale", "split"}) if given[argument] is None]
     if superfluous or missing:
         expected = f" Expected layout: {_layouts(name)}." if missing == ["data"] else ""
         raise ValueError(
@@ -215,7 +217,7 @@ def load_benchmark(
             f"{', '.join(missing) or 'nothing'}; it takes {', '.join(sorted(wanted))}.{expected}"
         )
     if name == "picturebook":
-        return _picture_book(1.0 if scale is None else scale, native_px)
+        return _picture_book(1.0 if scale is None else scale, native_px, split or "test")
     if images is not None and masks is not None and classes is not None:
         return _custom(Path(images), Path(masks), Path(classes))
     return _on_disk(name, Path(str(data)))
@@ -285,23 +287,23 @@ def _from_files(
     return BenchmarkData(name, variant, labels, tuple(names), read)
 
 
-def _picture_book(scale: float, native_px: int | None) -> BenchmarkData:
+def _picture_book(scale: float, native_px: int | None, split: str) -> BenchmarkData:
     if native_px is None:
         raise ValueError("the picture book is drawn in units of the model's native side. Pass native_px.")
     side_px = round(scale * native_px)
     if not scale > 0 or side_px < 1:
         raise ValueError(f"scale is {scale}; it must be positive, such as 4 for 4 times the {native_px} px.")
-    book = PictureBook("test", side_px, side_px)
+    book = PictureBook(split, side_px, side_px)
 
     def draw(index: int) -> Sample:
         scene = book.scene(index)
-        return Sample(f"test-{index}", Image.fromarray(scene.image), scene.mask.astype(np.int32))
+        return Sample(f"{split}-{index}", Image.fromarray(scene.image), scene.mask.astype(np.int32))
 
     return BenchmarkData(
         name="picturebook",
-        variant=f"{scale:g}x the native side, {side_px} px",
+        variant=f"{split}, {scale:g}x the native side, {side_px} px",
         labels=Labels.parse(PICTURE_BOOK_CLASSES),
-        sample_names=tuple(f"test-{index}" for index in range(len(book))),
+        sample_names=tuple(f"{split}-{index}" for index in range(len(book))),
         read=draw,
     )
 
