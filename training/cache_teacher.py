@@ -43,7 +43,7 @@ from spar_hf.distillation.teacher import (
     build_teacher,
     check_trunk,
     load_tower,
-    num_windows,
+    pixels_seen,
     teacher_features,
 )
 from spar_hf.distillation.views import Views
@@ -102,7 +102,7 @@ def main() -> None:
     state.wait_for_everyone()
     mine = todo[state.process_index :: state.num_processes]
     numbers = [number for shard in mine for number in store.views_of(shard)]
-    cost = {n: num_windows(teacher, views.plan(n).size_hw) for shard in todo for n in store.views_of(shard)}
+    cost = {n: pixels_seen(teacher, views.plan(n).size_hw) for shard in todo for n in store.views_of(shard)}
     if not todo:
         return say(f"{args.cache}: all {len(views)} views are there.")
 
@@ -113,11 +113,12 @@ def main() -> None:
     if trunk:
         needed += sum((1 + h * w) * trunk.vision.config.hidden_size * 2 for h, w in grids)
     typical = min(cost, key=lambda n: abs(cost[n] - statistics.median(cost.values())))
-    seconds_per_window = time_of(teacher, views.plan(typical).size_hw, state.device) / cost[typical]
-    seconds = seconds_per_window * sum(cost.values()) / state.num_processes
+    seconds_per_pixel = time_of(teacher, views.plan(typical).size_hw, state.device) / cost[typical]
+    seconds = seconds_per_pixel * sum(cost.values()) / state.num_processes
     say(
-        f"{len(cost)} of {len(views)} views to do in {len(todo)} shards; {sum(cost.values()):.0f} windows, about "
-        f"{readable(seconds)} with {state.num_processes} process(es) like this one; {needed / 1e9:.3f} GB of disk."
+        f"{len(cost)} of {len(views)} views to do in {len(todo)} shards: {sum(cost.values()) / 1e6:.0f} megapixels "
+        f"with every window counted, about {readable(seconds)} with {state.num_processes} process(es) like this one; "
+        f"{needed / 1e9:.3f} GB of disk."
     )
     require_disk(args.cache, needed)
     if args.estimate:
@@ -126,8 +127,9 @@ def main() -> None:
     pixels_of = ViewPixels(views, numbers)
     loader = DataLoader(pixels_of, batch_size=None, num_workers=args.workers, collate_fn=as_it_is)
     bar = tqdm(
-        total=round(sum(cost[n] for n in numbers)),
-        unit="window",
+        total=sum(cost[n] for n in numbers),
+        unit="px",
+        unit_scale=True,
         smoothing=0.05,
         disable=not state.is_local_main_process,
     )
@@ -148,7 +150,7 @@ def main() -> None:
                 "view": views.plan(number),
                 "pixels_crc32": zlib.crc32(pixels.numpy()),
             }
-        bar.update(round(cost[number]))
+        bar.update(cost[number])
         shard = number // store.shard_views
         if number == store.views_of(shard)[-1]:
             store.write(shard, rows, tensors, unread)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from .sources import PictureBookScenes, Source, hub_dataset, image_folder, tar_files
-from .views import EXTENDED, Augmentation, Views
+from .views import EXTENDED, SCALE_LAWS, Augmentation, Views
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,6 +47,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     default = Augmentation()
     group.add_argument("--long-side-px", type=int, help=f"at scale 1 ({default.long_side_px})")
     group.add_argument("--short-side-px", type=int, help=f"at scale 1 ({default.short_side_px})")
+    group.add_argument("--scale-law", choices=SCALE_LAWS, default=default.scale_law, help="how the scale is drawn")
     group.add_argument("--scale-range", type=float, nargs=2, metavar=("LOW", "HIGH"), help="(0.5 1)")
     group.add_argument("--extended", action="store_true", help="SPAR-ALL's: long and short side 2560, scale 0.2 to 1")
     group.add_argument("--crop-probability", type=float, default=default.crop_probability)
@@ -61,9 +62,22 @@ def add_teacher_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("teacher (default: the student's starting weights in a sliding window)")
     group.add_argument("--student", required=True, help="checkpoint to start from: tiny, a folder, a Hub id")
     group.add_argument("--teacher-model", help="checkpoint of the teacher; the student's when not given")
-    group.add_argument("--teacher-method", help="row of `spar methods`; the checkpoint's own when not given")
+    group.add_argument(
+        "--teacher-method",
+        nargs="+",
+        help="rows of `spar methods`, several: their mean; the checkpoint's when not given",
+    )
     group.add_argument("--window-px", type=int, help="the native size when not given; 0: the whole image in one pass")
-    group.add_argument("--stride-px", type=int, default=24, help="SPAR, section 3: 24, no multiple of the patch")
+    group.add_argument(
+        "--stride-px", type=int, nargs="+", default=[24], help="SPAR, section 3: 24, no multiple of the patch"
+    )
+    group.add_argument(
+        "--teacher-short-side-px",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="sizes at which the teacher sees every picture; several: their mean; the student's size when not given",
+    )
     group.add_argument("--window-batch", type=int, default=64, help="windows at once; bounds the memory")
     group.add_argument("--teacher-dtype", choices=("float32", "bfloat16", "float16"), default="float32")
 
@@ -93,6 +107,7 @@ def build_augmentation(args: argparse.Namespace, patch_px: int) -> Augmentation:
         crop_range=tuple(args.crop_range),
         min_side_px=args.min_side_px,
         flip_probability=args.flip_probability,
+        scale_law=args.scale_law,
         multiple_px=multiple_px,
         **sizes,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import singledispatch
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from ..checkpoints import load, resolve
+from ..composition import MeanOf, Resized
 from ..dense_spar import Recipe
 from ..modeling_spar import SparVisionModel, run_recipe
 from ..sliding_window import DenseEncoder, SlidingWindow
@@ -43,29 +45,48 @@ def load_tower(name: str, **overrides: Any) -> tuple[PreTrainedModel, SparVision
 
 
 def build_teacher(args: argparse.Namespace) -> tuple[DenseEncoder, dict[str, Any]]:
-    """The dense encoder that the flags ask for, without gradients, and what its features depend on."""
+    """The dense encoder that the flags ask for, without gradients, and what its features depend on.
+
+    Several methods, strides or sizes make several teachers, one for each combination; the student learns their mean.
+    """
     name = args.teacher_model or args.student
-    overrides = {} if args.teacher_method is None else {"method": args.teacher_method}
     dtype = getattr(torch, args.teacher_dtype)
-    _, vision, _ = load_tower(name, dtype=dtype, **overrides)
-    vision.requires_grad_(False)
+    teachers: list[DenseEncoder] = []
+    methods, recipes, positions = [], [], []
+    for method in args.teacher_method or [None]:
+        vision = load_tower(name, dtype=dtype, **({} if method is None else {"method": method}))[1]
+        vision.requires_grad_(False)
+        methods.append(vision.config.method)
+        recipes.append(recipe_of(vision).to_dict())
+        positions.append(vision.config.position_interpolation)
+        windows: list[DenseEncoder] = [vision]
+        if args.window_px != 0:
+            window_px = args.window_px or vision.config.window_px
+            windows = [SlidingWindow(vision, window_px, stride, args.window_batch) for stride in args.stride_px]
+        sides = args.teacher_short_side_px
+        teachers += [Resized(window, side) for window in windows for side in sides] if sides else windows
     config = vision.config
+    one_pass = args.window_px == 0
     described = {
         "model": Path(name).name if Path(name).is_dir() else name,  # no path of this machine in the weights
         "weights": weights_hash(vision),
         "revision": getattr(config, "_commit_hash", None),
-        "method": config.method,
-        "recipe": recipe_of(vision).to_dict(),
-        "position_interpolation": config.position_interpolation,
+        "method": single(methods),
+        "recipe": single(recipes),
+        "position_interpolation": single(positions),
         "size_rule": config.size_rule,
         "dtype": args.teacher_dtype,
-        "window_px": None,
-        "stride_px": None,
+        "window_px": None if one_pass else args.window_px or config.window_px or config.image_size,
+        "stride_px": None if one_pass else single(args.stride_px),
+        "short_side_px": single(args.teacher_short_side_px or [None]),
+        "mean": None if len(teachers) == 1 else "normalised features" if len(methods) > 1 else "features",
     }
-    if args.window_px == 0:
-        return vision, described
-    teacher = SlidingWindow(vision, args.window_px or config.window_px, args.stride_px, args.window_batch)
-    return teacher, {**described, "window_px": teacher.window_px, "stride_px": args.stride_px}
+    return single(teachers) if len(teachers) == 1 else MeanOf(teachers, normalise=len(methods) > 1), described
+
+
+def single(values: list) -> Any:
+    """The value itself where there is one, so that the record of an ordinary teacher has no lists."""
+    return values[0] if len(values) == 1 else values
 
 
 @torch.no_grad()
@@ -98,11 +119,26 @@ def mean_feature(
     return torch.stack(vectors).mean(0), torch.stack(squares).mean().sqrt()
 
 
-def num_windows(teacher: DenseEncoder, size_hw: tuple[int, int]) -> float:
-    """What an image costs the teacher: in windows, or in patches when it runs in one pass."""
-    if isinstance(teacher, SlidingWindow):
-        return teacher.num_windows(*size_hw)
-    return size_hw[0] * size_hw[1] / teacher.config.patch_size**2
+@singledispatch
+def pixels_seen(teacher: Any, size_hw: tuple[int, int]) -> int:
+    """What an image costs the teacher: pixels that go through its network, each window's counted."""
+    return size_hw[0] * size_hw[1]
+
+
+@pixels_seen.register
+def _(teacher: SlidingWindow, size_hw: tuple[int, int]) -> int:
+    window_hw = (min(size_hw[0], teacher.window_px), min(size_hw[1], teacher.window_px))
+    return teacher.num_windows(*size_hw) * pixels_seen(teacher.encoder, window_hw)
+
+
+@pixels_seen.register
+def _(teacher: Resized, size_hw: tuple[int, int]) -> int:
+    return pixels_seen(teacher.encoder, teacher.size_hw(*size_hw))
+
+
+@pixels_seen.register
+def _(teacher: MeanOf, size_hw: tuple[int, int]) -> int:
+    return sum(pixels_seen(encoder, size_hw) for encoder in teacher.encoders)
 
 
 class Student(nn.Module):

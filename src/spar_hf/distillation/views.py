@@ -9,7 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..dense_spar import one_of
 from .sources import BadImage, Source
+
+SCALE_LAWS = ("uniform", "log-uniform")
 
 
 class View(NamedTuple):
@@ -33,7 +36,8 @@ class Augmentation:
 
     Attributes:
         long_side_px, short_side_px: size at scale 1.
-        scale_range: the scale is drawn uniformly from it.
+        scale_range: the scale is drawn from it.
+        scale_law: `uniform`, as the paper does, or `log-uniform`: as many views from 1 to 2 times as from 2 to 4.
         crop_probability: how often to crop.
         crop_range: part of a side that a crop keeps, drawn uniformly for each side.
         min_side_px: lower bound of both sides.
@@ -49,8 +53,10 @@ class Augmentation:
     min_side_px: int = 512
     flip_probability: float = 0.5
     multiple_px: int = 16
+    scale_law: str = "uniform"
 
     def __post_init__(self) -> None:
+        one_of("scale_law", self.scale_law, SCALE_LAWS)
         for name in ("scale_range", "crop_range"):
             low, high = getattr(self, name)
             if not 0 < low <= high <= 1:
@@ -69,7 +75,7 @@ class Augmentation:
         # All random numbers are drawn always, so that one choice does not shift the next.
         scale, crop, part_y, part_x, top, left, flip = rng.random(7)
         low, high = self.scale_range
-        scale = low + scale * (high - low)
+        scale = low + scale * (high - low) if self.scale_law == "uniform" else low * (high / low) ** scale
         long_px, short_px = max(size_hw), min(size_hw)
         factor = min(scale * self.long_side_px / long_px, scale * self.short_side_px / short_px)
         factor = max(factor, self.min_side_px / short_px)

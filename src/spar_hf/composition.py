@@ -1,0 +1,127 @@
+"""Dense encoders made of dense encoders: at a size of their own, or the mean of several. Teachers beyond SPAR's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .dense_spar import fit_to_patches
+from .modeling_spar import SparVisionOutput, check_pixels
+from .sliding_window import DenseEncoder
+
+
+class Resized(nn.Module):
+    """Runs a dense encoder on the image resized to a shorter side of its own, and returns to the image's grid.
+
+    A teacher sees best at some size: below it a thing has too few patches, above it a thing outgrows the window.
+    Images keep their ratio up to whole patches. Pixels are resized bicubically and features bilinearly, both with
+    antialias. No gradients.
+
+    Args:
+        encoder: any dense encoder.
+        short_side_px: shorter side it sees, a multiple of its patch.
+
+    Raises:
+        ValueError: the side is no multiple of the patch.
+    """
+
+    def __init__(self, encoder: DenseEncoder, short_side_px: int) -> None:
+        super().__init__()
+        patch_px: int = encoder.config.patch_size
+        if short_side_px < patch_px or short_side_px % patch_px:
+            raise ValueError(f"short_side_px is {short_side_px}; it must be a multiple of the patch ({patch_px} px).")
+        self.encoder = encoder
+        self.short_side_px = short_side_px
+
+    @property
+    def config(self) -> Any:
+        return self.encoder.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.encoder.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.encoder.device
+
+    def extra_repr(self) -> str:
+        return f"short_side_px={self.short_side_px}"
+
+    def size_hw(self, height_px: int, width_px: int) -> tuple[int, int]:
+        """Size in pixels at which the encoder sees an image of this size."""
+        factor = self.short_side_px / min(height_px, width_px)
+        patch_px = self.config.patch_size
+        height, width = (max(round(side * factor / patch_px), 1) * patch_px for side in (height_px, width_px))
+        return height, width
+
+    @torch.no_grad()
+    def forward(self, pixel_values: torch.Tensor) -> SparVisionOutput:
+        """(B, 3, H, W) -> `patch_embeds` (B, h, w, D) on the grid that the encoder itself would have."""
+        check_pixels(pixel_values, self.config.num_channels)
+        image_hw = (pixel_values.shape[2], pixel_values.shape[3])
+        patch_px = self.config.patch_size
+        pixels, extent_hw = fit_to_patches(pixel_values, patch_px, self.config.size_rule)
+        grid_hw = (pixels.shape[2] // patch_px, pixels.shape[3] // patch_px)
+        # Both grids have to cover the same rectangle: the remainder that `floor` drops goes first.
+        pixels = pixels[:, :, : grid_hw[0] * patch_px, : grid_hw[1] * patch_px].float()
+        pixels = nn.functional.interpolate(
+            pixels, size=self.size_hw(*pixels.shape[2:]), mode="bicubic", align_corners=False, antialias=True
+        )
+        features = self.encoder(pixels.to(pixel_values.dtype)).patch_embeds
+        features = nn.functional.interpolate(
+            features.float().permute(0, 3, 1, 2), size=grid_hw, mode="bilinear", align_corners=False, antialias=True
+        )
+        return SparVisionOutput(
+            patch_embeds=features.permute(0, 2, 3, 1).to(self.dtype), image_hw=image_hw, extent_hw=extent_hw
+        )
+
+
+class MeanOf(nn.Module):
+    """The mean of several dense encoders' features. No gradients.
+
+    Args:
+        encoders: dense encoders of one patch size, width, normalisation and size rule.
+        normalise: divide each feature by its length first, and multiply the mean by the mean length over the
+            encoders and the image, so that encoders of different scale count the same.
+
+    Raises:
+        ValueError: there is no encoder, or they do not fit together.
+    """
+
+    def __init__(self, encoders: Sequence[DenseEncoder], normalise: bool = False) -> None:
+        super().__init__()
+        if not encoders:
+            raise ValueError("there are no encoders to take the mean of; give at least one.")
+        for field in ("patch_size", "projection_dim", "size_rule", "image_mean", "image_std"):
+            values = [getattr(encoder.config, field) for encoder in encoders]
+            if any(value != values[0] for value in values):
+                raise ValueError(f"{field} of the encoders is {', '.join(map(str, values))}; it must be the same.")
+        self.encoders = nn.ModuleList(encoders)  # type: ignore[arg-type]
+        self.normalise = normalise
+
+    @property
+    def config(self) -> Any:
+        return self.encoders[0].config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.encoders[0].dtype  # type: ignore[return-value]
+
+    @property
+    def device(self) -> torch.device:
+        return self.encoders[0].device  # type: ignore[return-value]
+
+    @torch.no_grad()
+    def forward(self, pixel_values: torch.Tensor) -> SparVisionOutput:
+        """(B, 3, H, W) -> `patch_embeds` (B, h, w, D)."""
+        outputs = [encoder(pixel_values) for encoder in self.encoders]
+        features = [output.patch_embeds.float() for output in outputs]
+        if self.normalise:
+            lengths = torch.stack([f.norm(dim=-1).mean(dim=(1, 2)) for f in features]).mean(0)  # (B,)
+            features = [nn.functional.normalize(f, dim=-1) * lengths.view(-1, 1, 1, 1) for f in features]
+        mean = torch.stack(features).mean(0).to(self.dtype)
+        return SparVisionOutput(patch_embeds=mean, image_hw=outputs[0].image_hw, extent_hw=outputs[0].extent_hw)
