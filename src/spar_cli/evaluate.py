@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .options import add_model_options, check_one_of, open_model, whole_number
+from .options import add_model_options, add_refine_option, check_one_of, open_model, whole_number
 from .output import check_outputs, command_line
 
 HELP = "Measure mean IoU, seconds per image and peak memory on a benchmark."
@@ -14,6 +14,8 @@ EPILOG = """examples:
       the drawn test split at four times the model's native side; needs no data
   spar evaluate --benchmark picturebook --scale 4 --window-px native --stride-px 24
       the same in a sliding window, SPAR's teacher
+  spar evaluate --benchmark picturebook --scale 4 --refine pamr --refine prompt-denoising
+      with label options, which 'spar methods' lists
   spar evaluate --benchmark ade20k --data data --model openai/clip-vit-base-patch16 --json ade20k.json
       a data set laid out as MMSegmentation's data guide describes
   spar evaluate --benchmark custom --images photos --masks masks --classes classes.txt --model FOLDER
@@ -48,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=whole_number, metavar="N", help="N images, spread evenly over the benchmark")
     parser.add_argument("--state", type=Path, metavar="FILE", help="keep what is done here, and go on from it")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results as JSON")
+    add_refine_option(parser)
     add_model_options(parser)
 
 
@@ -58,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
     check_outputs(args)
     check_one_of("benchmark", args.benchmark, BENCHMARKS)
     protocol = load_protocol(args.protocol, args.benchmark)
-    opened = open_model(args)
+    opened = open_model(args, args.refine)
     benchmark = load_benchmark(
         args.benchmark,
         args.data,
@@ -70,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
     )
     if args.short_side is not None:
         protocol = protocol.replace(short_side_px=args.short_side)
-    if opened.encoder is not opened.model.vision_model and protocol.window_px is not None:
+    if "window_px" in opened.facts and protocol.window_px is not None:
         protocol = protocol.replace(window_px=None, stride_px=None)  # the window of the command line, not both
     result = evaluate(
         opened.encoder,
@@ -79,6 +82,7 @@ def run(args: argparse.Namespace) -> None:
         benchmark,
         protocol=protocol,
         limit=args.limit,
+        refinement=opened.refinement,
         state_path=args.state,
         command=command_line(args),
     )

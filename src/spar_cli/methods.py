@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .output import check_outputs, table, write_json
 
-HELP = "List the training-free methods that --method takes, with their papers and reported results."
+HELP = "List the training-free methods that --method takes and the label options that --refine takes."
 EPILOG = """examples:
   spar methods
   spar segment street.jpg --labels "road; car; sky" --model openai/clip-vit-base-patch16 --method naclip"""
@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from spar_hf.methods_spar import BENCHMARKS, METHODS
+    from spar_hf.refinement import LABEL_OPTIONS
 
     check_outputs(args)
     short = {"coco_object": "object", "coco_stuff": "stuff"}
@@ -30,10 +31,18 @@ def run(args: argparse.Namespace) -> None:
         rows.append((name, method.branch, method.kind, needs, f"{method.title}; {method.paper}"))
         reported = (f"{method.reported[key]:.1f}" if key in method.reported else "-" for key in BENCHMARKS)
         numbers.append((name, *reported))
+    for name, option in LABEL_OPTIONS.items():
+        rows.append((name, "clip", "label", ", ".join(option.needs) or "-", f"{option.title}; {option.paper}"))
     print(table(rows, "<<<<<"))
     print("\nReported mean IoU in %, CLIP ViT-B/16, each under its authors' own protocol:\n")
     print(table(numbers, "<" + ">" * len(BENCHMARKS)))
     print("\nbranch: clip alone, a vision foundation model beside it (vfm), or a generative one.")
     print("gives: feature, one text-aligned vector per patch, which can be a teacher; or label, only a label map.")
+    print("The label rows go with any feature row: --refine NAME, several times if need be; they run in this order.")
     if args.json is not None:
-        write_json(args.json, {"methods": {name: asdict(method) for name, method in METHODS.items()}})
+        options = {
+            name: {key: getattr(option, key) for key in ("title", "paper", "stage", "needs")}
+            for name, option in LABEL_OPTIONS.items()
+        }
+        methods = {name: asdict(method) for name, method in METHODS.items()}
+        write_json(args.json, {"methods": methods, "label_options": options})

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from spar_hf.modeling_spar import SparModel
     from spar_hf.processing_spar import SparProcessor
+    from spar_hf.refinement import Refinement
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -45,6 +46,17 @@ def window_px(word: str) -> int | str:
     if word != "native" and not re.fullmatch(r"[0-9]{1,15}", word):
         raise argparse.ArgumentTypeError(f"it is {word!r}; give a whole number of pixels, or native")
     return word if word == "native" else int(word)
+
+
+def add_refine_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--refine",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a label option, such as pamr; may be given again, they run in the order in which 'spar methods' lists "
+        "them (default: none)",
+    )
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -95,26 +107,29 @@ class Opened:
 
     Attributes:
         encoder: The model's vision tower, or a sliding window around it.
+        refinement: The label options that are on, if any.
         facts: What was opened and how, for the JSON output.
     """
 
     model: SparModel
     processor: SparProcessor
     encoder: Any
+    refinement: Refinement | None
     facts: dict[str, Any]
 
 
-def open_model(args: argparse.Namespace) -> Opened:
-    """The model, processor and dense encoder that the model options ask for.
+def open_model(args: argparse.Namespace, refine: Sequence[str] = ()) -> Opened:
+    """The model, processor and dense encoder that the model options ask for, with the label options of those names.
 
     Raises:
-        ValueError: no such model, method or device, a window or stride out of range.
+        ValueError: no such model, method, label option or device, a window or stride out of range.
         OSError: the Hub or the files can't be read.
     """
     import torch
 
     from spar_hf.checkpoints import load
     from spar_hf.methods_spar import METHODS
+    from spar_hf.refinement import LABEL_OPTIONS, Refinement
     from spar_hf.sliding_window import SlidingWindow
 
     check_one_of("dtype", args.dtype, DTYPES)
@@ -122,6 +137,8 @@ def open_model(args: argparse.Namespace) -> Opened:
     if args.method is not None:
         check_one_of("method", args.method, METHODS)
         overrides["method"] = args.method
+    for name in refine:
+        check_one_of("label option", name, LABEL_OPTIONS)
     device = _device(args.device)
     model, processor = load(args.model, dtype=getattr(torch, args.dtype), **overrides)
     model.to(device)
@@ -134,12 +151,17 @@ def open_model(args: argparse.Namespace) -> Opened:
 
     encoder: Any = model.vision_model
     facts = {"model": args.model, "method": encoder.config.method, "dtype": args.dtype, "device": str(device)}
+    refinement = None
+    if refine:
+        refinement = Refinement(model, refine, encoder)
+        encoder = refinement.encoder  # a window goes around the views, as their authors ran them
+        facts["refine"] = list(refinement.names)
     if args.window_px is not None or args.stride_px is not None:
         native = args.window_px in (None, "native")
         stride_px = encoder.config.stride_px if args.stride_px is None else args.stride_px
         encoder = SlidingWindow(encoder, window_px=None if native else args.window_px, stride_px=stride_px)
         facts |= {"window_px": encoder.window_px, "stride_px": encoder.stride_px}
-    return Opened(model, processor, encoder, facts)
+    return Opened(model, processor, encoder, refinement, facts)
 
 
 def _device(name: str) -> Any:

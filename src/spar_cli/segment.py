@@ -4,10 +4,22 @@ from __future__ import annotations
 
 import argparse
 import time
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from .options import add_image_arguments, add_model_options, check_images, open_image, open_model
+from .options import (
+    Opened,
+    add_image_arguments,
+    add_model_options,
+    add_refine_option,
+    check_images,
+    open_image,
+    open_model,
+)
 from .output import check_outputs, command_line, output_stems, progress, say, shorten, table, whole_files, write_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 HELP = "Segment pictures into classes that you name; writes an overlay and a label map for each."
 EPILOG = """examples:
@@ -16,6 +28,8 @@ EPILOG = """examples:
   spar segment photos/*.jpg --labels "dog; cat; sofa; other, background" --output results --json results/all.json
   spar segment street.jpg --labels "road; car; sky" --model openai/clip-vit-base-patch16 --method naclip
       real photographs need a real checkpoint; 'tiny' knows drawings only
+  spar segment street.jpg --labels "road; car; sky" --refine pamr
+      edges that follow the picture; 'spar methods' lists the label options
   spar segment street.jpg --labels "road; car; sky" --window-px native --stride-px 24
       slow: a window slides over the picture, SPAR's teacher
 
@@ -29,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--labels", required=True, metavar="TEXT", help="what to look for: classes split by ';', synonyms by ','"
     )
+    add_refine_option(parser)
     add_model_options(parser)
 
 
@@ -40,16 +55,19 @@ def run(args: argparse.Namespace) -> None:
     labels = Labels.parse(args.labels)
     check_outputs(args)
     check_images(args.images)
-    opened = open_model(args)
+    opened = open_model(args, args.refine)
     segment = OpenVocabularySegmentationPipeline(
         model=opened.model, processor=opened.processor, device=opened.model.device
     )
     opened.processor.encode_labels(opened.model, labels)  # cached: the first image's seconds are its own
+    if opened.refinement is not None:
+        unlabelled = (pixels_of(path, opened) for path in args.images)
+        opened.refinement.fit(opened.encoder, opened.processor, labels, unlabelled)
     results = []
     for path, stem in progress(list(zip(args.images, output_stems(args.images), strict=True))):
         image = open_image(path, opened)
         started = time.perf_counter()
-        found = segment(image, candidate_labels=labels, encoder=opened.encoder)
+        found = segment(image, candidate_labels=labels, encoder=opened.encoder, refinement=opened.refinement)
         seconds = time.perf_counter() - started
         overlay_path, label_map_path = args.output / f"{stem}-overlay.png", args.output / f"{stem}-labels.png"
         with whole_files(overlay_path, label_map_path) as (overlay_partial, label_map_partial):
@@ -74,6 +92,12 @@ def run(args: argparse.Namespace) -> None:
         say(report(results[-1]))
     if args.json is not None:
         write_json(args.json, {"command": command_line(args), **opened.facts, "images": results})
+
+
+def pixels_of(path: Path, opened: Opened) -> tuple[Tensor, tuple[int, int]]:
+    """A picture as the model's input (1, 3, H, W), and its own height and width."""
+    image = open_image(path, opened)
+    return opened.processor(images=image, return_tensors="pt")["pixel_values"], (image.height, image.width)
 
 
 def report(result: dict[str, Any]) -> str:

@@ -19,18 +19,22 @@ from .methods_spar import METHODS, Method
 from .modeling_spar import SparModel, SparOutput, SparVisionModel, SparVisionOutput
 from .pipeline_spar import OpenVocabularySegmentationPipeline, register_pipeline
 from .processing_spar import LabelFeatures, Labels, SparProcessor
+from .refinement import LABEL_OPTIONS, LabelOption, Refinement, floss_templates
 from .sliding_window import DenseEncoder, SlidingWindow
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "LABEL_OPTIONS",
     "METHODS",
     "DenseEncoder",
     "InvalidImageError",
     "LabelFeatures",
+    "LabelOption",
     "Labels",
     "Method",
     "OpenVocabularySegmentationPipeline",
+    "Refinement",
     "SlidingWindow",
     "SparConfig",
     "SparImageProcessor",
@@ -40,6 +44,7 @@ __all__ = [
     "SparVisionConfig",
     "SparVisionModel",
     "SparVisionOutput",
+    "floss_templates",
     "load",
 ]
 

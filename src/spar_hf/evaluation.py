@@ -27,8 +27,9 @@ from safetensors.numpy import save
 from torch import nn
 from tqdm.auto import tqdm
 
-from .data import IGNORED, BenchmarkData, Protocol, load_protocol
+from .data import IGNORED, BenchmarkData, Protocol, Sample, load_protocol
 from .metrics import SegmentationCounts
+from .refinement import Refinement
 from .sliding_window import DenseEncoder, SlidingWindow
 
 
@@ -39,6 +40,7 @@ class EvaluationResult:
     Attributes:
         benchmark: Name of the benchmark.
         variant: Which one of that name, such as the scale of the picture book.
+        refine: Label options that were on, in the order in which they ran.
         protocol: Every constant of the protocol, under "name" its name.
         num_images: Images that were counted.
         mean_iou: Mean over the classes that occur in prediction or truth, 0 to 1. All scores are nan if none does.
@@ -56,6 +58,7 @@ class EvaluationResult:
 
     benchmark: str
     variant: str
+    refine: tuple[str, ...]
     protocol: dict[str, Any]
     num_images: int
     mean_iou: float
@@ -91,9 +94,11 @@ class EvaluationResult:
             ("peak memory, MB", f"{self.peak_memory_mb:.0f}"),
         ]
         name = f"{self.benchmark} ({self.variant})" if self.variant else self.benchmark
+        refined = f", refined with {', '.join(self.refine)}" if self.refine else ""
         return "\n".join(
             [
-                f"{name}, protocol {self.protocol['name']}, {self.num_images} images, {self.device} {self.dtype}",
+                f"{name}, protocol {self.protocol['name']}{refined}, {self.num_images} images, "
+                f"{self.device} {self.dtype}",
                 "",
                 *markdown_table(["class", "IoU, %"], rows),
             ]
@@ -107,6 +112,7 @@ def evaluate(
     benchmark: BenchmarkData,
     protocol: Protocol | str | None = None,
     limit: int | None = None,
+    refinement: Refinement | None = None,
     progress: bool = True,
     state_path: str | Path | None = None,
     save_every: int = 20,
@@ -122,6 +128,8 @@ def evaluate(
         protocol: A name in `PROTOCOLS` or a `Protocol`; None is the benchmark's first. A protocol with a window runs
             `encoder` in a `SlidingWindow`.
         limit: Evaluates so many images, spread evenly over the benchmark; None takes all.
+        refinement: Label options that are on; `encoder` must be `refinement.encoder` or a window around it. Options
+            that learn from unlabelled images see those that are evaluated, first.
         progress: Shows a bar with the running mean IoU.
         state_path: Saves counts and position in this file, and goes on from there if it exists.
         save_every: Images between two saves.
@@ -138,24 +146,34 @@ def evaluate(
     if protocol.window_px is not None and protocol.stride_px is not None:
         encoder = SlidingWindow(encoder, window_px=protocol.window_px, stride_px=protocol.stride_px)
     count = len(benchmark) if limit is None else min(limit, len(benchmark))
+    refine = () if refinement is None else refinement.names
     state = State(SegmentationCounts(len(benchmark.labels), ignore_index=IGNORED))
     if state_path is not None:
-        fingerprint = _fingerprint(encoder, model, processor, benchmark, protocol, count)
+        fingerprint = _fingerprint(encoder, model, processor, benchmark, protocol, refine, count)
         state.resume(Path(state_path), fingerprint)
 
     device = encoder.device
     label_features = processor.encode_labels(model, benchmark.labels, templates=protocol.templates)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+
+    def read(number: int) -> tuple[torch.Tensor, Sample]:
+        sample = benchmark.read(number * len(benchmark) // count)
+        # The protocol alone decides the size, whatever the checkpoint's image processor is set to.
+        inputs = processor(images=protocol.resize(sample.image), do_resize=False, return_tensors="pt")
+        return inputs["pixel_values"], sample
+
+    if refinement is not None:
+        unlabelled = ((pixel_values, sample.truth.shape) for pixel_values, sample in map(read, range(count)))
+        refinement.fit(encoder, processor, benchmark.labels, unlabelled, templates=protocol.templates)
     remaining = range(state.counts.num_images, count)
     with tqdm(remaining, initial=remaining.start, total=count, desc=benchmark.name, disable=not progress) as bar:
         for number in bar:
-            sample = benchmark.read(number * len(benchmark) // count)
-            image = protocol.resize(sample.image)
-            # The protocol alone decides the size, whatever the checkpoint's image processor is set to.
-            pixel_values = processor(images=image, do_resize=False, return_tensors="pt")["pixel_values"]
+            pixel_values, sample = read(number)
             started = _now(device)
-            prediction = _label_map(encoder, processor, pixel_values, sample.truth.shape, label_features, protocol)
+            prediction = _label_map(
+                encoder, processor, pixel_values, sample.truth.shape, label_features, protocol, refinement
+            )
             state.seconds.append(_now(device) - started)
             state.counts.update(prediction, sample.truth)
             if progress:
@@ -168,6 +186,7 @@ def evaluate(
     return EvaluationResult(
         benchmark=benchmark.name,
         variant=benchmark.variant,
+        refine=refine,
         protocol=asdict(protocol),
         num_images=state.counts.num_images,
         mean_iou=scores["mean_iou"],
@@ -192,6 +211,7 @@ def _label_map(
     size_hw: tuple[int, ...],
     label_features: Any,
     protocol: Protocol,
+    refinement: Refinement | None,
 ) -> np.ndarray:
     """The class ids (H, W) of one preprocessed image at the size of its truth."""
     outputs = encoder(pixel_values.to(encoder.device, encoder.dtype))
@@ -202,6 +222,7 @@ def _label_map(
         logit_scale=protocol.logit_scale,
         background_threshold=protocol.background_threshold,
         area_threshold=protocol.area_threshold,
+        label_maps=None if refinement is None else refinement.label_maps(pixel_values),
     )
     return label_map.cpu().numpy()
 
@@ -263,6 +284,7 @@ def _fingerprint(
     processor: Any,
     benchmark: BenchmarkData,
     protocol: Protocol,
+    refine: tuple[str, ...],
     count: int,
 ) -> dict[str, str]:
     """What decides the scores, by name, so that a refused state can say what changed."""
@@ -276,6 +298,7 @@ def _fingerprint(
         ),
         "images": json.dumps([count, _digest(name.encode() + b"\0" for name in benchmark.sample_names)]),
         "protocol": json.dumps(asdict(protocol)),
+        "label options": json.dumps(refine),
     }
 
 

@@ -73,6 +73,7 @@ class OpenVocabularySegmentationPipeline(Pipeline):
             candidate_labels: The vocabulary; see `Labels.parse`. It may be given to `pipeline(...)` once instead.
             templates: Prompt templates; see `SparProcessor.encode_labels`.
             encoder: Any dense encoder, such as a `SlidingWindow`; None is the model's vision tower.
+            refinement: Label options that are on, a `spar_hf.Refinement`; its own encoder runs where none is given.
             size: Size for the encoder; see `SparImageProcessor`. `do_resize=False` keeps the image's own.
             logit_scale, background_threshold, background_class, area_threshold: See
                 `SparProcessor.post_process_semantic_segmentation`.
@@ -107,6 +108,7 @@ class OpenVocabularySegmentationPipeline(Pipeline):
         candidate_labels: Any = None,
         templates: Any = None,
         encoder: Callable[[Tensor], Any] | None = None,
+        refinement: Any = None,
         size: Any = None,
         do_resize: bool | None = None,
         **kwargs: Any,
@@ -114,12 +116,14 @@ class OpenVocabularySegmentationPipeline(Pipeline):
         if unknown := sorted(set(kwargs) - {*POST_PROCESSING, "local_files_only"}):
             raise ValueError(
                 f"the {TASK} pipeline does not know {', '.join(unknown)}; allowed are candidate_labels, templates, "
-                f"encoder, size, do_resize, {', '.join(POST_PROCESSING)}."
+                f"encoder, refinement, size, do_resize, {', '.join(POST_PROCESSING)}."
             )
         preprocess = {"size": size, "do_resize": do_resize}
+        if encoder is None and refinement is not None:
+            encoder = refinement.encoder
         forward = {"encoder": encoder}
         postprocess = {name: kwargs.get(name) for name in POST_PROCESSING}
-        postprocess["templates"] = templates
+        postprocess |= {"templates": templates, "refinement": refinement}
         # Parsed here, so that a mistake is told before an image is read.
         postprocess["labels"] = None if candidate_labels is None else Labels.parse(candidate_labels)
         return _given(preprocess), _given(forward), _given(postprocess)
@@ -150,11 +154,18 @@ class OpenVocabularySegmentationPipeline(Pipeline):
         return model_inputs
 
     def postprocess(
-        self, model_outputs: dict[str, Any], labels: Labels | None = None, templates: Any = None, **options: Any
+        self,
+        model_outputs: dict[str, Any],
+        labels: Labels | None = None,
+        templates: Any = None,
+        refinement: Any = None,
+        **options: Any,
     ) -> dict[str, Any]:
         if labels is None:
             raise ValueError("there are no labels; pass candidate_labels, such as 'road; car, automobile; sky'.")
         image = model_outputs["image"]
+        if refinement is not None:
+            options["label_maps"] = refinement.label_maps(image.pixel_values[None])
         (label_map,) = self.processor.post_process_semantic_segmentation(
             image, [image.original_hw], self.processor.encode_labels(self.model, labels, templates), **options
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -157,6 +157,7 @@ class SparProcessor(ProcessorMixin):
         background_threshold: float | None = None,
         background_class: int = 0,
         area_threshold: float | None = None,
+        label_maps: Sequence[Callable[..., Tensor]] | None = None,
     ) -> list[Tensor]:
         """Label maps from patch features; see `segmentation_spar.label_map` for the formula.
 
@@ -170,6 +171,8 @@ class SparProcessor(ProcessorMixin):
             background_threshold: Pixels whose best probability is below it become `background_class`.
             background_class: Class id of the background; may lie outside the vocabulary.
             area_threshold: Foreground classes with at most this share of the foreground pixels are struck out.
+            label_maps: What to call in the place of `segmentation_spar.label_map`, one function for each image, such
+                as a `Refinement` gives; None is that function itself.
 
         Returns:
             One label map (H, W) of class ids, int32, per image.
@@ -197,8 +200,10 @@ class SparProcessor(ProcessorMixin):
             covered_hw = tuple(
                 image / extent for image, extent in zip(outputs.image_hw, outputs.extent_hw, strict=True)
             )
+        if label_maps is None:
+            label_maps = [label_map] * len(patch_embeds)
         return [
-            label_map(
+            make(
                 patches,
                 text_embeds,
                 class_ids,
@@ -209,7 +214,7 @@ class SparProcessor(ProcessorMixin):
                 background_class,
                 area_threshold,
             )
-            for patches, size_hw in zip(patch_embeds, sizes_hw, strict=True)
+            for make, patches, size_hw in zip(label_maps, patch_embeds, sizes_hw, strict=True)
         ]
 
     def _encode_names(self, model: Any, names: Sequence[str], templates: Sequence[str], batch_size: int) -> Tensor:

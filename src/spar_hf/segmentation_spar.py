@@ -54,10 +54,7 @@ def label_map(
     if area_threshold is not None:
         for tile, logits in _upsampled_tiles(patches, names, rows, columns):
             labels[tile] = class_ids[_max_over_names(logits)[1]].int()
-        area = torch.bincount(labels.flatten(), minlength=int(class_ids.max()) + 1)
-        is_foreground = torch.arange(len(area), device=area.device) != background_class
-        struck_out = is_foreground & (area <= area_threshold * area[is_foreground].sum())
-        running = ~struck_out[class_ids]
+        running = foreground_left(labels, class_ids, background_class, area_threshold)
         if not running.any():
             return labels.fill_(background_class)
 
@@ -71,6 +68,14 @@ def label_map(
         probability = (best - logits.logsumexp(0)).exp()  # of all names: striking one out does not help the others
         labels[tile] = running_ids[winner].masked_fill_(probability < background_threshold, background_class)
     return labels
+
+
+def foreground_left(labels: Tensor, class_ids: Tensor, background_class: int, area_threshold: float) -> Tensor:
+    """Which names (K) are in the running after foreground classes of too small a share are struck out."""
+    area = torch.bincount(labels.flatten(), minlength=int(class_ids.max()) + 1)
+    is_foreground = torch.arange(len(area), device=area.device) != background_class
+    struck_out = is_foreground & (area <= area_threshold * area[is_foreground].sum())
+    return ~struck_out[class_ids]
 
 
 def axis_weights(size_px: int, grid: int, covered: float = 1.0) -> Tensor:

@@ -1,0 +1,58 @@
+"""Options that are one formula on the scores: MaskCLIP's prompt denoising and key smoothing, CLIP Surgery's removal.
+
+Papers: MaskCLIP (Zhou et al., ECCV 2022, arXiv 2112.01071), section 3.3, with the thresholds of its code, 0.5 and 1.
+CLIP Surgery (Li et al., Pattern Recognition 2025, arXiv 2304.05653), section 3.3, t = 2.
+Each takes the scores (K, h, w), cosines unless an option before it changed them, the image, the L2-normalised text
+features (K, D) and the class of each name (K); it returns new scores.
+
+Choices: both of MaskCLIP's take the soft-max of 100 times the cosine, whatever the evaluation's logit scale. Its code
+normalises the keys along the patches, each channel over the whole image, where the paper's formula has the cosine of
+two keys; the numbers were made with the code, which is what runs here. CLIP Surgery's class token is that of CLIP's
+own path over the whole image; its code sharpens with the factor 2 before the soft-max, as here.
+Deviation: if prompt denoising would strike out every name it strikes out none; theirs then calls every pixel the first
+class.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .tapped import TappedImage
+
+SOFTMAX_SCALE = 100.0
+STRUCK_OUT = -100.0  # below any cosine, and finite, so that it can be interpolated
+MIN_CONFIDENCE = 0.5
+SMOOTH_BELOW = 1.0
+SHARPNESS = 2.0
+
+
+def prompt_denoising(scores: Tensor, image: TappedImage, text_embeds: Tensor, class_ids: Tensor) -> Tensor:
+    """Strikes out the names that reach a probability of 0.5 at no patch; (K, h, w) -> (K, h, w)."""
+    confidence = (SOFTMAX_SCALE * scores).softmax(0).amax((1, 2))  # (K)
+    struck_out = confidence < MIN_CONFIDENCE
+    return scores if struck_out.all() else scores.masked_fill(struck_out[:, None, None], STRUCK_OUT)
+
+
+def key_smoothing(scores: Tensor, image: TappedImage, text_embeds: Tensor, class_ids: Tensor) -> Tensor:
+    """Where no name is certain, the sum of all patches' probabilities, weighted by how alike the keys are.
+
+    The result is votes, not cosines; (K, h, w) -> (K, h, w).
+    """
+    probabilities = (SOFTMAX_SCALE * scores).softmax(0).flatten(1)  # (K, N)
+    keys = F.normalize(image.keys(), dim=0)  # (N, C), each channel over the patches; see the header
+    votes = (probabilities @ keys) @ keys.T  # (K, C) first: no N x N matrix
+    unsure = probabilities.amax(0) < SMOOTH_BELOW
+    return torch.where(unsure, votes, probabilities).unflatten(1, scores.shape[1:])
+
+
+def redundancy_removal(scores: Tensor, image: TappedImage, text_embeds: Tensor, class_ids: Tensor) -> Tensor:
+    """Weighs each name by the image's own similarity to it, then subtracts the mean over names.
+
+    The paper multiplies features element by element, weighs, subtracts the mean over names and sums over the channels;
+    the sum is linear, so scores suffice. (K, h, w) -> (K, h, w).
+    """
+    likely = (SHARPNESS * (text_embeds @ image.class_embed)).softmax(0)
+    weighted = scores * (likely / likely.mean())[:, None, None]
+    return weighted - weighted.mean(0)

@@ -1,0 +1,114 @@
+"""TappedImage: what a label option may ask CLIP itself about one image, whatever encoder made the patch features.
+
+One plain pass of the network over the whole image, made when the first option asks and kept for the others. Blocks are
+counted from 1 in a network of twelve, as in `dense_spar.Term`; in one of L blocks, block b is number ceil(b L / 12).
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..dense_spar import attend, fit_to_patches, merge_heads, project_heads
+
+
+def check_network(network: Any, option: str) -> None:
+    """Raises a `ValueError` unless the network is a vision tower of the CLIP family, as `SparVisionModel` is."""
+    if not all(hasattr(network, part) for part in ("encoder", "pre_layrnorm", "visual_projection")):
+        raise ValueError(
+            f"the label option {option!r} looks into the blocks and the class token of a CLIP vision tower, and the "
+            f"model's is a {type(network).__name__}. Leave the option out, or take a CLIP checkpoint."
+        )
+
+
+class TappedImage:
+    """One image, and CLIP's own view of it.
+
+    Args:
+        network: A vision tower of the CLIP family.
+        pixel_values: (1, 3, H, W), normalised.
+        logit_scale: The model's own factor on the cosine, for the options that the authors ran with it.
+    """
+
+    def __init__(self, network: Any, pixel_values: Tensor, logit_scale: float) -> None:
+        self.network = network
+        self.pixel_values = pixel_values.to(network.device, network.dtype)
+        self.logit_scale = logit_scale
+
+    @cached_property
+    def _outputs(self) -> Any:
+        with torch.no_grad():
+            return self.network(self.pixel_values, output_hidden_states=True)
+
+    @cached_property
+    def fitted_pixels(self) -> Tensor:
+        """The pixels that the patch grid covers, whole patches only: (1, 3, h * p, w * p)."""
+        patch_px = self.network.config.patch_size
+        pixels, _ = fit_to_patches(self.pixel_values, patch_px, self.network.config.size_rule)
+        return pixels[..., : pixels.shape[2] // patch_px * patch_px, : pixels.shape[3] // patch_px * patch_px]
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.network.encoder.layers)
+
+    @property
+    def grid_hw(self) -> tuple[int, int]:
+        return tuple(self._outputs.patch_embeds.shape[1:3])
+
+    @property
+    def class_embed(self) -> Tensor:
+        """The image in the text space (D), L2-normalised."""
+        return F.normalize(self._outputs.image_embeds[0].float(), dim=-1)
+
+    @torch.no_grad()
+    def heads(self, block: int, names: str) -> dict[str, Tensor]:
+        """The projections that `names` spells of a block, each (1, H, 1 + N, d), class token first."""
+        index = math.ceil(block * self.num_blocks / 12) - 1
+        layer = self.network.encoder.layers[index]
+        return project_heads(layer.self_attn, layer.layer_norm1(self._outputs.hidden_states[index]), names)
+
+    def keys(self) -> Tensor:
+        """The last block's keys of the patches, heads side by side: (N, C)."""
+        return merge_heads(self.heads(12, "k")["k"])[0, 1:].float()
+
+    def self_correlation(self, block: int) -> Tensor:
+        """Mean over q, k, v and heads of the cosine between tokens: (1 + N, 1 + N)."""
+        heads = self.heads(block, "qkv").values()
+        # Unit vectors side by side: their products add up to the sum of the cosines, without a map for each head.
+        units = torch.cat([merge_heads(F.normalize(head.float(), dim=-1)) for head in heads], dim=-1)[0]
+        return units @ units.T / (3 * self.network.config.num_attention_heads)
+
+    def attention(self, index: int) -> Tensor:
+        """The mean over heads of a block's own attention between patches, (N, N); `index` counts from 0."""
+        layer = self.network.encoder.layers[index]
+        with torch.no_grad():
+            heads = project_heads(layer.self_attn, layer.layer_norm1(self._outputs.hidden_states[index]), "qk")
+        total = torch.zeros(())
+        for query, key in zip(heads["q"][0].float(), heads["k"][0].float(), strict=True):  # one head's map at a time
+            scores = (query @ key.T * query.shape[-1] ** -0.5).softmax(dim=-1)
+            total = scores if total.ndim == 0 else total.add_(scores)
+        return total[1:, 1:] / len(heads["q"][0])
+
+    @torch.no_grad()
+    def class_embed_of(self, crop: Tensor, patch_mask: Tensor) -> Tensor:
+        """The image embedding of a crop (D), L2-normalised, whose class token looks at the masked patches only.
+
+        Args:
+            crop: (1, 3, H, W).
+            patch_mask: (N) bool. The class token's scores towards the others are lowered by 1000, in every block.
+        """
+        tokens, _ = self.network.embeddings(crop)
+        x = self.network.pre_layrnorm(tokens)
+        bias = x.new_zeros(x.shape[1], x.shape[1])
+        bias[0, 1:][~patch_mask] = -1000
+        for layer in self.network.encoder.layers:
+            heads = project_heads(layer.self_attn, layer.layer_norm1(x), "qkv")
+            attended = merge_heads(attend(heads["q"], heads["k"], heads["v"], bias))
+            x = layer.feed_forward(x + layer.self_attn.out_proj(attended))
+        embed = self.network.visual_projection(self.network.post_layernorm(x[:, 0]))
+        return F.normalize(embed[0].float(), dim=-1)
