@@ -20,6 +20,7 @@ import spar_hf
 from spar_cli.main import COMMANDS, main
 from spar_cli.output import output_stems, shorten, table, whole_files
 from spar_hf.methods_spar import METHODS
+from spar_hf.refinement import LABEL_OPTIONS
 
 LABELS = "road; car, automobile; sky"
 
@@ -219,8 +220,12 @@ def test_features_keep_the_type_they_were_made_in(here, capsys, model_folder):
 def test_methods_lists_every_row(here, capsys):
     assert main(["methods", "--json", "methods.json"]) == 0
     out, _ = capsys.readouterr()
-    written = json.loads(Path("methods.json").read_text())["methods"]
-    assert list(written) == list(METHODS)
+    document = json.loads(Path("methods.json").read_text())
+    written = document["methods"]
+    assert list(written) == list(METHODS) and list(document["label_options"]) == list(LABEL_OPTIONS)
+    for name, option in LABEL_OPTIONS.items():
+        (described,) = [line for line in out.splitlines() if line.split()[:1] == [name]]
+        assert option.paper in described and "  label  " in described
     for name, method in METHODS.items():
         (described, reported) = [line for line in out.splitlines() if line.split()[:1] == [name]]
         assert method.paper in described and method.kind in described and method.branch in described
@@ -236,6 +241,25 @@ def test_evaluate_prints_a_table_and_writes_json(here, capsys, model_folder):
     assert written["command"] == f"spar {' '.join(words)} --json out/score.json"
     assert written["num_images"] == 2
     assert f"**{100 * written['mean_iou']:.1f}**" in out
+
+
+def test_label_options_run_in_the_tables_order_and_are_recorded(here, capsys, model_folder):
+    words = ["segment", "street.png", "--labels", LABELS, "--model", model_folder, "--json", "result.json"]
+    maps = []
+    for options in ([], ["--refine", "pamr", "--refine", "flip"], ["--refine", "floss"]):
+        assert main([*words, *options]) == 0
+        maps.append(np.asarray(Image.open("spar-output/street-labels.png")))
+        written = json.loads(Path("result.json").read_text())
+        names = [word for word in options if word != "--refine"]
+        assert written.get("refine", []) == sorted(names, key=list(LABEL_OPTIONS).index)
+    assert (maps[0] != maps[1]).any() and (maps[0] != maps[2]).any()
+
+    words = ["evaluate", "--benchmark", "picturebook", "--scale", "1.5", "--limit", "1", "--model", model_folder]
+    options = ["--refine", "prompt-denoising", "--refine", "cluster-vote", "--window-px", "native"]
+    assert main([*words, *options, "--json", "score.json"]) == 0
+    out, _ = capsys.readouterr()
+    assert json.loads(Path("score.json").read_text())["refine"] == ["prompt-denoising", "cluster-vote"]
+    assert "refined with prompt-denoising, cluster-vote" in out
 
 
 def test_evaluate_runs_the_window_of_the_command_line(here, capsys, model_folder):
@@ -300,6 +324,7 @@ def test_mistakes_before_a_model_is_loaded(here, capsys, words, message):
         (["--stride-px", "0"], "--stride-px is 0; it must be from 1 to the window's 64"),
         (["--window-px", "native", "--stride-px", "65"], "--stride-px is 65"),
         (["--stride-px", "-3"], "--stride-px is -3"),
+        (["--refine", "parm"], "no label option 'parm'; choose one of image-engineering, flip, .*Did you mean 'pamr'"),
         (["--max-pixels", "1000"], r"0\.0135 million.*at most 0\.001 million.*raise --max-pixels"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

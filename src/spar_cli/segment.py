@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .options import (
-    Opened,
     add_image_arguments,
     add_model_options,
     add_refine_option,
@@ -17,9 +15,6 @@ from .options import (
     open_model,
 )
 from .output import check_outputs, command_line, output_stems, progress, say, shorten, table, whole_files, write_json
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 HELP = "Segment pictures into classes that you name; writes an overlay and a label map for each."
 EPILOG = """examples:
@@ -61,7 +56,10 @@ def run(args: argparse.Namespace) -> None:
     )
     opened.processor.encode_labels(opened.model, labels)  # cached: the first image's seconds are its own
     if opened.refinement is not None:
-        unlabelled = (pixels_of(path, opened) for path in args.images)
+        unlabelled = (
+            opened.processor(images=open_image(path, opened), return_tensors="pt")["pixel_values"]
+            for path in args.images
+        )
         opened.refinement.fit(opened.encoder, opened.processor, labels, unlabelled)
     results = []
     for path, stem in progress(list(zip(args.images, output_stems(args.images), strict=True))):
@@ -92,12 +90,6 @@ def run(args: argparse.Namespace) -> None:
         say(report(results[-1]))
     if args.json is not None:
         write_json(args.json, {"command": command_line(args), **opened.facts, "images": results})
-
-
-def pixels_of(path: Path, opened: Opened) -> tuple[Tensor, tuple[int, int]]:
-    """A picture as the model's input (1, 3, H, W), and its own height and width."""
-    image = open_image(path, opened)
-    return opened.processor(images=image, return_tensors="pt")["pixel_values"], (image.height, image.width)
 
 
 def report(result: dict[str, Any]) -> str:

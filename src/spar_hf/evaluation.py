@@ -164,7 +164,7 @@ def evaluate(
         return inputs["pixel_values"], sample
 
     if refinement is not None:
-        unlabelled = ((pixel_values, sample.truth.shape) for pixel_values, sample in map(read, range(count)))
+        unlabelled = (read(number)[0] for number in range(count))
         refinement.fit(encoder, processor, benchmark.labels, unlabelled, templates=protocol.templates)
     remaining = range(state.counts.num_images, count)
     with tqdm(remaining, initial=remaining.start, total=count, desc=benchmark.name, disable=not progress) as bar:

@@ -5,10 +5,12 @@ among the pixels that it calls a name, the mean entropy of its probabilities say
 templates with the lowest entropy make the name's expert, a classifier of all names. An expert is heard where it finds
 its own name; where several do, the surest; where none does, the classifier with all templates.
 
-Choices, as the authors' code runs: the soft-max is of 100 times the cosine, on the grid, and is resized afterwards;
-templates that never find the name do not count, and a name that no template finds keeps them all. Each name has an
-expert, a synonym too. Features of several templates are averaged and normalised, as in their NACLIP; their MaskCLIP
-leaves out the second. The unlabelled images are those of the command, where the authors take the training set.
+Choices, as the authors' code runs: the soft-max is of 100 times the cosine, on the grid, and experts are compared when
+it is resized; templates that never find the name do not count, and a name that no template finds keeps them all. Each
+name has an expert, a synonym too. Features of several templates are averaged and normalised, as in their NACLIP;
+their MaskCLIP leaves out the second.
+Deviations: entropies are taken at the patches, theirs at the pixels, which are 256 times as many and bilinear between
+the same patches. The unlabelled images are those of the command, theirs the training set.
 """
 
 from __future__ import annotations
@@ -26,8 +28,6 @@ from .label_maps import MAP_NUMBERS, Maps
 from .scores import SOFTMAX_SCALE
 
 TEMPLATES_PER_NAME = 4
-Features = tuple[Tensor, tuple[int, int], tuple[float, float]]
-"""Unit patch features (h, w, D) of an image, the size of its label map, and the image's extent over the grid's."""
 
 
 def bands(probabilities: Tensor, size_hw: tuple[int, int], covered_hw: tuple[float, float]) -> Iterable[Tensor]:
@@ -43,26 +43,25 @@ def bands(probabilities: Tensor, size_hw: tuple[int, int], covered_hw: tuple[flo
         yield rows[top : top + step] @ across
 
 
-def rank_templates(images: Iterable[Features], template_embeds: Tensor) -> list[list[int]]:
+def rank_templates(images: Iterable[Tensor], template_embeds: Tensor) -> list[list[int]]:
     """For each name its templates, surest first, at most four; all that there are for a name that none finds.
 
     Args:
-        images: without labels.
+        images: L2-normalised patch features (h, w, D) of each, without labels.
         template_embeds: (T, K, D), L2-normalised: each name in each template.
     """
     num_templates, num_names, _ = template_embeds.shape
     sums = torch.zeros(num_templates, num_names, dtype=torch.float64)
     counts = torch.zeros(num_templates, num_names, dtype=torch.float64)
-    for patches, size_hw, covered_hw in images:
+    for patches in images:
         for template, names in enumerate(template_embeds.to(patches.device)):
-            probabilities = (SOFTMAX_SCALE * torch.einsum("kd,ijd->kij", names, patches)).softmax(0)
-            for band in bands(probabilities, size_hw, covered_hw):
-                entropy = -(band * (band + 1e-10).log()).sum(0).flatten().double()
-                winner = band.argmax(0).flatten()
-                sums[template] += torch.bincount(winner, entropy, minlength=num_names).cpu()
-                counts[template] += torch.bincount(winner, minlength=num_names).cpu()
-    entropy = torch.where(counts > 0, sums / counts, torch.inf)
-    order = entropy.argsort(dim=0, stable=True)  # (T, K)
+            probabilities = (SOFTMAX_SCALE * patches.flatten(0, 1) @ names.T).softmax(-1)  # (N, K)
+            entropy = -(probabilities * (probabilities + 1e-10).log()).sum(-1).double()
+            winner = probabilities.argmax(-1)
+            sums[template] += torch.bincount(winner, entropy, minlength=num_names).cpu()
+            counts[template] += torch.bincount(winner, minlength=num_names).cpu()
+    mean = torch.where(counts > 0, sums / counts, torch.inf)
+    order = mean.argsort(dim=0, stable=True)  # (T, K)
     chosen = []
     for name in range(num_names):
         found = [index for index in order[:, name].tolist() if counts[index, name] > 0]
@@ -103,10 +102,12 @@ def fused(
     heard = torch.full(size_hw, nobody, device=default.device)
     surest = torch.zeros(size_hw, device=default.device)
     for name, table in enumerate(tables[:nobody]):
+        if not may_win(table, name):
+            continue
         top = 0
         for band in bands(table, size_hw, covered_hw):
             rows = slice(top, top := top + band.shape[1])
-            better = (band.argmax(0) == name) & (band[name] > surest[rows])
+            better = (band[name] == band.amax(0)) & (band[name] > surest[rows])
             heard[rows].masked_fill_(better, name)
             surest[rows] = torch.where(better, band[name], surest[rows])
 
@@ -118,6 +119,14 @@ def fused(
         return total
 
     return maps
+
+
+def may_win(table: Tensor, name: int) -> bool:
+    """Whether the name can be highest at some pixel: not where another is above it at all patches around (K, h, w)."""
+    above = (table > table[name]).float()
+    around = (min(2, table.shape[1]), min(2, table.shape[2]))
+    always_above = -F.max_pool2d(-above, around, stride=1)
+    return bool((always_above.amax(0) == 0).any())
 
 
 def floss_templates(
@@ -142,8 +151,7 @@ def floss_templates(
     templates = candidates(processor, templates)
     encoder = model.vision_model if encoder is None else encoder
     embeds = encode_templates(model, processor, labels, templates)
-    inputs = (processor(images=image) for image in images)
-    features = (unit_features(encoder, i["pixel_values"], tuple(i["original_sizes"][0].tolist())) for i in inputs)
+    features = (unit_features(encoder, processor(images=image)["pixel_values"]) for image in images)
     chosen = rank_templates(features, embeds)
     return {name: [templates[i] for i in indices] for name, indices in zip(labels.names, chosen, strict=True)}
 
@@ -154,10 +162,7 @@ def candidates(processor: Any, templates: str | Iterable[str] | None) -> tuple[s
 
 
 @torch.no_grad()
-def unit_features(encoder: Any, pixel_values: Tensor, size_hw: tuple[int, int]) -> Features:
-    """One image (1, 3, H, W) through a dense encoder."""
+def unit_features(encoder: Any, pixel_values: Tensor) -> Tensor:
+    """L2-normalised patch features (h, w, D) of one image (1, 3, H, W)."""
     outputs = encoder(pixel_values.to(encoder.device, encoder.dtype))
-    covered_hw = (1.0, 1.0)
-    if outputs.extent_hw is not None:
-        covered_hw = tuple(image / extent for image, extent in zip(outputs.image_hw, outputs.extent_hw, strict=True))
-    return F.normalize(outputs.patch_embeds[0].float(), dim=-1), size_hw, covered_hw
+    return F.normalize(outputs.patch_embeds[0].float(), dim=-1)

@@ -60,7 +60,7 @@ class Refinement:
         encoder: DenseEncoder,
         processor: Any,
         labels: Any,
-        images: Iterable[tuple[Tensor, tuple[int, int]]],
+        images: Iterable[Tensor],
         templates: Iterable[str] | None = None,
     ) -> None:
         """Looks at unlabelled images, where an option needs to (floss); the images are not read otherwise.
@@ -69,18 +69,18 @@ class Refinement:
             encoder: What the features will come from.
             processor: Its `encode_labels` embeds the names.
             labels: The vocabulary of the label maps to come.
-            images: Pixels (1, 3, H, W) and size of the label map of each.
+            images: Pixels (1, 3, H, W) of each.
             templates: To choose from; None is the processor's own.
         """
         if not self._of("templates"):
             return
         embeds = encode_templates(self.model, processor, Labels.parse(labels), candidates(processor, templates))
-        features = (unit_features(encoder, pixel_values, size_hw) for pixel_values, size_hw in images)
+        features = (unit_features(encoder, pixel_values) for pixel_values in images)
         self.experts = expert_embeds(embeds, rank_templates(features, embeds))
 
     def label_maps(self, pixel_values: Tensor) -> list[Callable[..., Tensor]]:
         """For each image of a batch (B, 3, H, W) what to call in the place of `segmentation_spar.label_map`."""
-        logit_scale = float(self.model.logit_scale.exp())
+        logit_scale = self.model.logit_scale.exp().item()
         images = (TappedImage(self.model.vision_model, single, logit_scale) for single in pixel_values.split(1))
         return [partial(self._label_map, image) for image in images]
 

@@ -10,11 +10,13 @@ one short of the last row and column; if one class's box is empty the crops afte
 the union of the bounding boxes (8-connected) of what lies above the map's mean after a cut to 256 steps.
 Deviations: patch probabilities come from the encoder at hand and not from MaskCLIP; positions follow the network's own
 rule; a class is kept with all its names if one name passes; the classes that fail are struck out of the label map,
-while the authors stop at the tags. A network of another depth votes with all its blocks, still 4, and takes the maps
-of its blocks from the first that lies at two thirds of the depth to the last but one.
+while the authors stop at the tags. In a network of another depth a third of the blocks must agree, and the maps are
+those of the blocks after two thirds of the depth but for the last.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -23,7 +25,6 @@ from torch.nn import functional as F
 from .scores import STRUCK_OUT
 from .tapped import TappedImage
 
-MIN_VOTES = 4
 HALF = 0.5
 
 
@@ -58,14 +59,15 @@ def name_scores(scores: Tensor, image: TappedImage, text_embeds: Tensor) -> Tens
 
 def voted_attention(image: TappedImage) -> Tensor:
     """Mean attention of the blocks 9 to 11, (N, N), zero where fewer than 4 blocks are above their own mean."""
-    first = -(-8 * image.num_blocks // 12)  # 0-based; 8 of 12
+    last = max(image.num_blocks - 1, 1)
+    first = min(math.ceil(8 * image.num_blocks / 12), last - 1)  # counted from 0; 8, 9 and 10 of 12
     votes = mean = torch.zeros(())
     for index in range(image.num_blocks):
         attention = image.attention(index)
         votes = votes + (attention > attention.mean())
-        if first <= index < image.num_blocks - 1:
-            mean = mean + attention / (image.num_blocks - 1 - first)
-    return mean * (votes >= MIN_VOTES)
+        if first <= index < last:
+            mean = mean + attention / (last - first)
+    return mean * (votes >= math.ceil(image.num_blocks / 3))
 
 
 def rescaled(values: Tensor) -> Tensor:

@@ -1,0 +1,440 @@
+"""Every label option against its plain formulation; how they compose; batches; mistakes."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import plain_refinement as plain
+import pytest
+import torch
+from conftest import SIZES_HW
+from plain_clip import PlainClip
+from scipy import ndimage
+from sklearn.cluster import DBSCAN
+from torch.nn import functional as F
+
+from spar_hf import LABEL_OPTIONS, Refinement, SlidingWindow, SparProcessor, floss_templates
+from spar_hf.prompts_spar import IMAGENET_TEMPLATES
+from spar_hf.refinement import cluster_vote, floss, label_maps, pamr, scores, tagclip, views
+from spar_hf.refinement.tapped import TappedImage
+
+LABELS = "road; car, automobile; sky; tree; dog"
+NUM_NAMES = 6
+TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
+
+
+def rand(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def random_cosines(size_hw: tuple[int, int], names: int = NUM_NAMES) -> torch.Tensor:
+    """Smooth score maps (K, h, w) with the spread that CLIP's cosines have."""
+    coarse = rand(1, names, 3, 3, seed=size_hw[0])
+    return 0.2 + 0.03 * F.interpolate(coarse, size=size_hw, mode="bilinear", align_corners=True)[0]
+
+
+@pytest.fixture(scope="module")
+def text_embeds() -> torch.Tensor:
+    return F.normalize(rand(NUM_NAMES, 24, seed=5), dim=-1)
+
+
+@pytest.fixture(scope="module")
+def class_ids() -> torch.Tensor:
+    return torch.tensor([0, 1, 1, 2, 3, 4])
+
+
+@pytest.fixture
+def tapped(make_spar, pixels):
+    """`tapped("off_grid", layers=6)`: one image, and the same through the plain network: its tokens of each block."""
+
+    def make(size: str, layers: int = 6):
+        model = make_spar(num_hidden_layers=layers)
+        images = pixels(size)
+        return TappedImage(model.vision_model, images, model.logit_scale.exp().item()), images[0].double().numpy()
+
+    return make
+
+
+@pytest.fixture
+def plain_states(make_clip):
+    def make(image: np.ndarray, layers: int = 6):
+        net = PlainClip(make_clip(num_hidden_layers=layers))
+        tokens, grid_hw = net.embed(image, "offset")
+        return net, net.inputs(tokens), grid_hw
+
+    return make
+
+
+def few_maps(monkeypatch, names: int, size_hw: tuple[int, int]) -> None:
+    """So many names at a time."""
+    monkeypatch.setitem(label_maps.MAP_NUMBERS, "cpu", names * size_hw[0] * size_hw[1])
+
+
+# --- each option -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size_hw", [(24, 24), (19, 37), (40, 21)])
+def test_pamr(size_hw):
+    maps, image = rand(3, *size_hw), rand(3, *size_hw, seed=1)
+    image[:, :5, :5] = 1.0  # a flat corner: nothing to tell its pixels apart
+    refined = pamr.pamr(lambda names: maps[names], image)
+    expected = plain.pamr(maps.double().numpy(), image.double().numpy())
+    np.testing.assert_allclose(refined(slice(0, 3)).numpy(), expected, **TOLERANCE)
+    np.testing.assert_allclose(refined(slice(1, 2)).numpy(), expected[1:2], **TOLERANCE)
+    assert np.abs(expected - maps.numpy()).max() > 0.5
+
+
+@pytest.mark.parametrize("size_hw", [(4, 4), (3, 7)])
+def test_prompt_denoising(size_hw, text_embeds, class_ids):
+    cosines = random_cosines(size_hw)
+    found = scores.prompt_denoising(cosines, None, text_embeds, class_ids)
+    expected = plain.prompt_denoising(cosines.double().numpy())
+    np.testing.assert_allclose(found.numpy(), expected, **TOLERANCE)
+    assert 0 < (expected[:, 0, 0] == -100).sum() < NUM_NAMES
+    unsure = torch.full_like(cosines, 0.2)
+    torch.testing.assert_close(scores.prompt_denoising(unsure, None, text_embeds, class_ids), unsure)
+
+
+@pytest.mark.parametrize("size", SIZES_HW)
+def test_key_smoothing(size, tapped, plain_states, text_embeds, class_ids):
+    image, array = tapped(size)
+    net, states, grid_hw = plain_states(array)
+    cosines = random_cosines(grid_hw)
+    cosines[2, 0, 0] = 3.0  # one patch is certain, and keeps its probabilities
+    keys = np.concatenate(net.heads(net.num_layers - 1, states[-2], "k"), axis=-1)[1:]
+    expected = plain.key_smoothing(cosines.double().numpy(), keys)
+    found = scores.key_smoothing(cosines, image, text_embeds, class_ids)
+    np.testing.assert_allclose(found.numpy(), expected, **TOLERANCE)
+    assert found[2, 0, 0] == 1
+
+
+@pytest.mark.parametrize("size", SIZES_HW)
+def test_redundancy_removal(size, tapped, plain_states, text_embeds, class_ids):
+    image, array = tapped(size)
+    net, states, grid_hw = plain_states(array)
+    class_embed = plain.unit(net.project(states[-1][:1]))[0]
+    patches = F.normalize(rand(*grid_hw, 24), dim=-1)
+    cosines = torch.einsum("kd,ijd->kij", text_embeds, patches)
+    expected = plain.redundancy_removal(patches.double().numpy(), text_embeds.double().numpy(), class_embed)
+    found = scores.redundancy_removal(cosines, image, text_embeds, class_ids)
+    np.testing.assert_allclose(found.numpy(), expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("layers", [12, 6])
+@pytest.mark.parametrize("size", SIZES_HW)
+def test_tagclip(size, layers, tapped, plain_states, text_embeds):
+    image, array = tapped(size, layers)
+    net, states, grid_hw = plain_states(array, layers)
+    cosines = 4 * random_cosines(grid_hw)
+    covered = array[:, : grid_hw[0] * net.patch_px, : grid_hw[1] * net.patch_px]
+    expected = plain.tagclip(
+        net, states, covered, cosines.double().numpy(), text_embeds.double().numpy(), image.logit_scale, 64, "offset"
+    )
+    np.testing.assert_allclose(tagclip.name_scores(cosines, image, text_embeds).numpy(), expected, **TOLERANCE)
+
+
+def test_tagclip_keeps_all_names_of_a_class_that_is_there(tapped, text_embeds, class_ids, monkeypatch):
+    image, _ = tapped("native")
+    cosines = random_cosines((4, 4))
+    monkeypatch.setattr(tagclip, "name_scores", lambda *_: torch.tensor([0.1, 0.9, 0.2, 0.6, 0.49, 0.0]))
+    found = tagclip.reidentification(cosines, image, text_embeds, class_ids)
+    kept = torch.tensor([False, True, True, True, True, False])
+    torch.testing.assert_close(found[kept], cosines[kept])
+    assert (found[~kept] == -100).all()
+
+
+def test_component_boxes():
+    masks = rand(40, 9, 14) > 0.9
+    for mask, found in zip(masks.numpy(), tagclip.component_boxes(masks).numpy(), strict=True):
+        expected = np.zeros_like(mask)
+        components, _ = ndimage.label(mask, structure=np.ones((3, 3)))
+        for rows, columns in ndimage.find_objects(components):
+            expected[rows.start : min(rows.stop, 8), columns.start : min(columns.stop, 13)] = True
+        np.testing.assert_array_equal(found, expected)
+    assert not tagclip.component_boxes(torch.zeros(2, 3, 4, dtype=torch.bool)).any()
+
+
+@pytest.mark.parametrize("layers", [12, 6])
+@pytest.mark.parametrize("size", SIZES_HW)
+def test_self_correlation(size, layers, tapped, plain_states):
+    image, array = tapped(size, layers)
+    net, states, _ = plain_states(array, layers)
+    found = image.self_correlation(cluster_vote.BLOCK)
+    np.testing.assert_allclose(found.numpy(), plain.self_correlation(net, states), **TOLERANCE)
+
+
+@pytest.mark.parametrize("eps, neighbours", [(0.15, 4), (0.25, 4), (0.3, 12), (0.01, 2), (5.0, 3)])
+def test_dbscan_equals_scikit_learns(eps, neighbours):
+    points = rand(300, 2) * rand(300, 1, seed=1).sign() + (rand(300, 1, seed=2) > 0)  # uneven, so borders and noise
+    expected = DBSCAN(eps=eps, min_samples=neighbours).fit_predict(points.numpy())
+    np.testing.assert_array_equal(cluster_vote.dbscan(points, eps, neighbours).numpy(), expected)
+
+
+def test_median_equals_scipys():
+    maps = rand(3, 11, 20)
+    expected = np.stack([ndimage.median_filter(single, size=7) for single in maps.numpy()])
+    np.testing.assert_array_equal(cluster_vote.median(maps).numpy(), expected)
+
+
+def test_cluster_vote_settings_are_the_authors_at_their_sizes():
+    assert cluster_vote.settings(196) == (pytest.approx(0.7), 3)
+    assert cluster_vote.settings(441) == (pytest.approx(1.1), 7)
+    sides = [cluster_vote.settings(n * n) for n in (2, 8, 14, 18, 21, 40)]
+    assert sides == sorted(sides) and sides[0][0] > 0 and sides[0][1] >= 1
+
+
+@pytest.mark.parametrize("size", SIZES_HW)
+def test_cluster_vote(size, tapped, plain_states, monkeypatch):
+    image, array = tapped(size)
+    net, states, grid_hw = plain_states(array)
+    correlation = plain.self_correlation(net, states)
+    rows = np.maximum(correlation[1:, 1:] - correlation[0, 1:], 0)
+    distances = np.unique(np.linalg.norm(rows[:, None] - rows, axis=-1).round(5))
+    near = distances[: len(distances) // 4]  # a random network's rows are further apart than CLIP's
+    gap = np.diff(near)[len(near) // 2 :].argmax() + len(near) // 2
+    eps = float(near[gap : gap + 2].mean())  # in the widest gap, away from rounding
+    monkeypatch.setattr(cluster_vote, "settings", lambda n: (eps, 2))
+    height, width = array.shape[1:]
+    labels = torch.randint(0, 4, (height, width), generator=torch.Generator().manual_seed(0), dtype=torch.int32) - 1
+    covered_hw = (height / (16 * grid_hw[0]), width / (16 * grid_hw[1]))
+    expected = plain.cluster_vote(labels.numpy(), correlation, grid_hw, eps, 2, covered_hw)
+    found = cluster_vote.cluster_vote(labels, image, covered_hw)
+    assert found.dtype == torch.int32
+    assert (found.numpy() != expected).mean() < 2e-3  # pixels where two clusters' maps are equal to the last digit
+    assert (expected != labels.numpy()).any()
+
+
+def test_without_clusters_nobody_votes(tapped, monkeypatch):
+    image, _ = tapped("native")
+    monkeypatch.setattr(cluster_vote, "settings", lambda n: (1e-9, 2))
+    labels = torch.arange(64 * 64, dtype=torch.int32).view(64, 64)
+    torch.testing.assert_close(cluster_vote.cluster_vote(labels, image, (1.0, 1.0)), labels)
+
+
+@pytest.mark.parametrize("size_hw", [(32, 48), (23, 41)])
+def test_blur_and_greyscale(size_hw):
+    images = rand(2, 3, *size_hw)
+    kernel = np.exp(-0.5 * (np.arange(-5, 6) / 5) ** 2)
+    expected = images.double().numpy()
+    for axis in (2, 3):
+        expected = ndimage.correlate1d(expected, kernel / kernel.sum(), axis=axis, mode="mirror")
+    np.testing.assert_allclose(views.blur(images).numpy(), expected, atol=1e-5)
+    luma = 0.2989 * images[:, 0] + 0.587 * images[:, 1] + 0.114 * images[:, 2]
+    torch.testing.assert_close(views.greyscale(images), torch.stack([luma] * 3, dim=1))
+
+
+@pytest.mark.parametrize("names", [["flip"], ["image-engineering"], ["flip", "image-engineering"]])
+@pytest.mark.parametrize("size", SIZES_HW)
+@torch.no_grad()
+def test_views_average_the_logits_of_the_paper(size, names, make_spar, pixels, text_embeds):
+    model = make_spar(num_hidden_layers=2)
+    images = pixels(size)
+    height, width = (side // 16 * 16 for side in images.shape[2:])
+    whole = images[..., :height, :width]
+
+    def logits(pixel_values: torch.Tensor) -> torch.Tensor:
+        """At the size of the pixels, (K, H, W)."""
+        features = F.normalize(model.vision_model(pixel_values).patch_embeds, dim=-1)[0]
+        grid = torch.einsum("kd,ijd->kij", text_embeds, features)
+        return F.interpolate(grid[None], size=(height, width), mode="bilinear", align_corners=False)[0]
+
+    expected = logits(images)
+    if "image-engineering" in names:
+        expected = (expected + logits(views.greyscale(images)) + logits(views.blur(images))) / 3
+    if "flip" in names:
+        mirrored = [logits(whole.flip(axis)).flip(axis) for axis in (-2, -1)]
+        expected = 0.7 * expected + 0.3 * (mirrored[0] + mirrored[1]) / 2
+
+    outputs = Refinement(model, names).encoder(images)
+    grid = torch.einsum("kd,ijd->kij", text_embeds, outputs.patch_embeds[0])
+    found = F.interpolate(grid[None], size=(height, width), mode="bilinear", align_corners=False)[0]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    assert outputs.image_hw == tuple(images.shape[2:]) and outputs.extent_hw == (height, width)
+
+
+# --- FLOSS -----------------------------------------------------------------------------------------------------
+
+
+def test_floss_ranks_templates_by_entropy():
+    images = [F.normalize(1 + rand(*grid_hw, 24, seed=n), dim=-1) for n, grid_hw in enumerate([(6, 8), (9, 5)])]
+    template_embeds = F.normalize(1 + rand(7, NUM_NAMES, 24, seed=9), dim=-1)
+    # In the shadow of other names, few templates find the name 4 and none the name 5.
+    template_embeds[2:, 4] = 0.8 * template_embeds[2:, 0]
+    template_embeds[:, 5] = 0.8 * template_embeds[:, 3]
+    expected = plain.floss_ranking([image.double().numpy() for image in images], template_embeds.double().numpy())
+    assert floss.rank_templates(images, template_embeds) == expected
+    assert [len(chosen) for chosen in expected] == [4, 4, 4, 4, 2, 7]
+
+
+def test_a_name_that_may_win_is_not_left_out():
+    for seed in range(20):
+        table = rand(5, 3, 4, seed=seed).softmax(0)
+        winners = set(plain.resize(table.numpy(), (40, 50)).argmax(axis=0).flatten())
+        assert winners <= {name for name in range(5) if floss.may_win(table, name)}
+    above = torch.stack([torch.full((3, 1), 0.6), torch.full((3, 1), 0.4)])
+    assert floss.may_win(above, 0) and not floss.may_win(above, 1)
+
+
+@pytest.mark.parametrize("size_hw, covered_hw", [((12, 16), (1.0, 1.0)), ((17, 13), (1.1, 1.2))])
+def test_floss_hears_the_surest_expert(size_hw, covered_hw):
+    patches = F.normalize(rand(3, 4, 24), dim=-1)
+    experts = F.normalize(rand(NUM_NAMES, NUM_NAMES, 24, seed=1), dim=-1)
+    default = F.normalize(rand(NUM_NAMES, 24, seed=2), dim=-1)
+
+    def cosines(names: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("kd,ijd->kij", names, patches)
+
+    maps = floss.fused(cosines, experts, default, size_hw, covered_hw)
+    arrays = (patches.double().numpy(), experts.double().numpy(), default.double().numpy())
+    expected = plain.floss_fusion(*arrays, size_hw, covered_hw)
+    np.testing.assert_allclose(maps(slice(0, 6)).numpy(), expected, **TOLERANCE)
+    np.testing.assert_allclose(maps(slice(2, 4)).numpy(), expected[2:4], **TOLERANCE)
+
+
+def test_floss_templates_name_the_prompts(make_spar, spar_processor):
+    model = make_spar(num_hidden_layers=2)
+    pictures = [np.random.default_rng(n).integers(0, 256, (48, 80, 3), dtype=np.uint8) for n in range(2)]
+    templates = [*IMAGENET_TEMPLATES[:5], "a photo of a {}."]
+    chosen = floss_templates(model, spar_processor, LABELS, pictures, templates=templates)
+    assert list(chosen) == ["road", "car", "automobile", "sky", "tree", "dog"]
+    assert all(len(some) in (4, 6) or len(some) < 4 for some in chosen.values())
+    assert {template for some in chosen.values() for template in some} <= set(templates)
+
+
+# --- composition -----------------------------------------------------------------------------------------------
+
+
+class Segmenter:
+    """A model, its processor and a vocabulary: `run(names, images)` gives label maps through the processor."""
+
+    def __init__(self, model, processor: SparProcessor) -> None:
+        self.model, self.processor = model, processor
+        self.features = processor.encode_labels(model, LABELS, templates=IMAGENET_TEMPLATES[:3])
+
+    def refinement(self, names, images: torch.Tensor) -> Refinement:
+        refinement = Refinement(self.model, names)
+        unlabelled = iter(images.split(1))
+        refinement.fit(
+            refinement.encoder, self.processor, self.features.labels, unlabelled, templates=IMAGENET_TEMPLATES[:3]
+        )
+        return refinement
+
+    def run(self, names, images: torch.Tensor, refinement: Refinement | None = None, **options) -> list[torch.Tensor]:
+        refinement = self.refinement(names, images) if refinement is None else refinement
+        with torch.inference_mode():
+            outputs = refinement.encoder(images)
+            return self.processor.post_process_semantic_segmentation(
+                outputs,
+                [(40, 56)] * len(images),
+                self.features,
+                label_maps=refinement.label_maps(images),
+                **options,
+            )
+
+
+@pytest.fixture(scope="module")
+def segmenter(make_spar, spar_processor) -> Segmenter:
+    return Segmenter(make_spar(num_hidden_layers=6), spar_processor)
+
+
+@pytest.mark.parametrize("size", SIZES_HW)
+@pytest.mark.parametrize("thresholds", [{}, {"background_threshold": 0.4}, {"area_threshold": 0.3}])
+@torch.inference_mode()
+def test_no_option_is_the_plain_label_map(size, thresholds, segmenter, pixels, monkeypatch):
+    few_maps(monkeypatch, 4, (40, 56))
+    images = pixels(size, batch=2)
+    options = {"logit_scale": 30.0, "background_class": 3, **thresholds}
+    outputs = segmenter.model.vision_model(images)
+    expected = segmenter.processor.post_process_semantic_segmentation(
+        outputs, [(40, 56)] * 2, segmenter.features, **options
+    )
+    for found, label_map in zip(segmenter.run([], images, **options), expected, strict=True):
+        assert (found != label_map).float().mean() < 1e-3  # ties of rounding
+
+
+@pytest.mark.parametrize("name", LABEL_OPTIONS)
+def test_an_image_of_a_batch_is_refined_as_if_alone(name, segmenter, pixels):
+    images = pixels("off_grid", batch=3)
+    refinement = segmenter.refinement([name], images)
+    together = segmenter.run([name], images, refinement)
+    for image, found in zip(images.split(1), together, strict=True):
+        (alone,) = segmenter.run([name], image, refinement)
+        assert (found != alone).float().mean() < 1e-3
+        assert found.shape == (40, 56) and found.dtype == torch.int32
+
+
+@pytest.mark.parametrize("name", LABEL_OPTIONS)
+@torch.inference_mode()
+def test_an_option_goes_with_any_encoder_and_bf16(name, make_spar, spar_processor, pixels):
+    model = make_spar(num_hidden_layers=6, method="naclip").to(torch.bfloat16)
+    segmenter = Segmenter(model, spar_processor)
+    images = pixels("larger")
+    refinement = segmenter.refinement([name], images)
+    outputs = SlidingWindow(refinement.encoder, stride_px=32)(images.to(torch.bfloat16))
+    (label_map,) = spar_processor.post_process_semantic_segmentation(
+        outputs, [(31, 45)], segmenter.features, label_maps=refinement.label_maps(images)
+    )
+    assert label_map.shape == (31, 45) and 0 <= int(label_map.min()) <= int(label_map.max()) < 5
+
+
+def test_the_table_sets_the_order(segmenter, pixels, monkeypatch):
+    few_maps(monkeypatch, 2, (40, 56))
+    images = pixels("same_count")
+    names = ["pamr", "key-smoothing", "flip", "prompt-denoising", "redundancy-removal"]
+    results = [segmenter.run(order, images)[0] for order in (names, names[::-1])]
+    torch.testing.assert_close(*results)
+    ran = Refinement(segmenter.model, names).names
+    assert ran == ("flip", "redundancy-removal", "prompt-denoising", "key-smoothing", "pamr")
+
+
+@pytest.mark.parametrize("pair", list(itertools.combinations(["floss", "tagclip", "pamr", "cluster-vote"], 2)))
+def test_stages_compose(pair, segmenter, pixels):
+    (label_map,) = segmenter.run(pair, pixels("larger"))
+    assert label_map.shape == (40, 56) and int(label_map.max()) < 5
+
+
+def test_the_pipeline_takes_a_refinement(segmenter):
+    from spar_hf import OpenVocabularySegmentationPipeline
+
+    pictures = [np.random.default_rng(n).integers(0, 256, (40, 56, 3), dtype=np.uint8) for n in range(2)]
+    segment = OpenVocabularySegmentationPipeline(model=segmenter.model, processor=segmenter.processor)
+    options = {"candidate_labels": LABELS, "templates": IMAGENET_TEMPLATES[:3], "do_resize": False}
+    refinement = Refinement(segmenter.model, ["flip", "pamr"])
+    pixel_values = torch.cat([segmenter.processor(images=p, do_resize=False)["pixel_values"] for p in pictures])
+    expected = segmenter.run((), pixel_values, refinement)
+    for batch_size in (1, 2):
+        found = segment(pictures, refinement=refinement, batch_size=batch_size, **options)
+        for result, label_map in zip(found, expected, strict=True):
+            assert (result["segmentation"] != label_map.numpy()).mean() < 1e-3
+    plain_result = segment(pictures[0], **options)["segmentation"]
+    assert (plain_result != expected[0].numpy()).any()
+
+
+# --- mistakes --------------------------------------------------------------------------------------------------
+
+
+def test_mistakes_say_what_to_do(segmenter, pixels, make_vision):
+    with pytest.raises(ValueError, match=r"no label option 'parm'; choose among image-engineering, .*'pamr'"):
+        Refinement(segmenter.model, ["parm"])
+    images = pixels("native")
+    outputs = segmenter.model.vision_model(images)
+
+    def make(refinement):
+        return segmenter.processor.post_process_semantic_segmentation(
+            outputs, None, segmenter.features, label_maps=refinement.label_maps(images)
+        )
+
+    with pytest.raises(ValueError, match=r"no vocabulary and is asked for 6 names; call refinement\.fit"):
+        make(Refinement(segmenter.model, ["floss"]))
+    with pytest.raises(ValueError, match=r"no mean over views, which flip need; .*encoder=refinement\.encoder"):
+        make(Refinement(segmenter.model, ["flip"]))
+
+    class Other(torch.nn.Module):
+        vision_model = torch.nn.Linear(1, 1)
+        logit_scale = torch.zeros(())
+
+    Refinement(Other(), ["pamr", "prompt-denoising"])
+    for name in ("redundancy-removal", "tagclip", "key-smoothing", "cluster-vote"):
+        with pytest.raises(ValueError, match=f"label option '{name}' looks into .* is a Linear. Leave the option out"):
+            Refinement(Other(), [name])
