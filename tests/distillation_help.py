@@ -58,12 +58,12 @@ def run(script: str, *flags) -> None:
                 signal.signal(number, handler)
 
 
-def start(script: str, *flags, processes: int = 1) -> subprocess.Popen:
-    """Starts a script as a user does; on several processes through torchrun."""
+def start(script: str, *flags, processes: int = 1, through: tuple[str, ...] = ()) -> subprocess.Popen:
+    """Starts a script as a user does; on several processes through torchrun, perhaps `through` another script."""
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [*launcher, str(TRAINING / script), *map(str, flags)]
+    command = [*launcher, *through, str(TRAINING / script), *map(str, flags)]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
