@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import io
 import json
 import signal
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from distillation_help import SIZES, finish, run, save_network, save_pictures, start, wait_for
+from distillation_help import SIZES, TRAINING, finish, run, save_network, save_pictures, start, wait_for
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -238,7 +239,27 @@ def test_stored_features_and_trunk_train_as_on_line(world, tmp_path):
                                  "--train", "last:2,positions"))  # fmt: skip
 
 
-@pytest.mark.parametrize("loss", ["cosine", "centred-cosine"])
+def test_losses_against_numpy(monkeypatch):
+    monkeypatch.syspath_prepend(str(TRAINING))
+    losses = importlib.import_module("distill").LOSSES
+    student, teacher, centre = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5), torch.randn(5)
+    ours, theirs, mean = (tensor.numpy() for tensor in (student, teacher, centre))
+
+    def one_minus_cosine(a, b):
+        return 1 - (a * b).sum(-1) / np.sqrt((a**2).sum(-1) * (b**2).sum(-1))
+
+    expected = {
+        "mse": ((ours - theirs) ** 2).mean((1, 2, 3)),
+        "distance": np.sqrt(((ours - theirs) ** 2).sum(-1)).mean((1, 2)),
+        "cosine": one_minus_cosine(ours, theirs).mean((1, 2)),
+        "centred-cosine": one_minus_cosine(ours - mean, theirs - mean).mean((1, 2)),
+    }
+    assert losses.keys() == expected.keys()
+    for name, loss in losses.items():
+        np.testing.assert_allclose(loss(student, teacher, centre).numpy(), expected[name], rtol=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["distance", "cosine", "centred-cosine"])
 def test_other_losses_fall(world, tmp_path, loss):
     run("distill.py", *flags(world, tmp_path / "run", "--loss", loss, "--epochs", 8, "--log-every", 6, "--draws", 1,
                              "--clip-norm", 1, "--schedule", "cosine", "--train", "all"))  # fmt: skip

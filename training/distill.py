@@ -75,6 +75,11 @@ def mse(student: torch.Tensor, teacher: torch.Tensor, centre: torch.Tensor) -> t
     return (student - teacher).square().mean(dim=(1, 2, 3))
 
 
+def distance(student: torch.Tensor, teacher: torch.Tensor, centre: torch.Tensor) -> torch.Tensor:
+    """Length of the difference, not squared: where the teacher is uncertain its median is learned, not its mean."""
+    return (student - teacher).norm(dim=-1).mean(dim=(1, 2))
+
+
 def cosine(student: torch.Tensor, teacher: torch.Tensor, centre: torch.Tensor) -> torch.Tensor:
     """One minus the cosine: the length of a feature is free."""
     return 1 - F.cosine_similarity(student, teacher, dim=-1).mean(dim=(1, 2))
@@ -86,7 +91,7 @@ def centred_cosine(student: torch.Tensor, teacher: torch.Tensor, centre: torch.T
 
 
 # (B, h, w, D), (B, h, w, D), (D,) -> (B,)
-LOSSES: dict[str, Callable] = {"mse": mse, "cosine": cosine, "centred-cosine": centred_cosine}
+LOSSES: dict[str, Callable] = {"mse": mse, "distance": distance, "cosine": cosine, "centred-cosine": centred_cosine}
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")  # of transformers.get_scheduler
 
 
