@@ -41,7 +41,6 @@ from spar_hf.distillation.sources import BadImage
 from spar_hf.distillation.teacher import (
     Student,
     build_teacher,
-    check_trunk,
     load_tower,
     pixels_seen,
     teacher_features,
@@ -86,7 +85,7 @@ def main() -> None:
     trunk, trunk_is = None, None
     if args.trunk_blocks:
         vision = load_tower(args.student)[1].requires_grad_(False)
-        trunk = Student(vision, check_trunk(vision, args.trunk_blocks)).to(state.device)
+        trunk = Student(vision, vision.trunk_end(args.trunk_blocks)).to(state.device)
         trunk_is = {"first_block": trunk.first_block, "weights": weights_hash(vision)}
 
     with state.main_process_first():
@@ -111,7 +110,8 @@ def main() -> None:
     width = teacher.config.projection_dim
     needed = sum(h * w * width * 2 for h, w in grids)
     if trunk:
-        needed += sum((1 + h * w) * trunk.vision.config.hidden_size * 2 for h, w in grids)
+        prefix, width = trunk.vision.num_prefix_tokens, trunk.vision.config.hidden_size
+        needed += sum((prefix + h * w) * width * 2 for h, w in grids)
     typical = min(cost, key=lambda n: abs(cost[n] - statistics.median(cost.values())))
     seconds_per_pixel = time_of(teacher, views.plan(typical).size_hw, state.device) / cost[typical]
     seconds = seconds_per_pixel * sum(cost.values()) / state.num_processes

@@ -63,7 +63,6 @@ from spar_hf.distillation.selection import first_trained_block, set_trainable
 from spar_hf.distillation.teacher import (
     Student,
     build_teacher,
-    check_trunk,
     load_tower,
     mean_feature,
     teacher_features,
@@ -154,7 +153,7 @@ def main() -> None:
     # Student, teacher, data.
     _, vision, _ = load_tower(args.student)
     start_weights = weights_hash(vision)
-    student = Student(vision, check_trunk(vision, args.trunk_blocks) if args.trunk_blocks else 0)
+    student = Student(vision, vision.trunk_end(args.trunk_blocks) if args.trunk_blocks else 0)
     native_px = vision.config.image_size
     noise = torch.randint(256, (1, native_px, native_px, 3), dtype=torch.uint8)
     unreached = set_trainable(vision, args.train, probe=lambda: student(noise))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from PIL import Image
 
-    from spar_hf.modeling_spar import SparModel
+    from spar_hf.encoder_spar import DenseModel
     from spar_hf.processing_spar import SparProcessor
     from spar_hf.refinement import Refinement
 
@@ -111,7 +111,7 @@ class Opened:
         facts: What was opened and how, for the JSON output.
     """
 
-    model: SparModel
+    model: DenseModel
     processor: SparProcessor
     encoder: Any
     refinement: Refinement | None

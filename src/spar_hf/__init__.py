@@ -12,14 +12,17 @@ from transformers import (
     AutoProcessor,
 )
 
-from .checkpoints import load
+from .checkpoints import FAMILIES, load
 from .configuration_spar import SparConfig, SparVisionConfig
+from .dinov3_spar import SparDinov3Config, SparDinov3Model, SparDinov3VisionConfig, SparDinov3VisionModel
+from .encoder_spar import SparOutput, SparVisionOutput
 from .image_processing_spar import InvalidImageError, SparImageProcessor
 from .methods_spar import METHODS, Method
-from .modeling_spar import SparModel, SparOutput, SparVisionModel, SparVisionOutput
+from .modeling_spar import SparModel, SparVisionModel
 from .pipeline_spar import OpenVocabularySegmentationPipeline, register_pipeline
 from .processing_spar import LabelFeatures, Labels, SparProcessor
 from .refinement import LABEL_OPTIONS, LabelOption, Refinement, floss_templates
+from .siglip_spar import SparSiglipConfig, SparSiglipModel, SparSiglipVisionConfig, SparSiglipVisionModel
 from .sliding_window import DenseEncoder, SlidingWindow
 
 __version__ = "0.1.0"
@@ -37,10 +40,18 @@ __all__ = [
     "Refinement",
     "SlidingWindow",
     "SparConfig",
+    "SparDinov3Config",
+    "SparDinov3Model",
+    "SparDinov3VisionConfig",
+    "SparDinov3VisionModel",
     "SparImageProcessor",
     "SparModel",
     "SparOutput",
     "SparProcessor",
+    "SparSiglipConfig",
+    "SparSiglipModel",
+    "SparSiglipVisionConfig",
+    "SparSiglipVisionModel",
     "SparVisionConfig",
     "SparVisionModel",
     "SparVisionOutput",
@@ -48,19 +59,22 @@ __all__ = [
     "load",
 ]
 
-for _config, _model in ((SparConfig, SparModel), (SparVisionConfig, SparVisionModel)):
-    AutoConfig.register(_config.model_type, _config, exist_ok=True)
-    AutoModel.register(_config, _model, exist_ok=True)
-    # Both keys: without the second, transformers warns of a fallback wherever torchvision is installed.
-    AutoImageProcessor.register(
-        _config,
-        image_processor_classes={"pil": SparImageProcessor, "torchvision": SparImageProcessor},
-        exist_ok=True,
-    )
-    _config.register_for_auto_class()
-    _model.register_for_auto_class("AutoModel")
-AutoModelForZeroShotImageClassification.register(SparConfig, SparModel, exist_ok=True)
-AutoProcessor.register(SparConfig, SparProcessor, exist_ok=True)
+for _family in FAMILIES:
+    for _model in _family:
+        _config = _model.config_class
+        AutoConfig.register(_config.model_type, _config, exist_ok=True)
+        AutoModel.register(_config, _model, exist_ok=True)
+        # Both keys: without the second, transformers warns of a fallback wherever torchvision is installed.
+        AutoImageProcessor.register(
+            _config,
+            image_processor_classes={"pil": SparImageProcessor, "torchvision": SparImageProcessor},
+            exist_ok=True,
+        )
+        _config.register_for_auto_class()
+        _model.register_for_auto_class("AutoModel")
+    _whole = _family[0]
+    AutoModelForZeroShotImageClassification.register(_whole.config_class, _whole, exist_ok=True)
+    AutoProcessor.register(_whole.config_class, SparProcessor, exist_ok=True)
 SparImageProcessor.register_for_auto_class()
 SparProcessor.register_for_auto_class()
 register_pipeline()

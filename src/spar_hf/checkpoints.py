@@ -6,12 +6,31 @@ import difflib
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedConfig
 
-from .configuration_spar import SparConfig, SparVisionConfig
+from .configuration_spar import DenseConfig
+from .dinov3_spar import SparDinov3Model, SparDinov3VisionModel
+from .encoder_spar import DenseModel
 from .image_processing_spar import SparImageProcessor
-from .modeling_spar import SparModel
+from .modeling_spar import SparModel, SparVisionModel
 from .processing_spar import SparProcessor
+from .siglip_spar import SparSiglipModel, SparSiglipVisionModel
+
+# The families: whole model and vision tower. Nothing else in the code lists them.
+FAMILIES: tuple[tuple[Any, Any], ...] = (
+    (SparModel, SparVisionModel),
+    (SparSiglipModel, SparSiglipVisionModel),
+    (SparDinov3Model, SparDinov3VisionModel),
+)
+WHOLE = {
+    model_type: whole
+    for whole, _ in FAMILIES
+    for model_type in (whole.config_class.stock_type, whole.config_class.model_type)
+    if model_type
+}
+TOWERS = {model_type: tower for _, tower in FAMILIES for model_type in tower.config_class.vision_types}
+# Not ours, but theirs to explain: SigLIP's configuration says why and what to take instead.
+WHOLE["siglip2"], TOWERS["siglip2_vision_model"] = SparSiglipModel, SparSiglipVisionModel
 
 ASSETS = Path(__file__).parent / "assets"
 SHIPPED = ("tiny", "tiny-spar")
@@ -44,12 +63,37 @@ def resolve(name: str | Path) -> str:
     return str(name)
 
 
-def load(name: str | Path = "tiny", **overrides: Any) -> tuple[SparModel, SparProcessor]:
-    """A model, ready to run, and its processor.
+def class_of(path: str, table: dict[str, Any], **kwargs: Any) -> Any:
+    """The class of `table` that loads a checkpoint, by its configuration's model type.
 
     Args:
-        name: `tiny` or `tiny-spar` (shipped), a folder of `save_pretrained`, or a Hub id: a SPAR model or plain CLIP.
-        overrides: fields of `SparVisionConfig` (`method="naclip"`), or arguments of `from_pretrained`
+        path: folder or Hub id.
+        table: `WHOLE` or `TOWERS`, or both.
+        kwargs: `revision`, `token`, ... of `from_pretrained`.
+
+    Raises:
+        ValueError: no class there loads it; the message lists what can be loaded.
+    """
+    model_type = PreTrainedConfig.get_config_dict(path, **kwargs)[0].get("model_type")
+    if model_type in table:
+        return table[model_type]
+    if model_type in TOWERS:
+        raise ValueError(
+            f"{path} holds a vision tower alone ({model_type}), and labels need the text tower too. Give a whole "
+            f"checkpoint, or load the tower with spar_hf.{TOWERS[model_type].__name__}."
+        )
+    raise ValueError(
+        f"{path} is a checkpoint of type {model_type!r}; those that can be loaded are {', '.join(sorted(table))}."
+    )
+
+
+def load(name: str | Path = "tiny", **overrides: Any) -> tuple[DenseModel, SparProcessor]:
+    """A model, ready to run, and its processor; the family is the checkpoint's.
+
+    Args:
+        name: `tiny` or `tiny-spar` (shipped), a folder of `save_pretrained`, or a Hub id: a SPAR model, plain CLIP,
+            or plain SigLIP or SigLIP2 of fixed resolution.
+        overrides: fields of the vision configuration (`method="naclip"`), or arguments of `from_pretrained`
             (`dtype=torch.bfloat16`, `revision="..."`).
 
     Returns:
@@ -60,20 +104,23 @@ def load(name: str | Path = "tiny", **overrides: Any) -> tuple[SparModel, SparPr
         OSError: the Hub or the files cannot be read.
     """
     path = resolve(name)
-    model_class = AutoModel if AutoConfig.from_pretrained(path).model_type == SparConfig.model_type else SparModel
-    model = model_class.from_pretrained(path, **overrides).eval()
-    return model, load_processor(path, model.config.vision_config)
+    model = class_of(path, WHOLE).from_pretrained(path, **overrides).eval()
+    return model, load_processor(path, model.config)
 
 
-def load_processor(path: str, vision_config: SparVisionConfig) -> SparProcessor:
-    """The checkpoint's own processor, or for plain CLIP one made from the configuration and the tokenizer."""
-    config = AutoConfig.from_pretrained(path)
-    if config.model_type == SparConfig.model_type:
+def load_processor(path: str, config: DenseConfig) -> SparProcessor:
+    """The checkpoint's own processor, or for a stock checkpoint one made from the configuration and the tokenizer."""
+    if PreTrainedConfig.get_config_dict(path)[0].get("model_type") == config.model_type:
         return SparProcessor.from_pretrained(path)
+    return make_processor(config, AutoTokenizer.from_pretrained(path))
+
+
+def make_processor(config: DenseConfig, tokenizer: Any) -> SparProcessor:
+    """A processor for a model of this configuration."""
     image_processor = SparImageProcessor(
         size={"shortest_edge": 672},  # SPAR, section 4: the size of the paper's results
-        image_mean=vision_config.image_mean,
-        image_std=vision_config.image_std,
-        min_side_px=vision_config.patch_size,
+        image_mean=config.vision_config.image_mean,
+        image_std=config.vision_config.image_std,
+        min_side_px=config.vision_config.patch_size,
     )
-    return SparProcessor(image_processor=image_processor, tokenizer=AutoTokenizer.from_pretrained(path))
+    return SparProcessor(image_processor=image_processor, tokenizer=tokenizer, **config.text_inputs)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .dense_spar import fit_to_patches
-from .modeling_spar import SparVisionOutput, check_pixels
+from .encoder_spar import SparVisionOutput, check_pixels
 from .sliding_window import DenseEncoder
 
 

@@ -1,10 +1,10 @@
-"""Configuration of the CLIP family: every number that changes an output, typed and validated."""
+"""Configurations: what every family shares, and the CLIP family. Every number that changes an output is a field."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
-from transformers import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from transformers import CLIPConfig, CLIPTextConfig, CLIPVisionConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from .dense_spar import POSITION_RULES, SIZE_RULES, Recipe, one_of
@@ -14,14 +14,14 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-class SparVisionConfig(CLIPVisionConfig):
-    """`CLIPVisionConfig` and what dense features at any resolution need beside it.
+class DenseVisionConfig(PreTrainedConfig):
+    """Mixed into a family's vision configuration: the fields that dense features at any resolution need beside it.
 
     Args:
-        method: row of the table of methods; gives `recipe` and `position_interpolation` where these are not given.
-        recipe: the last block, `spar_hf.dense_spar.Recipe` as a dictionary. A saved model keeps it written out, so
-            it does not depend on a later version of the table.
-        position_interpolation: `size`, `offset`, `antialias` or `bilinear`; see `resize_positions`.
+        method: how patch features leave the last block: for CLIP a row of the table of methods, for another family
+            its one name.
+        position_interpolation: `size`, `offset`, `antialias` or `bilinear`; see `resize_positions`. None is the
+            family's or method's own rule.
         size_rule: `floor`, `pad` or `stretch`, for sides that are no multiple of the patch; see `fit_to_patches`.
         image_mean, image_std: normalisation the weights were trained with, RGB.
         window_px: side of the teacher's window; None is the native `image_size`.
@@ -33,33 +33,41 @@ class SparVisionConfig(CLIPVisionConfig):
         ValueError: a value is out of its range; the message names the field, the value and what is allowed.
     """
 
-    model_type = "spar_vision"
+    stock_class: ClassVar[type[PreTrainedConfig]]
+    vision_types: ClassVar[tuple[str, ...]] = ()  # model types of vision towers alone: the stock one, then ours
 
-    image_size: int = 224
-    patch_size: int = 16
-    method: str = "maskclip"
-    recipe: dict[str, Any] | None = None
+    method: str = ""
     position_interpolation: str | None = None
     size_rule: str = "floor"
-    image_mean: list[float] | tuple[float, ...] = CLIP_MEAN
-    image_std: list[float] | tuple[float, ...] = CLIP_STD
+    image_mean: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5)
+    image_std: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5)
     window_px: int | None = None
     stride_px: int = 24
     source: str | None = None
     teacher: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs):
-        if self.recipe is None:
-            self.recipe = find_method(self.method).recipe.to_dict()
-        if self.position_interpolation is None:
-            self.position_interpolation = find_method(self.method).position_interpolation
+        self.settle_method()
         super().__post_init__(**kwargs)
         self.validate_spar()
 
+    def settle_method(self) -> None:
+        """Fills in what the method decides and was not given; refuses a method that the family lacks."""
+        own = type(self).method
+        if self.method != own:
+            raise ValueError(
+                f"method is {self.method!r}; the methods are CLIP's, and {type(self).__name__} has one way to dense "
+                f"features, {own!r}. Leave the method out."
+            )
+
+    def features_depend_on(self) -> dict[str, Any]:
+        """The fields that change the features of given weights, as JSON."""
+        return {name: getattr(self, name) for name in ("method", "position_interpolation", "size_rule")}
+
     def validate_spar(self) -> None:
-        """Checks the fields that `CLIPVisionConfig` does not know."""
-        Recipe(**self.recipe)
-        one_of("position_interpolation", self.position_interpolation, POSITION_RULES)
+        """Checks the fields that the family's stock configuration does not know."""
+        if self.position_interpolation is not None:
+            one_of("position_interpolation", self.position_interpolation, POSITION_RULES)
         one_of("size_rule", self.size_rule, SIZE_RULES)
         window_px = self.image_size if self.window_px is None else self.window_px
         sides_px = {"image_size": self.image_size, "patch_size": self.patch_size, "window_px": window_px}
@@ -80,7 +88,28 @@ class SparVisionConfig(CLIPVisionConfig):
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        return _vision_dict(config_dict), kwargs
+        return cls.vision_dict(config_dict), kwargs
+
+    @classmethod
+    def vision_dict(cls, config_dict: dict[str, Any]) -> dict[str, Any]:
+        """The vision part of a configuration of the family, whole or not, stock or ours, as fields of this class."""
+        vision = dict(config_dict)
+        if "vision_config" in config_dict:
+            # Old files give the tower twice; as in CLIPConfig, `vision_config_dict` prevails.
+            vision = {**(config_dict["vision_config"] or {}), **(config_dict.get("vision_config_dict") or {})}
+            if config_dict.get("projection_dim") is not None:
+                # The full model's projection counts: old files leave the tower's own at its default.
+                vision["projection_dim"] = config_dict["projection_dim"]
+        if vision.get("model_type") != cls.model_type:
+            vision = {**cls.from_stock(vision, config_dict.get("model_type")), "model_type": cls.model_type}
+        return vision
+
+    @classmethod
+    def from_stock(cls, vision: dict[str, Any], model_type: str | None) -> dict[str, Any]:
+        """The stock vision configuration of a file of this model type, ready for this class."""
+        # Files may leave out what equals the stock class's default, and that may not be ours.
+        redefined = [name for name in cls.stock_class.__dataclass_fields__ if name in cls.__dict__]
+        return {**{name: getattr(cls.stock_class, name) for name in redefined}, **vision}
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
@@ -92,30 +121,87 @@ class SparVisionConfig(CLIPVisionConfig):
         return super().from_dict({**config_dict, **known}, **kwargs)
 
 
-def _vision_dict(config_dict: dict[str, Any]) -> dict[str, Any]:
-    """The vision part of a CLIP, SPAR or vision-only configuration, as fields of `SparVisionConfig`."""
-    vision = dict(config_dict)
-    if "vision_config" in config_dict:
-        # Old files give the tower twice; as in CLIPConfig, `vision_config_dict` prevails.
-        vision = {**(config_dict["vision_config"] or {}), **(config_dict.get("vision_config_dict") or {})}
-        if config_dict.get("projection_dim") is not None:
-            # The full model's projection counts: old files leave the tower's own at its default.
-            vision["projection_dim"] = config_dict["projection_dim"]
-    if vision.get("model_type") in (None, "clip", "clip_vision_model"):
-        vision["model_type"] = SparVisionConfig.model_type
-        # CLIP's files may leave out what equals CLIP's default, and that is not ours.
-        vision.setdefault("patch_size", CLIPVisionConfig.patch_size)
-    return vision
+class DenseConfig(PreTrainedConfig):
+    """Mixed into a family's whole configuration: fields of its vision configuration can be given directly.
 
-
-class SparConfig(CLIPConfig):
-    """A `SparVisionConfig` and CLIP's text configuration.
-
-    Fields of the vision configuration can be given to `from_pretrained` directly, as in
     `SparModel.from_pretrained(folder, method="naclip")`.
     """
 
+    vision_class: ClassVar[type[DenseVisionConfig]]
+    stock_type: ClassVar[str | None] = None  # model type of the family's whole model in transformers
+    text_inputs: ClassVar[dict[str, Any]] = {}  # how the text tower wants its tokens; arguments of `SparProcessor`
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        model_type = config_dict.get("model_type")
+        if model_type in cls.vision_class.vision_types:
+            whole, tower = (
+                cls.__name__.replace("Config", "Model"),
+                cls.vision_class.__name__.replace("Config", "Model"),
+            )
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds a vision tower alone, and {whole} needs the text tower too. "
+                f"Load it with {tower}, or give a whole checkpoint."
+            )
+        if model_type != cls.model_type and "vision_config" in config_dict:
+            vision = cls.vision_class.vision_dict(config_dict)
+            config_dict = {**config_dict, "model_type": cls.model_type, "vision_config": vision}
+            config_dict.pop("vision_config_dict", None)
+        return config_dict, kwargs
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        own = set(cls.__dataclass_fields__)
+        vision_fields = set(cls.vision_class.__dataclass_fields__) - own
+        overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in vision_fields}
+        if overrides:
+            vision = cls.vision_class.vision_dict(config_dict)
+            vision_config = cls.vision_class.from_dict(vision, **overrides)
+            config_dict = {**config_dict, "vision_config": vision_config.to_dict()}
+        return super().from_dict(config_dict, **kwargs)
+
+
+class SparVisionConfig(DenseVisionConfig, CLIPVisionConfig):
+    """`CLIPVisionConfig` and what dense features at any resolution need beside it; see `DenseVisionConfig`.
+
+    Args:
+        method: row of the table of methods; gives `recipe` and `position_interpolation` where these are not given.
+        recipe: the last block, `spar_hf.dense_spar.Recipe` as a dictionary. A saved model keeps it written out, so
+            it does not depend on a later version of the table.
+    """
+
+    model_type = "spar_vision"
+    stock_class = CLIPVisionConfig
+    vision_types = ("clip_vision_model", "spar_vision")
+
+    image_size: int = 224
+    patch_size: int = 16
+    method: str = "maskclip"
+    recipe: dict[str, Any] | None = None
+    image_mean: list[float] | tuple[float, ...] = CLIP_MEAN
+    image_std: list[float] | tuple[float, ...] = CLIP_STD
+
+    def settle_method(self) -> None:
+        if self.recipe is None:
+            self.recipe = find_method(self.method).recipe.to_dict()
+        if self.position_interpolation is None:
+            self.position_interpolation = find_method(self.method).position_interpolation
+
+    def features_depend_on(self) -> dict[str, Any]:
+        return {**super().features_depend_on(), "recipe": Recipe(**self.recipe).to_dict()}
+
+    def validate_spar(self) -> None:
+        Recipe(**self.recipe)
+        super().validate_spar()
+
+
+class SparConfig(DenseConfig, CLIPConfig):
+    """A `SparVisionConfig` and CLIP's text configuration; see `DenseConfig`."""
+
     model_type = "spar"
+    stock_type = "clip"
+    vision_class = SparVisionConfig
     sub_configs_defaults = {  # the long form: transformers 5.20, the last for Python 3.10, reads no other
         "vision_config": SubConfigSpec(config_class=SparVisionConfig),
         "text_config": SubConfigSpec(config_class=CLIPTextConfig),
@@ -123,26 +209,3 @@ class SparConfig(CLIPConfig):
 
     text_config: dict | CLIPTextConfig | None = None
     vision_config: dict | SparVisionConfig | None = None
-
-    @classmethod
-    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
-        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        if config_dict.get("model_type") in ("clip_vision_model", SparVisionConfig.model_type):
-            raise ValueError(
-                f"{pretrained_model_name_or_path} holds a vision tower alone, and SparModel needs the text tower too. "
-                "Load it with SparVisionModel, or give a whole CLIP checkpoint."
-            )
-        if config_dict.get("model_type") == "clip":
-            config_dict = {**config_dict, "model_type": cls.model_type, "vision_config": _vision_dict(config_dict)}
-            config_dict.pop("vision_config_dict", None)
-        return config_dict, kwargs
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        own = set(cls.__dataclass_fields__)
-        vision_fields = set(SparVisionConfig.__dataclass_fields__) - own
-        overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in vision_fields}
-        if overrides:
-            vision = _vision_dict(config_dict)
-            config_dict = {**config_dict, "vision_config": SparVisionConfig.from_dict(vision, **overrides).to_dict()}
-        return super().from_dict(config_dict, **kwargs)

@@ -61,7 +61,7 @@ class SparProcessor(ProcessorMixin):
         tokenizer: The text tower's tokenizer.
         templates: Prompt templates, each with one `{}`; None is CLIP's 80 for ImageNet.
         text_padding: `"longest"` for a causal text tower (CLIP), `"max_length"` for one trained at full length
-            (SigLIP).
+            (SigLIP), which reads the padding too: right of the words, and without a mask.
         max_length: Tokens the text tower reads; None is the tokenizer's own limit.
         lowercase: Lower the text's case first (SigLIP2; CLIP's tokenizer does so itself).
     """
@@ -248,6 +248,8 @@ class SparProcessor(ProcessorMixin):
             "max_length": self._token_limit(),
             "return_tensors": "pt",
         }
+        if self.text_padding == "max_length":
+            defaults |= {"return_attention_mask": False, "padding_side": "right"}
         return self.tokenizer([t.lower() for t in texts] if self.lowercase else texts, **{**defaults, **kwargs})
 
     def _token_limit(self) -> int:

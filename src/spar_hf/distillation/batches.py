@@ -19,7 +19,7 @@ class Batch(NamedTuple):
 
     Attributes:
         images: names.
-        inputs: pixels (B, H, W, 3) uint8, or tokens (B, 1 + h * w, C) fp16.
+        inputs: pixels (B, H, W, 3) uint8, or tokens (B, P + h * w, C) fp16.
         grid_hw: (h, w), with tokens.
         target: (B, h, w, D) fp16 from the store, or None.
         bad: name -> reason of images that could not be read and are left out.

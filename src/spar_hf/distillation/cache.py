@@ -1,7 +1,7 @@
 """The feature store: teacher features (and inputs of the trained blocks) in fp16 shards, each whole or absent.
 
     FOLDER/cache.json                  what the features were made from; how many views and shards
-    FOLDER/shard-00003.safetensors     "<view>.features" (h, w, D), "<view>.trunk" (1 + h * w, C) where asked for;
+    FOLDER/shard-00003.safetensors     "<view>.features" (h, w, D), "<view>.trunk" (P + h * w, C) where asked for;
                                        the header ties each to image, view, pixels and check sums
 
 A store is used only by a run that would make the same features: everything they depend on is compared.
@@ -167,7 +167,7 @@ class FeatureStore:
             self.bad |= metadata["bad"]
 
     def read(self, view: int, kind: str) -> torch.Tensor:
-        """`features` (h, w, D) or `trunk` (1 + h * w, C) of a view, fp16.
+        """`features` (h, w, D) or `trunk` (P + h * w, C) of a view, fp16.
 
         Raises:
             ValueError: the bytes are not those that were written.

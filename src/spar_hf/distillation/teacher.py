@@ -5,22 +5,19 @@ from __future__ import annotations
 import argparse
 from functools import singledispatch
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers import ProcessorMixin
 
-from ..checkpoints import load, resolve
+from ..checkpoints import TOWERS, WHOLE, class_of, load, resolve
 from ..composition import MeanOf, Resized
-from ..dense_spar import Recipe
-from ..modeling_spar import SparVisionModel, run_recipe
+from ..encoder_spar import DenseVisionModel
 from ..sliding_window import DenseEncoder, SlidingWindow
 from .cache import FeatureStore, weights_hash
 from .sources import BadImage
 from .views import Views
-
-VISION_ONLY = ("clip_vision_model", "spar_vision")
 
 
 def normalise(pixels: torch.Tensor, config: Any) -> torch.Tensor:
@@ -29,7 +26,7 @@ def normalise(pixels: torch.Tensor, config: Any) -> torch.Tensor:
     return (pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std
 
 
-def load_tower(name: str, **overrides: Any) -> tuple[PreTrainedModel, SparVisionModel, ProcessorMixin | None]:
+def load_tower(name: str, **overrides: Any) -> tuple[Any, Any, ProcessorMixin | None]:
     """A checkpoint, its vision tower, and its processor; a vision tower alone is its own and has no processor.
 
     Args:
@@ -37,8 +34,9 @@ def load_tower(name: str, **overrides: Any) -> tuple[PreTrainedModel, SparVision
         overrides: fields of the vision configuration, or arguments of `from_pretrained`.
     """
     path = resolve(name)
-    if PreTrainedConfig.get_config_dict(path)[0].get("model_type") in VISION_ONLY:
-        vision = SparVisionModel.from_pretrained(path, **overrides).eval()
+    model_class = class_of(path, {**WHOLE, **TOWERS})
+    if model_class in TOWERS.values():
+        vision = model_class.from_pretrained(path, **overrides).eval()
         return vision, vision, None
     model, processor = load(name, **overrides)
     return model, model.vision_model, processor
@@ -52,13 +50,11 @@ def build_teacher(args: argparse.Namespace) -> tuple[DenseEncoder, dict[str, Any
     name = args.teacher_model or args.student
     dtype = getattr(torch, args.teacher_dtype)
     teachers: list[DenseEncoder] = []
-    methods, recipes, positions = [], [], []
+    depend_on = []
     for method in args.teacher_method or [None]:
         vision = load_tower(name, dtype=dtype, **({} if method is None else {"method": method}))[1]
         vision.requires_grad_(False)
-        methods.append(vision.config.method)
-        recipes.append(recipe_of(vision).to_dict())
-        positions.append(vision.config.position_interpolation)
+        depend_on.append(vision.config.features_depend_on())
         windows: list[DenseEncoder] = [vision]
         if args.window_px != 0:
             window_px = args.window_px or vision.config.window_px
@@ -71,22 +67,19 @@ def build_teacher(args: argparse.Namespace) -> tuple[DenseEncoder, dict[str, Any
         "model": Path(name).name if Path(name).is_dir() else name,  # no path of this machine in the weights
         "weights": weights_hash(vision),
         "revision": getattr(config, "_commit_hash", None),
-        "method": single(methods),
-        "recipe": single(recipes),
-        "position_interpolation": single(positions),
-        "size_rule": config.size_rule,
+        **{field: single([fields[field] for fields in depend_on]) for field in depend_on[0]},
         "dtype": args.teacher_dtype,
         "window_px": None if one_pass else args.window_px or config.window_px or config.image_size,
         "stride_px": None if one_pass else single(args.stride_px),
         "short_side_px": single(args.teacher_short_side_px or [None]),
-        "mean": None if len(teachers) == 1 else "normalised features" if len(methods) > 1 else "features",
+        "mean": None if len(teachers) == 1 else "normalised features" if len(depend_on) > 1 else "features",
     }
-    return single(teachers) if len(teachers) == 1 else MeanOf(teachers, normalise=len(methods) > 1), described
+    return teachers[0] if len(teachers) == 1 else MeanOf(teachers, normalise=len(depend_on) > 1), described
 
 
 def single(values: list) -> Any:
-    """The value itself where there is one, so that the record of an ordinary teacher has no lists."""
-    return values[0] if len(values) == 1 else values
+    """The value itself where all are the same, so that the record of an ordinary teacher has no lists."""
+    return values[0] if all(value == values[0] for value in values) else values
 
 
 @torch.no_grad()
@@ -149,7 +142,7 @@ class Student(nn.Module):
         first_block: 0-based block that stored inputs belong to.
     """
 
-    def __init__(self, vision: SparVisionModel, first_block: int = 0):
+    def __init__(self, vision: DenseVisionModel, first_block: int = 0):
         super().__init__()
         self.vision = vision
         self.first_block = first_block
@@ -158,38 +151,15 @@ class Student(nn.Module):
         """Patch features (B, h, w, D).
 
         Args:
-            inputs: pixels (B, H, W, 3) uint8; or with `grid_hw` the tokens (B, 1 + h * w, C) that enter `first_block`.
+            inputs: pixels (B, H, W, 3) uint8; or with `grid_hw` the tokens (B, P + h * w, C) that enter `first_block`.
             grid_hw: rows and columns of patches.
         """
-        vision = self.vision
         if grid_hw is None:
-            return vision(normalise(inputs, vision.config)).patch_embeds
-        layers, tokens = vision.encoder.layers[self.first_block :], inputs.to(vision.dtype)
-        tokens, _, _ = run_recipe(layers, tokens, recipe_of(vision), grid_hw)
-        return vision.visual_projection(vision.post_layernorm(tokens[:, 1:])).unflatten(1, grid_hw)
+            return self.vision(normalise(inputs, self.vision.config)).patch_embeds
+        return self.vision.patches_from(inputs.to(self.vision.dtype), grid_hw, self.first_block)
 
     @torch.no_grad()
     def trunk(self, pixels: torch.Tensor) -> torch.Tensor:
-        """The tokens (B, 1 + h * w, C) that enter `first_block`."""
+        """The tokens (B, P + h * w, C) that enter `first_block`."""
         vision = self.vision
         return vision(normalise(pixels, vision.config), output_hidden_states=True).hidden_states[self.first_block]
-
-
-def recipe_of(vision: SparVisionModel) -> Recipe:
-    return Recipe(**cast(dict, vision.config.recipe))
-
-
-def check_trunk(vision: SparVisionModel, num_blocks: int) -> int:
-    """0-based index of the first of the last `num_blocks` blocks, if the network can be run from there alone.
-
-    Raises:
-        ValueError: it cannot: no such block, or the last block looks at blocks before it.
-    """
-    total, recipe = len(vision.encoder.layers), recipe_of(vision)
-    if not 1 <= num_blocks <= total:
-        raise ValueError(f"the trunk ends {num_blocks} blocks before the end; this network has {total} blocks.")
-    if recipe.blocks > num_blocks or any(term.block != 12 for term in recipe.terms):
-        raise ValueError(
-            f"method {vision.config.method!r} looks at blocks before the last {num_blocks}; cache without the trunk."
-        )
-    return total - num_blocks

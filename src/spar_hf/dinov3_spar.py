@@ -1,0 +1,283 @@
+"""DINOv3.txt: configurations, SparDinov3VisionModel (DINOv3's ViT), SparDinov3Model (and dino.txt's text tower)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
+)
+from transformers import initialization as init
+from transformers.configuration_utils import SubConfigSpec
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import PrefixChange, WeightRenaming
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTAttention, DINOv3ViTLayer
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_spar import DenseConfig, DenseVisionConfig
+from .dense_spar import attend, attention_map, merge_heads, project_heads
+from .encoder_spar import DenseModel, DenseVisionModel
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class SparDinov3VisionConfig(DenseVisionConfig, DINOv3ViTConfig):
+    """`DINOv3ViTConfig` and what dense features at any resolution need beside it; see `DenseVisionConfig`.
+
+    The default sizes are those of ViT-L/16, dino.txt's backbone.
+
+    Args:
+        image_size: side of the teacher's native window; the network itself has no native size. SPAR's is 384.
+        method: `final_norm`: the patch tokens after the final norm are the features.
+        position_interpolation: None; rotary positions fit any grid.
+        size_rule: `stretch`, SPAR's.
+    """
+
+    model_type = "spar_dinov3_vision"
+    stock_class = DINOv3ViTConfig
+    vision_types = ("dinov3_vit", "spar_dinov3_vision")
+
+    image_size: int = 384
+    hidden_size: int = 1024
+    intermediate_size: int = 4096
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    num_register_tokens: int = 4
+    method: str = "final_norm"
+    size_rule: str = "stretch"
+    image_mean: list[float] | tuple[float, ...] = IMAGENET_MEAN
+    image_std: list[float] | tuple[float, ...] = IMAGENET_STD
+
+    @property
+    def projection_dim(self) -> int:
+        """Width of the text space."""
+        return self.hidden_size
+
+    def validate_spar(self) -> None:
+        super().validate_spar()
+        if self.position_interpolation is not None:
+            raise ValueError(
+                f"position_interpolation is {self.position_interpolation!r}; DINOv3's positions are rotary and fit "
+                "any grid, so there is nothing to interpolate. Leave it out."
+            )
+
+
+class SparDinov3TextConfig(CLIPTextConfig):
+    """Text tower of dino.txt: the sizes of `dinov3_vitl16_dinotxt_tet1280d20h24l`.
+
+    Args:
+        projection_dim: width of the whole text embedding: one half for the class token, the other for the patches.
+    """
+
+    model_type = "spar_dinov3_text"
+
+    hidden_size: int = 1280
+    intermediate_size: int = 5120
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 20
+    projection_dim: int = 2048
+    hidden_act: str = "gelu"
+
+
+class SparDinov3Config(DenseConfig):
+    """A `SparDinov3VisionConfig` and a `SparDinov3TextConfig`; see `DenseConfig`."""
+
+    model_type = "spar_dinov3"
+    vision_class = SparDinov3VisionConfig
+    sub_configs_defaults = {
+        "vision_config": SubConfigSpec(config_class=SparDinov3VisionConfig),
+        "text_config": SubConfigSpec(config_class=SparDinov3TextConfig),
+    }
+
+    text_config: dict | SparDinov3TextConfig | None = None
+    vision_config: dict | SparDinov3VisionConfig | None = None
+    logit_scale_init_value: float = math.log(1 / 0.07)
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        whole, half = self.text_config.projection_dim, self.vision_config.projection_dim
+        if whole != 2 * half:
+            raise ValueError(
+                f"the text embedding has {whole} numbers and a patch {half}; the text's second half belongs to the "
+                "patches, so it must have twice as many."
+            )
+
+
+# --------------------------------------------------------------------------------------------- vision
+
+
+def rotary_angles(
+    grid_hw: tuple[int, int], head_dim: int, theta: float, num_prefix_tokens: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and signed sine of each token's angles, (P + h * w, d) in fp32; prefix tokens do not turn.
+
+    Axial: a quarter of a head's channels turns with the row, a quarter with the column, and again. Coordinates are
+    the patch centres from -1 to 1 along each side, whatever the grid. In fp32, as DINOv3's released ViTs have it:
+    bf16 moves the features by 5e-3. Computed anew each time: a buffer would be cast with the weights.
+    """
+    periods = theta ** torch.arange(0, 1, 4 / head_dim, dtype=torch.float32, device=device)  # (d / 4)
+    rows, columns = ((2 * torch.arange(n, dtype=torch.float32, device=device) + 1) / n - 1 for n in grid_hw)
+    places = torch.stack([rows[:, None].expand(grid_hw), columns[None, :].expand(grid_hw)], dim=-1)  # (h, w, 2)
+    angles = (2 * math.pi * places[..., None] / periods).reshape(-1, head_dim // 2)  # (h * w, d / 2)
+    angles = nn.functional.pad(angles, (0, 0, num_prefix_tokens, 0))
+    cosine, sine = angles.cos(), angles.sin()
+    return torch.cat([cosine, cosine], dim=-1), torch.cat([-sine, sine], dim=-1)
+
+
+def rotate(heads: torch.Tensor, cosine: torch.Tensor, signed_sine: torch.Tensor) -> torch.Tensor:
+    """Turns each pair of channels (i, i + d / 2) of (B, H, P + N, d) by its token's angle, in fp32."""
+    turned = torch.addcmul(heads * cosine, heads.roll(heads.shape[-1] // 2, dims=-1), signed_sine)
+    return turned.to(heads.dtype)
+
+
+class SparDinov3Attention(DINOv3ViTAttention):  # differs in fp32 rotation, arithmetic on the CPU, and shows its map
+    def forward(self, hidden_states, positions, need_weights: bool = False):
+        heads = project_heads(self, hidden_states, "qkv")
+        query, key = rotate(heads["q"], *positions), rotate(heads["k"], *positions)
+        if not need_weights:
+            return self.o_proj(merge_heads(attend(query, key, heads["v"]))), None
+        weights = attention_map(query, key)
+        return self.o_proj(merge_heads(weights @ heads["v"])), weights
+
+
+class SparDinov3Layer(DINOv3ViTLayer):
+    def __init__(self, config: SparDinov3VisionConfig):
+        super().__init__(config)
+        self.attention = SparDinov3Attention(config)
+
+    def forward(self, hidden_states, positions, need_weights: bool = False):
+        attended, weights = self.attention(self.norm1(hidden_states), positions, need_weights)
+        hidden_states = hidden_states + self.layer_scale1(attended)
+        return hidden_states + self.layer_scale2(self.mlp(self.norm2(hidden_states))), weights
+
+
+class SparDinov3VisionModel(DenseVisionModel, DINOv3ViTModel):
+    """DINOv3's ViT, run once at any resolution; its normed patch tokens lie in dino.txt's text space.
+
+    Plain DINOv3 ViT checkpoints load straight into it, and what it saves has their layout. dino.txt's two further
+    vision blocks are not part of it: SPAR's released code computes them and uses the backbone's patches. Positions are
+    never augmented, in training either, so that the student sees the grid that the teacher saw.
+    Source: DINOv3 (Siméoni et al., 2025), dino.txt (Jose et al., CVPR 2025), SPAR (Kombol et al., CVPR 2026).
+    """
+
+    config: SparDinov3VisionConfig
+    config_class = SparDinov3VisionConfig
+    weights_needed = "a DINOv3 ViT checkpoint, such as facebook/dinov3-vitl16-pretrain-lvd1689m"
+    _no_split_modules = ["DINOv3ViTEmbeddings", "SparDinov3Layer"]
+    _keys_to_ignore_on_load_unexpected = [
+        r"^text_model\.", r"^text_projection\.", r"^logit_scale$", r"rope_embeddings\."
+    ]  # fmt: skip
+
+    def __init__(self, config: SparDinov3VisionConfig):
+        super().__init__(config)
+        del self.rope_embeddings  # `rotary_angles` takes its place
+        self.model.layer = nn.ModuleList([SparDinov3Layer(config) for _ in range(config.num_hidden_layers)])
+        self.post_init()
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        return 1 + self.config.num_register_tokens
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.model.layer
+
+    def embed(self, pixels):
+        patch_px = self.config.patch_size
+        return self.embeddings(pixels), (pixels.shape[2] // patch_px, pixels.shape[3] // patch_px)
+
+    def run_blocks(self, tokens, grid_hw, first_block=0, need_weights=False):
+        config, inputs, maps = self.config, [], []
+        head_dim = config.hidden_size // config.num_attention_heads
+        positions = rotary_angles(grid_hw, head_dim, config.rope_theta, self.num_prefix_tokens, tokens.device)
+        for layer in self.blocks[first_block:]:
+            inputs.append(tokens)
+            tokens, weights = layer(tokens, positions, need_weights)
+            maps.append(weights)
+        return tokens, inputs, maps
+
+    def project(self, tokens):
+        normed = self.norm(tokens)
+        patches = normed[:, self.num_prefix_tokens :]
+        return {
+            "patch_embeds": patches,
+            "image_embeds": patches.mean(dim=1),
+            "last_hidden_state": normed,
+            "pooler_output": normed[:, 0],
+        }
+
+
+# ----------------------------------------------------------------------------------------------- text
+
+
+class SparDinov3TextModel(CLIPTextModel):
+    """dino.txt's text transformer: CLIP's, whose queries, keys and values have no bias."""
+
+    config: SparDinov3TextConfig
+    config_class = SparDinov3TextConfig
+
+    def __init__(self, config: SparDinov3TextConfig):
+        super().__init__(config)
+        for layer in self.encoder.layers:
+            for name in ("q_proj", "k_proj", "v_proj"):
+                setattr(layer.self_attn, name, nn.Linear(config.hidden_size, config.hidden_size, bias=False))
+        self.post_init()
+
+
+class SparDinov3Model(DenseModel):
+    """DINOv3.txt for dense features: `vision_model`, `text_model`, `text_projection`, `logit_scale`.
+
+    A text's embedding has two halves, one for the image's class token and one for its patches. Text features here are
+    the second half (SPAR's released code): the space of `patch_embeds`.
+    """
+
+    config: SparDinov3Config
+    config_class = SparDinov3Config
+    base_model_prefix = "spar_dinov3"
+    main_input_name = "pixel_values"
+    weights_needed = "a folder that `spar convert --backbone dinov3` wrote; plain DINOv3 has no text tower"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = ["CLIPTextEmbeddings", "CLIPEncoderLayer", *SparDinov3VisionModel._no_split_modules]
+
+    def __init__(self, config: SparDinov3Config):
+        super().__init__(config)
+        self.vision_model = SparDinov3VisionModel._from_config(config.vision_config)
+        self.text_model = SparDinov3TextModel._from_config(config.text_config)
+        self.text_projection = nn.Linear(config.text_config.hidden_size, config.text_config.projection_dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        if isinstance(module, SparDinov3Model):
+            init.normal_(module.text_projection.weight, std=module.text_projection.in_features**-0.5)
+            init.constant_(module.logit_scale, self.config.logit_scale_init_value)
+
+    @can_return_tuple
+    def get_text_features(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """(K, length) -> `pooler_output` (K, D): the half of the text embedding that belongs to the patches."""
+        text = self.text_model(input_ids, attention_mask, position_ids, **kwargs)
+        text.pooler_output = self.text_projection(text.pooler_output).chunk(2, dim=-1)[1]
+        return text
+
+
+# transformers names DINOv3's blocks `layer.N` on disk and `model.layer.N` in the class, by the class's name.
+_LAYOUT = [WeightRenaming(r"(?<!model\.)layer\.", r"model.layer.")]
+register_checkpoint_conversion_mapping(
+    "SparDinov3VisionModel", [PrefixChange(prefix_to_remove="vision_model"), *_LAYOUT], overwrite=True
+)

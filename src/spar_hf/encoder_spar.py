@@ -1,0 +1,276 @@
+"""What the families share: outputs, size rule -> tokens -> blocks -> text space, text features, whole loading."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_spar import DenseConfig, DenseVisionConfig
+from .dense_spar import attend, attention_map, fit_to_patches, merge_heads, project_heads
+
+
+@dataclass
+class SparVisionOutput(ModelOutput):
+    """What a dense encoder returns. h, w: rows and columns of patches; D: width of the text space.
+
+    Attributes:
+        patch_embeds: (B, h, w, D), in the text space, not normalised.
+        image_embeds: (B, D), the whole image in the text space, not normalised: CLIP's class token through its own
+            last block, SigLIP's pooled vector, the mean of DINOv3's patches.
+        last_hidden_state: (B, P + h * w, C) after the last block, P prefix tokens first; before the final norm for
+            CLIP, after it for SigLIP and DINOv3, as the stock classes have it.
+        pooler_output: (B, C), as the stock vision model gives it.
+        hidden_states: the embeddings and each block's output, where asked for.
+        attentions: (B, H, P + N, P + N) for each block, where asked for; in CLIP's last one the patches' rows are the
+            map the recipe applied.
+        image_hw: (H, W) of the pixels that came.
+        extent_hw: (height, width) in those pixels that the patch grid covers; see `fit_to_patches`.
+    """
+
+    patch_embeds: torch.Tensor | None = None
+    image_embeds: torch.Tensor | None = None
+    last_hidden_state: torch.Tensor | None = None
+    pooler_output: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    image_hw: tuple[int, int] | None = None
+    extent_hw: tuple[int, int] | None = None
+
+
+@dataclass
+class SparOutput(SparVisionOutput):
+    """`SparVisionOutput` and the text side.
+
+    Attributes:
+        text_embeds: (K, D), one per text, not normalised.
+        logits_per_image: (B, K), scaled cosine of image and text, with the bias where the family has one.
+    """
+
+    text_embeds: torch.Tensor | None = None
+    logits_per_image: torch.Tensor | None = None
+
+
+# ------------------------------------------------------------------------------------------ vision towers
+
+
+class DenseVisionModel(PreTrainedModel):
+    """Mixed into a family's vision tower: any size in, one vector of the text space per patch out.
+
+    A family says how pixels become tokens (`embed`), how they pass the blocks (`run_blocks`) and how they enter the
+    text space (`project`). Everything else (sizes, output, loading, training on stored tokens) is written here once.
+    """
+
+    config: DenseVisionConfig
+    base_model_prefix = "vision_model"
+    num_prefix_tokens: int  # tokens before the patches: class token, registers
+    blocks: nn.ModuleList
+    weights_needed: ClassVar[str]  # which checkpoints hold all of the tower's weights, for the error
+
+    def embed(self, pixels: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
+        """(B, 3, H, W) -> tokens (B, P + h * w, C) that enter the first block, and (h, w)."""
+        raise NotImplementedError
+
+    def run_blocks(
+        self, tokens: torch.Tensor, grid_hw: tuple[int, int], first_block: int = 0, need_weights: bool = False
+    ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor | None]]:
+        """Runs the blocks from `first_block` (0-based) on.
+
+        Returns:
+            The tokens (B, P + h * w, C) after the last block, the input of each block that ran, and the attention map
+            of each (None unless asked for).
+        """
+        raise NotImplementedError
+
+    def project(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Tokens after the last block -> `patch_embeds` (B, h * w, D) and the other fields of the output."""
+        raise NotImplementedError
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = True,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+    ) -> SparVisionOutput:
+        """Dense features of a batch of images.
+
+        Args:
+            pixel_values: (B, 3, H, W), normalised with the configuration's mean and std.
+            interpolate_pos_encoding: for callers of the stock model; this model interpolates always.
+            output_hidden_states: also return the embeddings and each block's output.
+            output_attentions: also return each block's attention map; it takes N x N memory.
+
+        Returns:
+            `SparVisionOutput`.
+
+        Raises:
+            ValueError: pixels that are no (B, 3, H, W) tensor, or an image smaller than a patch under `floor`.
+        """
+        config = self.config
+        check_pixels(pixel_values, config.num_channels)
+        need_weights = config.output_attentions if output_attentions is None else output_attentions
+        need_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+
+        image_hw = (pixel_values.shape[2], pixel_values.shape[3])
+        pixels, extent_hw = fit_to_patches(pixel_values, config.patch_size, config.size_rule)
+        tokens, grid_hw = self.embed(pixels)
+        tokens, inputs, maps = self.run_blocks(tokens, grid_hw, need_weights=need_weights)
+        fields = self.project(tokens)
+        patch_embeds = fields.pop("patch_embeds").unflatten(1, grid_hw)  # (B, h * w, D) -> (B, h, w, D)
+        return SparVisionOutput(
+            patch_embeds=patch_embeds,
+            **fields,
+            hidden_states=(*inputs, tokens) if need_states else None,
+            attentions=tuple(maps) if need_weights else None,
+            image_hw=image_hw,
+            extent_hw=extent_hw,
+        )
+
+    def patches_from(self, tokens: torch.Tensor, grid_hw: tuple[int, int], first_block: int) -> torch.Tensor:
+        """Patch features (B, h, w, D) of the tokens (B, P + h * w, C) that enter `first_block`."""
+        tokens, _, _ = self.run_blocks(tokens, grid_hw, first_block)
+        return self.project(tokens)["patch_embeds"].unflatten(1, grid_hw)
+
+    def trunk_end(self, num_blocks: int) -> int:
+        """0-based index of the first of the last `num_blocks` blocks, if the tower can be run from there alone.
+
+        Raises:
+            ValueError: it cannot: there is no such block, or a later one looks at blocks before it.
+        """
+        total = len(self.blocks)
+        if not 1 <= num_blocks <= total:
+            raise ValueError(f"the trunk ends {num_blocks} blocks before the end; this network has {total} blocks.")
+        return total - num_blocks
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        return load_whole(cls, super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
+
+
+def embed_patches(convolution: nn.Conv2d, pixels: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
+    """(B, 3, H, W) -> (B, h * w, C) and (h, w)."""
+    patches = convolution(pixels.to(convolution.weight.dtype))
+    return patches.flatten(2).transpose(1, 2), (patches.shape[2], patches.shape[3])
+
+
+class DenseAttention(nn.Module):
+    """Mixed into CLIP's and SigLIP's attention: differs in its arithmetic on the CPU, and shows its map."""
+
+    def forward(self, hidden_states, attention_mask=None, need_weights: bool = False, **kwargs):
+        if self.config._attn_implementation != "sdpa" and not need_weights:
+            return super().forward(hidden_states, attention_mask, **kwargs)
+        heads = project_heads(self, hidden_states, "qkv")
+        if not need_weights:
+            return self.out_proj(merge_heads(attend(heads["q"], heads["k"], heads["v"]))), None
+        weights = attention_map(heads["q"], heads["k"])
+        return self.out_proj(merge_heads(weights @ heads["v"])), weights
+
+
+class DenseEncoderLayer(nn.Module):
+    """Mixed into the pre-norm block of CLIP and SigLIP: open to a visitor.
+
+    `inside(layer, x, y)` is called with the block's input x and its normalised input y, both (B, P + N, C), and what
+    it returns is returned. Whoever needs a block's own weights works through it, so that sharded weights (FSDP) are
+    gathered and gradient checkpointing sees the whole computation.
+    """
+
+    def forward(self, hidden_states, attention_mask=None, inside: Callable | None = None, **kwargs):
+        normed = self.layer_norm1(hidden_states)
+        if inside is not None:
+            return inside(self, hidden_states, normed)
+        return self.update(hidden_states, normed)[0]
+
+    def update(self, x: torch.Tensor, y: torch.Tensor, need_weights: bool = False):
+        """The block as it is, given its input x and y = ln_1(x); returns its output and its map or None."""
+        attended, weights = self.self_attn(y, need_weights=need_weights)
+        return self.feed_forward(x + attended), weights
+
+    def feed_forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x + mlp(ln_2(x))."""
+        return x + self.mlp(self.layer_norm2(x))
+
+
+# ------------------------------------------------------------------------------------------- whole models
+
+
+class DenseModel(PreTrainedModel):
+    """Mixed into a family's whole model: `vision_model`, a text side with `get_text_features`, `logit_scale`."""
+
+    config: DenseConfig
+    weights_needed: ClassVar[str]
+    vision_model: DenseVisionModel
+    logit_scale: nn.Parameter
+
+    def score(self, cosine: torch.Tensor) -> torch.Tensor:
+        """Cosine of image and text -> the family's logit."""
+        return self.logit_scale.exp() * cosine
+
+    @can_return_tuple
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """One vector per image: `pooler_output` (B, D), as the stock model's `get_image_features` gives it."""
+        outputs = self.vision_model(pixel_values, **kwargs)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=outputs.last_hidden_state,
+            pooler_output=outputs.image_embeds,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        **vision_kwargs: Any,
+    ) -> SparOutput:
+        """Patch features, and text features where there is text; see `DenseVisionModel.forward` for the pixels.
+
+        Args:
+            pixel_values: (B, 3, H, W).
+            input_ids, attention_mask, position_ids: (K, length), one row a text.
+        """
+        vision = self.vision_model(pixel_values, **vision_kwargs)
+        text_embeds = logits = None
+        if input_ids is not None:
+            text = self.get_text_features(input_ids, attention_mask, position_ids)
+            text_embeds = text.pooler_output
+            image, words = (nn.functional.normalize(e, dim=-1) for e in (vision.image_embeds, text_embeds))
+            logits = self.score(image @ words.T)
+        return SparOutput(**vision, text_embeds=text_embeds, logits_per_image=logits)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        return load_whole(cls, super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
+
+
+def check_pixels(pixel_values: torch.Tensor | None, num_channels: int) -> None:
+    """Raises a `ValueError` that says what came and what to do, unless the pixels are (B, channels, H, W)."""
+    if not isinstance(pixel_values, torch.Tensor) or pixel_values.ndim != 4 or pixel_values.shape[1] != num_channels:
+        came = tuple(pixel_values.shape) if isinstance(pixel_values, torch.Tensor) else type(pixel_values).__name__
+        raise ValueError(
+            f"pixel_values is {came}; it must be a (batch, {num_channels}, height, width) tensor. "
+            "Use SparImageProcessor; images of different sizes go in one by one."
+        )
+
+
+def load_whole(cls: Any, load: Callable, name, *args, output_loading_info: bool = False, **kwargs):
+    """`from_pretrained` that refuses to leave weights random: transformers would only print a report."""
+    model, info = load(name, *args, output_loading_info=True, **kwargs)
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ValueError(
+            f"{name} lacks {len(missing)} of the weights of {cls.__name__}: {', '.join(missing[:4])}"
+            f"{', ...' if len(missing) > 4 else ''}. Give {cls.weights_needed}."
+        )
+    return (model, info) if output_loading_info else model

@@ -1,0 +1,211 @@
+"""SigLIP and SigLIP2 at fixed resolution: configurations, SparSiglipVisionModel and SparSiglipModel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import SiglipConfig, SiglipModel, SiglipTextConfig, SiglipVisionConfig, SiglipVisionModel
+from transformers.configuration_utils import SubConfigSpec
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import PrefixChange
+from transformers.models.siglip.modeling_siglip import (
+    SiglipAttention,
+    SiglipEncoderLayer,
+    SiglipMultiheadAttentionPoolingHead,
+    SiglipVisionEmbeddings,
+)
+
+from .configuration_spar import DenseConfig, DenseVisionConfig
+from .dense_spar import resize_positions
+from .encoder_spar import DenseAttention, DenseEncoderLayer, DenseModel, DenseVisionModel, embed_patches
+
+WEIGHTS_NEEDED = "a SigLIP or SigLIP2 checkpoint of fixed resolution, such as google/siglip2-base-patch16-512"
+
+
+class SparSiglipVisionConfig(DenseVisionConfig, SiglipVisionConfig):
+    """`SiglipVisionConfig` and what dense features at any resolution need beside it; see `DenseVisionConfig`.
+
+    Args:
+        hidden_act: of the vision tower. Stock files say `gelu_pytorch_tanh`; some weights of timm were trained with
+            the exact `gelu`, SigLIP2 ViT-B/16 and with it SPAR's among them.
+        method: `attention_pool`: the attention-pooling head applied to each patch alone.
+        position_interpolation: None is `size`, transformers' own rule.
+        size_rule: `pad`, SPAR's.
+    """
+
+    model_type = "spar_siglip_vision"
+    stock_class = SiglipVisionConfig
+    vision_types = ("siglip_vision_model", "spar_siglip_vision")
+
+    method: str = "attention_pool"
+    size_rule: str = "pad"
+
+    def settle_method(self) -> None:
+        super().settle_method()
+        if self.position_interpolation is None:
+            self.position_interpolation = "size"
+
+    @property
+    def projection_dim(self) -> int:
+        """Width of the text space."""
+        return self.hidden_size
+
+    def validate_spar(self) -> None:
+        super().validate_spar()
+        if not self.vision_use_head:
+            raise ValueError(
+                "vision_use_head is False; without its attention-pooling head a SigLIP's patches are not in the text "
+                f"space. Give {WEIGHTS_NEEDED}."
+            )
+
+    @classmethod
+    def from_stock(cls, vision: dict[str, Any], model_type: str | None) -> dict[str, Any]:
+        if str(model_type).startswith("siglip2"):
+            raise ValueError(
+                "this is a NaFlex checkpoint of SigLIP2 (siglip2): it embeds flattened patches of images packed to a "
+                f"number of tokens, and has no native window for a teacher. Give {WEIGHTS_NEEDED}, which has the same "
+                "size, data and text tower."
+            )
+        vision = super().from_stock(vision, model_type)
+        patch_px, image_px = vision.get("patch_size", cls.patch_size), vision.get("image_size", cls.image_size)
+        # so400m-patch14-384 says 384 px and sees 27 x 27 patches: 378 px.
+        return {**vision, "image_size": image_px // patch_px * patch_px}
+
+
+class SparSiglipConfig(DenseConfig, SiglipConfig):
+    """A `SparSiglipVisionConfig` and SigLIP's text configuration; see `DenseConfig`."""
+
+    model_type = "spar_siglip"
+    stock_type = "siglip"
+    vision_class = SparSiglipVisionConfig
+    # Trained on lower-case texts at full length, padding read along with the words.
+    text_inputs = {"text_padding": "max_length", "max_length": 64, "lowercase": True}
+    sub_configs_defaults = {
+        "vision_config": SubConfigSpec(config_class=SparSiglipVisionConfig),
+        "text_config": SubConfigSpec(config_class=SiglipTextConfig),
+    }
+
+    text_config: dict | SiglipTextConfig | None = None
+    vision_config: dict | SparSiglipVisionConfig | None = None
+
+
+class SparSiglipVisionEmbeddings(SiglipVisionEmbeddings):  # differs from SigLIP only in how positions are resized
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
+        patches, grid_hw = embed_patches(self.patch_embedding, pixel_values)
+        return patches + resize_positions(
+            self.position_embedding.weight, grid_hw, self.config.position_interpolation
+        ), grid_hw
+
+
+class SparSiglipAttention(DenseAttention, SiglipAttention):
+    pass
+
+
+class SparSiglipEncoderLayer(DenseEncoderLayer, SiglipEncoderLayer):
+    def __init__(self, config: SparSiglipVisionConfig):
+        super().__init__(config)
+        self.self_attn = SparSiglipAttention(config)
+
+
+class SparSiglipHead(SiglipMultiheadAttentionPoolingHead):
+    """SigLIP's attention-pooling head, for the whole image and for each patch alone (SPAR's released code).
+
+    The whole image is the values of all patches, weighed by the probe's attention. A patch alone is its own value:
+    of one patch the soft-max is 1. Both then take the same way out, y + mlp(norm(y)) of y = out_proj(value).
+    """
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(B, N, C) after the final norm -> (B, 1 + N, C) in the text space, the whole image first."""
+        width, head_dim = tokens.shape[-1], self.attention.head_dim
+        query_weight, key_weight, value_weight = self.attention.in_proj_weight.split(width)
+        query_bias, _, value_bias = self.attention.in_proj_bias.split(width)
+        values = nn.functional.linear(tokens, value_weight, value_bias)  # (B, N, C)
+
+        # q·(W x + b) = (Wᵀ q)·x + q·b, as in `class_token_attention`: no key is made for any patch, and q·b shifts all
+        # scores of a head alike.
+        query = nn.functional.linear(self.probe[0, 0], query_weight, query_bias).view(-1, head_dim)  # (H, d)
+        folded = torch.einsum("hd,hdc->hc", query, key_weight.view(-1, head_dim, width))
+        scores = tokens @ folded.T * head_dim**-0.5  # (B, N, H)
+        weights = scores.softmax(dim=1, dtype=torch.float32).to(values.dtype)
+        pooled = torch.einsum("bnh,bnhd->bhd", weights, values.unflatten(-1, (-1, head_dim)))  # (B, H, d)
+
+        out = self.attention.out_proj(torch.cat([pooled.flatten(1)[:, None], values], dim=1))
+        return out + self.mlp(self.layernorm(out))
+
+
+class SparSiglipVisionModel(DenseVisionModel, SiglipVisionModel):
+    """SigLIP's vision tower, run once at any resolution, with one text-aligned vector per patch.
+
+    Plain SigLIP and SigLIP2 checkpoints of fixed resolution load straight into it, whole or vision tower alone, and
+    what it saves has their layout. Any height and width, any batch size, fp32, bf16 and fp16.
+    Source: SPAR (Kombol et al., CVPR 2026), section 3, and the behaviour of its released code.
+    """
+
+    config: SparSiglipVisionConfig
+    config_class = SparSiglipVisionConfig
+    num_prefix_tokens = 0
+    weights_needed = WEIGHTS_NEEDED
+    _no_split_modules = ["SparSiglipVisionEmbeddings", "SparSiglipEncoderLayer", "SparSiglipHead"]
+    _keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"^logit_scale$", r"^logit_bias$", r"position_ids$"]
+
+    def __init__(self, config: SparSiglipVisionConfig):
+        super().__init__(config)
+        self.embeddings = SparSiglipVisionEmbeddings(config)
+        self.encoder.layers = nn.ModuleList([SparSiglipEncoderLayer(config) for _ in range(config.num_hidden_layers)])
+        self.head = SparSiglipHead(config)
+        self.post_init()
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.encoder.layers
+
+    def embed(self, pixels):
+        return self.embeddings(pixels)
+
+    def run_blocks(self, tokens, grid_hw, first_block=0, need_weights=False):
+        inputs, maps = [], []
+        for layer in self.blocks[first_block:]:
+            inputs.append(tokens)
+            tokens, weights = layer(tokens, inside=lambda layer, x, y: layer.update(x, y, need_weights))
+            maps.append(weights)
+        return tokens, inputs, maps
+
+    def project(self, tokens):
+        normed = self.post_layernorm(tokens)
+        embeds = self.head(normed)  # (B, h * w, C) -> (B, 1 + h * w, C)
+        return {
+            "patch_embeds": embeds[:, 1:],
+            "image_embeds": embeds[:, 0],
+            "last_hidden_state": normed,
+            "pooler_output": embeds[:, 0],
+        }
+
+
+class SparSiglipModel(DenseModel, SiglipModel):
+    """SigLIP with a `SparSiglipVisionModel` for its vision tower: `vision_model`, `text_model`.
+
+    Plain SigLIP and SigLIP2 checkpoints of fixed resolution load straight into it; what it saves has their layout.
+    Fields of `SparSiglipVisionConfig` can be given to `from_pretrained`.
+    """
+
+    config: SparSiglipConfig
+    config_class = SparSiglipConfig
+    weights_needed = WEIGHTS_NEEDED
+    _no_split_modules = ["SiglipTextEmbeddings", "SiglipEncoderLayer", *SparSiglipVisionModel._no_split_modules]
+    _keys_to_ignore_on_load_unexpected = [r"position_ids$"]
+
+    def __init__(self, config: SparSiglipConfig):
+        super().__init__(config)
+        self.vision_model = SparSiglipVisionModel._from_config(config.vision_config)
+        self.post_init()
+
+    def score(self, cosine: torch.Tensor) -> torch.Tensor:
+        return super().score(cosine) + self.logit_bias
+
+
+# As for CLIP: without it, a whole checkpoint would leave the weights of the tower alone random.
+register_checkpoint_conversion_mapping(
+    "SparSiglipVisionModel", [PrefixChange(prefix_to_remove="vision_model")], overwrite=True
+)

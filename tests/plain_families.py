@@ -1,0 +1,118 @@
+"""SigLIP's and DINOv3's dense features in plain NumPy, float64, one image at a time: what the tests compare with.
+
+Written from the papers and SPAR's description; nothing of the package and nothing of transformers is called.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from plain_clip import plain_positions, sampling_matrix, softmax
+
+Weights = dict[str, np.ndarray]
+_erf = np.vectorize(math.erf)
+ACTIVATIONS = {
+    "gelu": lambda x: 0.5 * x * (1 + _erf(x / math.sqrt(2))),
+    "gelu_pytorch_tanh": lambda x: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+    "quick_gelu": lambda x: x / (1 + np.exp(-1.702 * x)),
+}
+
+
+def linear(weights: Weights, name: str, x: np.ndarray) -> np.ndarray:
+    return x @ weights[f"{name}.weight"].T + weights.get(f"{name}.bias", 0.0)
+
+
+def norm(weights: Weights, name: str, x: np.ndarray, eps: float) -> np.ndarray:
+    centred = x - x.mean(axis=-1, keepdims=True)
+    unit = centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + eps)
+    return unit * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+
+def patch_tokens(weights: Weights, name: str, pixels: np.ndarray, patch_px: int) -> tuple[np.ndarray, tuple[int, int]]:
+    """(3, H, W) of whole patches -> (h * w, C) and (h, w)."""
+    rows, columns = pixels.shape[1] // patch_px, pixels.shape[2] // patch_px
+    kernel = weights[f"{name}.weight"]
+    tokens = [
+        (kernel * pixels[:, y * patch_px : (y + 1) * patch_px, x * patch_px : (x + 1) * patch_px]).sum(axis=(1, 2, 3))
+        for y in range(rows)
+        for x in range(columns)
+    ]
+    return np.array(tokens) + weights[f"{name}.bias"], (rows, columns)
+
+
+def plain_siglip(
+    weights: Weights, pixels: np.ndarray, patch_px: int, num_layers: int, num_heads: int, activation: str
+) -> np.ndarray:
+    """Patch features (h, w, C) of one image (3, H, W), from the weights of a stock `SiglipVisionModel`."""
+    _, height, width = pixels.shape
+    padded = np.zeros((3, -(-height // patch_px) * patch_px, -(-width // patch_px) * patch_px))
+    padded[:, :height, :width] = pixels
+    x, grid_hw = patch_tokens(weights, "embeddings.patch_embedding", padded, patch_px)
+    x = x + plain_positions(weights["embeddings.position_embedding.weight"], *grid_hw, "size")
+    act = ACTIVATIONS[activation]
+    for block in range(num_layers):
+        name = f"encoder.layers.{block}"
+        y = norm(weights, f"{name}.layer_norm1", x, 1e-6)
+        q, k, v = (np.split(linear(weights, f"{name}.self_attn.{part}_proj", y), num_heads, axis=-1) for part in "qkv")
+        mixed = [softmax(q[h] @ k[h].T / math.sqrt(q[h].shape[-1])) @ v[h] for h in range(num_heads)]
+        x = x + linear(weights, f"{name}.self_attn.out_proj", np.concatenate(mixed, axis=-1))
+        y = norm(weights, f"{name}.layer_norm2", x, 1e-6)
+        x = x + linear(weights, f"{name}.mlp.fc2", act(linear(weights, f"{name}.mlp.fc1", y)))
+    x = norm(weights, "post_layernorm", x, 1e-6)
+    channels = x.shape[-1]
+    value_weight = weights["head.attention.in_proj_weight"][2 * channels :]
+    y = x @ value_weight.T + weights["head.attention.in_proj_bias"][2 * channels :]
+    y = linear(weights, "head.attention.out_proj", y)
+    z = norm(weights, "head.layernorm", y, 1e-6)
+    y = y + linear(weights, "head.mlp.fc2", act(linear(weights, "head.mlp.fc1", z)))
+    return y.reshape(*grid_hw, -1)
+
+
+def stretch(pixels: np.ndarray, patch_px: int) -> np.ndarray:
+    """(3, H, W) resized bicubically to the next multiples of the patch."""
+    _, height, width = pixels.shape
+    new_height, new_width = -(-height // patch_px) * patch_px, -(-width // patch_px) * patch_px
+    down, across = sampling_matrix(height, new_height, "size"), sampling_matrix(width, new_width, "size")
+    return np.einsum("yv,cvu,xu->cyx", down, pixels, across)
+
+
+def turn(heads: np.ndarray, grid_hw: tuple[int, int], theta: float, num_prefix: int) -> np.ndarray:
+    """Rotary positions of one head's tokens (P + h * w, d), a pair of channels at a time."""
+    out, quarter = heads.copy(), heads.shape[-1] // 4
+    rows, columns = grid_hw
+    for y in range(rows):
+        for x in range(columns):
+            token = num_prefix + y * columns + x
+            centre = (2 * (y + 0.5) / rows - 1, 2 * (x + 0.5) / columns - 1)
+            for axis in range(2):
+                for i in range(quarter):
+                    angle = 2 * math.pi * centre[axis] / theta ** (i / quarter)
+                    first = axis * quarter + i
+                    second = first + 2 * quarter
+                    a, b = heads[token, first], heads[token, second]
+                    out[token, first] = a * math.cos(angle) - b * math.sin(angle)
+                    out[token, second] = b * math.cos(angle) + a * math.sin(angle)
+    return out
+
+
+def plain_dinov3(
+    weights: Weights, pixels: np.ndarray, patch_px: int, num_layers: int, num_heads: int, num_registers: int
+) -> np.ndarray:
+    """Patch features (h, w, C) of one image (3, H, W), from the weights of a stock `DINOv3ViTModel`."""
+    patches, grid_hw = patch_tokens(weights, "embeddings.patch_embeddings", stretch(pixels, patch_px), patch_px)
+    x = np.vstack([weights["embeddings.cls_token"][0], weights["embeddings.register_tokens"][0], patches])
+    for block in range(num_layers):
+        name = f"model.layer.{block}"
+        y = norm(weights, f"{name}.norm1", x, 1e-5)
+        q, k, v = (np.split(linear(weights, f"{name}.attention.{part}_proj", y), num_heads, axis=-1) for part in "qkv")
+        mixed = []
+        for h in range(num_heads):
+            query, key = (turn(heads[h], grid_hw, 100.0, 1 + num_registers) for heads in (q, k))
+            mixed.append(softmax(query @ key.T / math.sqrt(query.shape[-1])) @ v[h])
+        y = linear(weights, f"{name}.attention.o_proj", np.concatenate(mixed, axis=-1))
+        x = x + y * weights[f"{name}.layer_scale1.lambda1"]
+        y = norm(weights, f"{name}.norm2", x, 1e-5)
+        y = linear(weights, f"{name}.mlp.down_proj", ACTIVATIONS["gelu"](linear(weights, f"{name}.mlp.up_proj", y)))
+        x = x + y * weights[f"{name}.layer_scale2.lambda1"]
+    return norm(weights, "norm", x, 1e-5)[1 + num_registers :].reshape(*grid_hw, -1)

@@ -1,0 +1,491 @@
+"""SigLIP and DINOv3: features, loading, refusals, and everything built on a dense encoder, as for CLIP."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import SIZES_HW
+from distillation_help import SIZES, run, save_pictures
+from families import DINOV3_VISION, Family, spar_dinov3, spar_siglip, stock_dinov3, stock_siglip
+from plain_families import plain_siglip
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModel,
+    AutoModelForZeroShotImageClassification,
+    AutoProcessor,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
+    SiglipModel,
+    SiglipVisionModel,
+    pipeline,
+)
+
+import spar_hf
+from spar_hf import (
+    SlidingWindow,
+    SparDinov3Config,
+    SparDinov3VisionConfig,
+    SparDinov3VisionModel,
+    SparSiglipConfig,
+    SparSiglipModel,
+    SparSiglipVisionConfig,
+    SparSiglipVisionModel,
+)
+from spar_hf.checkpoints import make_processor
+from spar_hf.data import load_benchmark, load_protocol
+from spar_hf.evaluation import evaluate
+
+CLEAN = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
+EXACT = {"atol": 0, "rtol": 0}
+CLOSE = {"atol": 2e-5, "rtol": 0}  # features are about 1 in magnitude
+NAMES = ("siglip", "dinov3")
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def family(request, clip_tokenizer, tmp_path_factory) -> Family:
+    folder = tmp_path_factory.mktemp(request.param)
+    if request.param == "siglip":
+        stock, tower_class = stock_siglip(vocab_size=len(clip_tokenizer)), SparSiglipVisionModel
+        clip_tokenizer.save_pretrained(folder)
+        weights = stock.vision_model.state_dict()
+    else:
+        stock, tower_class = stock_dinov3(), SparDinov3VisionModel
+        weights = stock.state_dict()
+    stock.save_pretrained(folder)
+    plain = {name: weight.double().numpy() for name, weight in weights.items()}
+    return Family(request.param, folder, plain, tower_class.from_pretrained(folder))
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def whole(request, clip_tokenizer, tmp_path_factory) -> tuple[Any, Any, Path]:
+    """A whole model, its processor, and the folder that holds both."""
+    folder = tmp_path_factory.mktemp("whole")
+    if request.param == "siglip":
+        model = spar_siglip(clip_tokenizer, tmp_path_factory.mktemp("stock"))
+    else:
+        model = spar_dinov3(clip_tokenizer)
+    processor = make_processor(model.config, clip_tokenizer)
+    processor.templates = ["a photo of a {}.", "my {}"]
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return model, processor, folder
+
+
+# ------------------------------------------------------------------------------------------- features
+
+
+@pytest.mark.parametrize("size", SIZES_HW)
+@torch.no_grad()
+def test_features_equal_the_plain_formulation(family, size, pixels):
+    images = pixels(size, batch=2)
+    expected = family.plain(images)
+    found = family.tower(images)
+    torch.testing.assert_close(found.patch_embeds, expected, **CLOSE)
+    torch.testing.assert_close(family.tower(images[:1]).patch_embeds, expected[:1], **CLOSE)
+    assert found.image_hw == tuple(images.shape[2:])
+    padded = tuple(-(-side // 16) * 16 for side in found.image_hw)
+    assert found.extent_hw == (padded if family.name == "siglip" else found.image_hw)
+    assert 0.3 < expected.std() < 30  # neither vanishing nor huge, so that the tolerance means something
+
+
+@torch.no_grad()
+def test_siglip_equals_the_stock_classes(pixels, tmp_path):
+    stock = stock_siglip()
+    stock.save_pretrained(tmp_path)
+    ours = SparSiglipModel.from_pretrained(tmp_path)
+    images, words = pixels("native", batch=2), torch.randint(2, 600, (3, 64), generator=torch.manual_seed(0))
+    found, expected = ours(images, words), stock(pixel_values=images, input_ids=words)
+    torch.testing.assert_close(found.logits_per_image, expected.logits_per_image, **CLOSE)
+    torch.testing.assert_close(found.pooler_output, expected.vision_model_output.pooler_output, **CLOSE)
+    torch.testing.assert_close(found.image_embeds, found.pooler_output, **EXACT)
+    torch.testing.assert_close(found.last_hidden_state, expected.vision_model_output.last_hidden_state, **CLOSE)
+    text = ours.get_text_features(words).pooler_output
+    torch.testing.assert_close(text, stock.get_text_features(words).pooler_output, **CLOSE)
+    # Off the native size as well: the positions' rule is transformers' own.
+    other = pixels("larger")
+    stock_pooled = stock.vision_model(other, interpolate_pos_encoding=True).pooler_output
+    torch.testing.assert_close(ours.vision_model(other).pooler_output, stock_pooled, **CLOSE)
+    # One patch alone: the soft-max over one token is 1, so the pooled vector is the patch's own.
+    one = pixels((16, 16))
+    torch.testing.assert_close(
+        ours.vision_model(one).patch_embeds[:, 0, 0], ours.vision_model(one).image_embeds, **CLOSE
+    )
+
+
+@torch.no_grad()
+def test_dinov3_equals_the_stock_patch_tokens(family, pixels):
+    """Settles that SPAR's image side is `DINOv3ViTModel`'s patch tokens after the final norm."""
+    if family.name != "dinov3":
+        pytest.skip("DINOv3's question")
+    stock = DINOv3ViTModel.from_pretrained(family.folder).eval()
+    for size in ("native", "larger", "same_count"):
+        images = pixels(size, batch=2)
+        found, expected = family.tower(images), stock(images)
+        patches = expected.last_hidden_state[:, 5:].unflatten(1, found.patch_embeds.shape[1:3])
+        torch.testing.assert_close(found.patch_embeds, patches, atol=5e-6, rtol=0)
+        torch.testing.assert_close(found.pooler_output, expected.pooler_output, atol=5e-6, rtol=0)
+        torch.testing.assert_close(found.image_embeds, patches.mean(dim=(1, 2)), atol=5e-6, rtol=0)
+
+
+@torch.no_grad()
+def test_dinov3_positions_stay_exact_in_half_precision(family, pixels):
+    if family.name != "dinov3":
+        pytest.skip("DINOv3's question")
+    images, exact = pixels("larger"), family.tower(pixels("larger")).patch_embeds
+
+    def error(model, output):
+        return float((output(model).float() - exact).norm() / exact.norm())
+
+    ours = SparDinov3VisionModel.from_pretrained(family.folder, dtype=torch.bfloat16)
+    stock = DINOv3ViTModel.from_pretrained(family.folder, dtype=torch.bfloat16)
+    mine = error(ours, lambda model: model(images.bfloat16()).patch_embeds)
+    theirs = error(
+        stock, lambda model: model(images.bfloat16()).last_hidden_state[:, 5:].unflatten(1, exact.shape[1:3])
+    )
+    assert mine < 0.05 and mine < 1.1 * theirs
+
+
+@torch.no_grad()
+def test_states_maps_and_eager_attention(family, pixels):
+    images = pixels("off_grid", batch=2)
+    found = family.tower(images, output_hidden_states=True, output_attentions=True)
+    plain = family.tower(images)
+    torch.testing.assert_close(found.patch_embeds, plain.patch_embeds, **CLOSE)
+    tokens = family.tower.num_prefix_tokens + 6 * 5
+    assert [state.shape for state in found.hidden_states] == [(2, tokens, 48)] * 4
+    assert [weights.shape for weights in found.attentions] == [(2, 3, tokens, tokens)] * 3
+    torch.testing.assert_close(found.attentions[1].sum(-1), torch.ones(2, 3, tokens), **CLOSE)
+    assert plain.hidden_states is None and plain.attentions is None
+    for block in (1, 2):  # what a trunk cache relies on
+        again = family.tower.patches_from(found.hidden_states[block], (6, 5), block)
+        torch.testing.assert_close(again, plain.patch_embeds, **CLOSE)
+
+
+@pytest.mark.parametrize("hidden_act", ["gelu", "gelu_pytorch_tanh"])
+@torch.no_grad()
+def test_siglips_activation_is_a_field(hidden_act, pixels, tmp_path):
+    stock = stock_siglip()
+    stock.save_pretrained(tmp_path)
+    tower = SparSiglipVisionModel.from_pretrained(tmp_path, hidden_act=hidden_act)
+    assert tower.config.hidden_act == hidden_act
+    weights = {name: weight.double().numpy() for name, weight in stock.vision_model.state_dict().items()}
+    expected = plain_siglip(weights, pixels("native")[0].double().numpy(), 16, 3, 3, hidden_act)
+    torch.testing.assert_close(tower(pixels("native")).patch_embeds[0], torch.from_numpy(expected).float(), **CLOSE)
+
+
+@pytest.mark.parametrize(("image_px", "patch_px", "native_px"), [(70, 14, 70), (74, 14, 70), (64, 32, 64)])
+@torch.no_grad()
+def test_siglip_of_any_patch(image_px, patch_px, native_px, pixels, tmp_path):
+    """so400m-patch14-384 names a side that is no multiple of its patch; the network sees 27 patches a side."""
+    stock = stock_siglip(image_size=image_px, patch_size=patch_px)
+    stock.save_pretrained(tmp_path)
+    model = SparSiglipModel.from_pretrained(tmp_path)
+    assert model.config.vision_config.image_size == native_px
+    pooled = stock.vision_model(pixels((image_px, image_px))).pooler_output
+    found = model.vision_model(pixels((image_px, image_px))[:, :, :native_px, :native_px])
+    torch.testing.assert_close(found.pooler_output, pooled, **CLOSE)
+    assert SlidingWindow(model.vision_model, stride_px=24).window_px == native_px
+
+
+# -------------------------------------------------------------------------------------------- loading
+
+
+@pytest.mark.parametrize("layout", ["whole", "sharded", "vision_only"])
+@torch.no_grad()
+def test_siglips_files_load_whole(layout, pixels, tmp_path):
+    stock = stock_siglip()
+    saved: Any = stock
+    if layout == "vision_only":
+        saved = SiglipVisionModel(stock.config.vision_config).eval()
+        saved.load_state_dict(stock.vision_model.state_dict())
+    saved.save_pretrained(tmp_path, **({"max_shard_size": "100KB"} if layout == "sharded" else {}))
+    assert layout != "sharded" or len(list(tmp_path.glob("*.safetensors"))) > 2
+    expected = stock.vision_model(pixels("native")).pooler_output
+    model, info = SparSiglipVisionModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert info == CLEAN
+    torch.testing.assert_close(model(pixels("native")).pooler_output, expected, **CLOSE)
+    if layout == "vision_only":
+        with pytest.raises(ValueError, match=r"holds a vision tower alone, and SparSiglipModel needs the text tower"):
+            SparSiglipModel.from_pretrained(tmp_path)
+        return
+    whole, info = SparSiglipModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert info == CLEAN
+    for name, weight in stock.state_dict().items():
+        torch.testing.assert_close(whole.state_dict()[name], weight, **EXACT)
+
+
+@torch.no_grad()
+def test_saved_towers_keep_the_stock_layout(family, pixels, tmp_path):
+    family.tower.save_pretrained(tmp_path)
+    again, info = type(family.tower).from_pretrained(tmp_path, output_loading_info=True)
+    assert info == CLEAN and type(AutoModel.from_pretrained(tmp_path)) is type(family.tower)
+    assert again.config.to_diff_dict() == family.tower.config.to_diff_dict()
+    images = pixels("off_grid")
+    torch.testing.assert_close(again(images).patch_embeds, family.tower(images).patch_embeds, **EXACT)
+    stock_class = {"siglip": SiglipVisionModel, "dinov3": DINOv3ViTModel}[family.name]
+    _, info = stock_class.from_pretrained(tmp_path, output_loading_info=True)
+    assert info["missing_keys"] == set() == info["unexpected_keys"]
+
+
+@torch.no_grad()
+def test_saved_models_come_back(whole, pixels, tmp_path):
+    model, _, folder = whole
+    words = torch.tensor([[5, 9, 7, model.config.text_config.eos_token_id]])
+    expected = model(pixels("off_grid"), words)
+    for load in (type(model).from_pretrained, AutoModel.from_pretrained):
+        again, info = load(folder, output_loading_info=True)
+        assert type(again) is type(model) and info == CLEAN
+        found = again(pixels("off_grid"), words)
+        torch.testing.assert_close(found.patch_embeds, expected.patch_embeds, **EXACT)
+        torch.testing.assert_close(found.logits_per_image, expected.logits_per_image, atol=1e-6, rtol=0)
+    assert type(AutoModelForZeroShotImageClassification.from_pretrained(folder)) is type(model)
+    tower, info = type(model.vision_model).from_pretrained(folder, output_loading_info=True)
+    assert info == CLEAN
+    torch.testing.assert_close(tower(pixels("off_grid")).patch_embeds, expected.patch_embeds, **EXACT)
+    if isinstance(model, SparSiglipModel):  # and plain SigLIP reads what we save
+        _, info = SiglipModel.from_pretrained(folder, output_loading_info=True)
+        assert info["missing_keys"] == set() == info["unexpected_keys"]
+    # Any field of the vision configuration, given to the whole model.
+    changed = type(model).from_pretrained(folder, size_rule="floor", stride_px=40)
+    assert (changed.config.vision_config.size_rule, changed.vision_model.config.stride_px) == ("floor", 40)
+    assert changed.vision_model(pixels("off_grid")).patch_embeds.shape[1:3] == (5, 4)
+
+
+def test_missing_weights_are_refused(family, tmp_path):
+    config = json.loads((family.folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    kept = {
+        n: w for n, w in load_file(family.folder / "model.safetensors").items() if "mlp" not in n or ".1." not in n
+    }
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks \d+ of the weights of Spar\w+VisionModel: .*mlp.* Give a "):
+        type(family.tower).from_pretrained(tmp_path)
+
+
+def test_what_a_family_lacks_is_refused(family, tmp_path):
+    for name in ("naclip", "maskclip"):
+        with pytest.raises(
+            ValueError, match=rf"method is '{name}'; the methods are CLIP's, and .* Leave the method out"
+        ):
+            type(family.tower).from_pretrained(family.folder, method=name)
+    with pytest.raises(ValueError, match=r"size_rule is 'crop'; choose one of 'floor', 'pad', 'stretch'"):
+        type(family.tower).from_pretrained(family.folder, size_rule="crop")
+
+
+def test_clear_refusals(family, tmp_path):
+    with pytest.raises(ValueError, match=r"position_interpolation is 'size'; DINOv3's positions are rotary"):
+        SparDinov3VisionConfig(position_interpolation="size")
+    with pytest.raises(ValueError, match=r"vision_use_head is False; without its attention-pooling head"):
+        SparSiglipVisionConfig(vision_use_head=False)
+    with pytest.raises(ValueError, match=r"the text embedding has 2048 numbers and a patch 48"):
+        SparDinov3Config(vision_config={"hidden_size": 48})
+    naflex = {"model_type": "siglip2", "vision_config": {"model_type": "siglip2_vision_model", "num_patches": 256}}
+    (tmp_path / "config.json").write_text(json.dumps(naflex))
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
+    for load in (spar_hf.load, SparSiglipModel.from_pretrained, SparSiglipVisionModel.from_pretrained):
+        with pytest.raises(
+            ValueError, match=r"NaFlex checkpoint of SigLIP2 .* Give a SigLIP or SigLIP2 checkpoint of"
+        ):
+            load(tmp_path)
+    if family.name == "dinov3":
+        with pytest.raises(ValueError, match=r"holds a vision tower alone \(dinov3_vit\), and labels need the text"):
+            spar_hf.load(family.folder)
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ValueError, match=r"type 'bert'; those that can be loaded are clip, siglip"):
+        spar_hf.load(tmp_path)
+
+
+def test_files_that_leave_out_stock_defaults(tmp_path):
+    """A stock file need not name what equals the stock class's default, which is not ours."""
+    DINOv3ViTModel(DINOv3ViTConfig(**{**DINOV3_VISION, "num_register_tokens": 0})).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for name in ("num_register_tokens", "image_size"):
+        config.pop(name, None)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tower = SparDinov3VisionModel.from_pretrained(tmp_path)
+    assert (tower.config.num_register_tokens, tower.config.image_size, tower.config.hidden_size) == (0, 224, 48)
+    assert SparDinov3VisionConfig().image_size == 384  # SPAR's native window
+    assert SparSiglipConfig().vision_config.size_rule == "pad" and SparDinov3Config().text_config.hidden_size == 1280
+
+
+# ---------------------------------------------------------------------- what is built on a dense encoder
+
+
+@torch.no_grad()
+def test_text_side(whole):
+    """SigLIP reads 64 tokens, padded, in lower case and without a mask; DINOv3's text gives the second half."""
+    model, processor, _ = whole
+    ids = processor(text=["A Dog"])
+    if isinstance(model, SparSiglipModel):
+        assert set(ids) == {"input_ids"} and ids["input_ids"].shape == (1, 64)
+        assert ids["input_ids"][0, 5:].unique().tolist() == [processor.tokenizer.pad_token_id]
+        return
+    assert ids["input_ids"].shape[1] < 10
+    hidden = model.text_model(**ids).last_hidden_state[0, -1]  # ends with the end-of-text token
+    expected = (model.text_projection.weight @ hidden)[48:]
+    torch.testing.assert_close(model.get_text_features(**ids).pooler_output[0], expected, **CLOSE)
+    # Padding behind the end changes nothing: the tower is causal and reads the end-of-text token.
+    padded = processor.tokenizer(["A Dog"], padding="max_length", max_length=20, return_tensors="pt")
+    torch.testing.assert_close(model.get_text_features(**padded).pooler_output[0], expected, **CLOSE)
+
+
+def test_load_pipeline_window_and_evaluation(whole, tmp_path):
+    model, processor, folder = whole
+    loaded, loaded_processor = spar_hf.load(folder)
+    assert type(loaded) is type(model)
+    for field in ("templates", "text_padding", "max_length", "lowercase"):
+        assert getattr(loaded_processor, field) == getattr(processor, field)
+    image = np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8)
+    segment = pipeline("open-vocabulary-segmentation", model=str(folder))
+    result = segment(image, candidate_labels="road; car, automobile; sky", do_resize=False)
+    assert result["segmentation"].shape == (70, 90) and result["grid_hw"] == (5, 6)
+    assert sum(entry["share"] for entry in result["segments"]) == pytest.approx(1)
+    teacher = SlidingWindow(model.vision_model, window_px=64, stride_px=24)
+    windowed = segment(image, candidate_labels="road; car; sky", do_resize=False, encoder=teacher)
+    assert windowed["grid_hw"] == (5, 6)
+    data = load_benchmark("picturebook", scale=1.5, native_px=64)
+    protocol = load_protocol(None, "picturebook").replace(templates=("a {}.",))
+    score = evaluate(model.vision_model, model, processor, data, protocol=protocol, limit=2, progress=False)
+    assert score.num_images == 2 and 0 <= score.mean_iou <= 1
+    assert type(AutoProcessor.from_pretrained(folder)).__name__ == "SparProcessor"
+
+
+def test_plain_siglip_loads_with_a_processor_of_its_own(clip_tokenizer, tmp_path):
+    stock_siglip(vocab_size=len(clip_tokenizer)).save_pretrained(tmp_path)
+    clip_tokenizer.save_pretrained(tmp_path)
+    model, processor = spar_hf.load(tmp_path)
+    assert isinstance(model, SparSiglipModel)
+    assert (processor.text_padding, processor.max_length, processor.lowercase) == ("max_length", 64, True)
+    assert processor.image_processor.image_mean == [0.5, 0.5, 0.5] == processor.image_processor.image_std
+
+
+@torch.no_grad()
+def test_window_of_the_whole_image_is_one_pass(family, pixels):
+    images = pixels("larger")
+    single = family.tower(images)
+    window = SlidingWindow(family.tower, window_px=128, stride_px=128)(images)
+    torch.testing.assert_close(window.patch_embeds, single.patch_embeds, **CLOSE)
+
+
+@pytest.mark.parametrize("train", ["last:2", "all", "positions", "patch-embed"])
+def test_distillation(family, train, tmp_path):
+    """One command as for CLIP: what trains moves, what is frozen is bit-identical, the result loads."""
+    flags = ("--student", family.folder, "--images", save_pictures(tmp_path / "pictures", 2), "--output",
+             tmp_path / "run", "--window-px", 32, "--stride-px", 24, "--workers", 0, "--tracker", "none", *SIZES,
+             "--learning-rate", "1e-3", "--max-steps", 1, "--train", train)  # fmt: skip
+    if train == "positions" and family.name == "dinov3":
+        with pytest.raises(ValueError, match=r"has no part 'positions'; choose of all, patch-embed, last:1 to last:3"):
+            run("distill.py", *flags)
+        return
+    run("distill.py", *flags)
+    student = AutoModel.from_pretrained(tmp_path / "run" / "model")
+    tower = getattr(student, "vision_model", student)
+    before = dict(family.tower.named_parameters())
+    changed = {name for name, weight in tower.named_parameters() if not torch.equal(weight, before[name])}
+    blocks = tuple(f"{prefix}.{block}." for prefix in ("encoder.layers", "model.layer") for block in (1, 2))
+    wanted = {
+        "last:2": {name for name in before if name.startswith(blocks)},
+        # The loss reaches neither the probe nor, beside weight decay, what only masked training uses.
+        "all": {name for name in before if name not in ("head.probe", "embeddings.mask_token")},
+        "positions": {name for name in before if "position_embedding" in name},
+        "patch-embed": {name for name in before if "patch_embedding" in name},
+    }[train]
+    assert changed == wanted
+    assert tower.config.teacher["method"] == family.tower.config.method
+
+
+def test_trunk_cache(family, tmp_path):
+    """Training on stored features and a stored trunk gives the weights of training on pixels, to fp16."""
+    pictures = save_pictures(tmp_path / "pictures", 2)
+    shared = ("--student", family.folder, "--images", pictures, "--window-px", 32, "--stride-px", 24, "--workers", 0,
+              *SIZES)  # fmt: skip
+    run("cache_teacher.py", *shared, "--cache", tmp_path / "cache", "--trunk-blocks", 2)
+    results = []
+    for name, more in (("pixels", ()), ("trunk", ("--cache", tmp_path / "cache", "--trunk-blocks", 2))):
+        run("distill.py", *shared, "--output", tmp_path / name, "--tracker", "none", "--max-steps", 1, "--draws", 1,
+            "--learning-rate", "1e-3", *more)  # fmt: skip
+        log = json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[0])
+        results.append(log["loss"])
+    assert results[1] == pytest.approx(results[0], rel=2e-2)
+    with safe_open(next((tmp_path / "cache").glob("shard-*")), "pt") as file:
+        (trunk,) = (file.get_tensor(name) for name in ["0.trunk"])
+        grid = file.get_tensor("0.features").shape[:2]
+    assert trunk.shape == (family.tower.num_prefix_tokens + grid[0] * grid[1], 48)
+    with pytest.raises(ValueError, match=r"ends 4 blocks before the end; this network has 3 blocks"):
+        family.tower.trunk_end(4)
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
+def test_gradient_checkpointing_gives_the_same_gradients(family, pixels):
+    model, images = type(family.tower).from_pretrained(family.folder).train(), pixels("off_grid", batch=2)
+
+    def gradients():
+        model.zero_grad()
+        model(images).patch_embeds.square().mean().backward()
+        return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+
+    plain = gradients()
+    model.gradient_checkpointing_enable()
+    checkpointed = gradients()
+    assert plain.keys() == checkpointed.keys() and len(plain) > 30
+    for name, gradient in plain.items():
+        torch.testing.assert_close(checkpointed[name], gradient, atol=1e-5, rtol=1e-4, msg=name)
+
+
+@torch.no_grad()
+def test_half_precision_and_compiling(family, pixels):
+    images = pixels("off_grid", batch=2)
+    exact = family.tower(images).patch_embeds
+    for dtype, tolerance in ((torch.bfloat16, 0.05), (torch.float16, 0.006)):
+        half = type(family.tower).from_pretrained(family.folder, dtype=dtype)(images.to(dtype)).patch_embeds
+        assert half.dtype == dtype and (half.float() - exact).norm() / exact.norm() < tolerance
+    torch._dynamo.reset()
+    compiled = torch.compile(family.tower, fullgraph=True, dynamic=True, backend="eager")
+    for size in ((96, 112), (90, 75), (64, 64)):
+        torch.testing.assert_close(
+            compiled(pixels(size)).patch_embeds, family.tower(pixels(size)).patch_embeds, **CLOSE
+        )
+
+
+REMOTE = """
+    import sys
+    from safetensors.torch import load_file, save_file
+    import torch
+    from transformers import AutoModel, AutoProcessor
+    folder, given, found = sys.argv[1:]
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    assert "spar_hf" not in sys.modules
+    inputs = processor(text=["a dog", "sky"])
+    with torch.no_grad():
+        output = model(load_file(given)["pixels"], **inputs)
+    save_file({"patches": output.patch_embeds.contiguous(), "logits": output.logits_per_image.contiguous()}, found)
+    print(type(model).__name__, type(processor).__name__)
+"""
+
+
+@torch.no_grad()
+def test_remote_code_runs_without_the_package(whole, pixels, tmp_path):
+    model, processor, folder = whole
+    given, found = tmp_path / "given.safetensors", tmp_path / "found.safetensors"
+    save_file({"pixels": pixels("off_grid")}, given)
+    assert all(file.name.endswith("_spar.py") for file in folder.glob("*.py"))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_"))}
+    environment |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    script = [sys.executable, "-I", "-c", textwrap.dedent(REMOTE), str(folder), str(given), str(found)]
+    run = subprocess.run(script, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == [type(model).__name__, "SparProcessor"]
+    expected = model(pixels("off_grid"), **processor(text=["a dog", "sky"]))
+    torch.testing.assert_close(load_file(found)["patches"], expected.patch_embeds, atol=1e-6, rtol=0)
+    torch.testing.assert_close(load_file(found)["logits"], expected.logits_per_image, atol=1e-5, rtol=0)
