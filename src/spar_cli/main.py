@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from importlib import metadata
 from typing import Any, NoReturn
 
-from . import evaluate, features, methods, segment
+from . import convert, evaluate, features, methods, segment
 from .options import check_one_of
 
-COMMANDS = {"segment": segment, "features": features, "methods": methods, "evaluate": evaluate}
+COMMANDS = {"segment": segment, "features": features, "methods": methods, "evaluate": evaluate, "convert": convert}
 
 EPILOG = """examples:
   spar segment street.jpg --labels "road; car, automobile; sky"

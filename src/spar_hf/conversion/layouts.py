@@ -1,0 +1,376 @@
+"""The layouts that can be read: how each is recognised, what its shapes say, and which weight becomes which of ours.
+
+A layout is a table: our name -> (names there, how their tensors become ours). What the table does not name is unused,
+what it names in vain is missing. Written from the public code of open_clip, timm and facebookresearch/dinov3.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoints import FAMILIES
+from .source import Source
+
+Rule = tuple[tuple[str, ...], Callable[..., Tensor]]
+Table = dict[str, Rule]
+# Heads cannot be seen in the shapes; these are the published sizes, width -> heads.
+CLIP_HEADS = {768: 12, 1024: 16, 1280: 16, 1408: 16, 1664: 16}
+CLIP_TEXT_HEADS = {512: 8, 640: 10, 768: 12, 1024: 16, 1280: 20}
+SIGLIP_HEADS = {768: 12, 1024: 16, 1152: 16, 1536: 16}
+DINOV3_HEADS = {384: 6, 768: 12, 1024: 16, 1280: 20, 4096: 32}
+# timm's SigLIPs with the tanh form of GELU in the vision tower; the others have the exact one.
+TIMM_TANH = re.compile(r"patch32_siglip|large_patch16_siglip_512|so400m_patch16|giantopt")
+# Our names of what a block has beside its attention -> theirs.
+OPEN_CLIP_BLOCK = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
+TIMM_BLOCK = {"layer_norm1": "norm1", "layer_norm2": "norm2", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
+TIMM_POOL = {"attention.out_proj": "proj", "layernorm": "norm", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
+DINOTXT_BLOCK = {
+    "layer_norm1": "attention_norm",
+    "layer_norm2": "ffn_norm",
+    "mlp.fc1": "feed_forward.fc1",
+    "mlp.fc2": "feed_forward.fc2",
+}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What shapes cannot tell; None where it was not given."""
+
+    activation: str | None = None
+    text_activation: str | None = None
+    heads: int | None = None
+    text_heads: int | None = None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A recognised checkpoint.
+
+    Attributes:
+        name: what it is, in words.
+        family: position in `FAMILIES`.
+        vision, text: fields of the two configurations; no text for a vision tower alone.
+        table: our names for the weights.
+        left_out: weights that are known and not needed, and why.
+    """
+
+    name: str
+    family: int
+    vision: dict[str, Any]
+    text: dict[str, Any]
+    table: Table
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def model_class(self) -> Any:
+        whole, tower = FAMILIES[self.family]
+        return whole if self.text else tower
+
+
+def same(weight: Tensor) -> Tensor:
+    return weight
+
+
+def transposed(weight: Tensor) -> Tensor:
+    return weight.T
+
+
+def third(index: int) -> Callable[[Tensor], Tensor]:
+    """One of the fused queries, keys and values."""
+    return lambda weight: weight.chunk(3)[index]
+
+
+def joined(*weights: Tensor) -> Tensor:
+    return torch.cat(weights)
+
+
+def rename(ours: str, theirs: str, kinds: Iterable[str] = ("weight", "bias")) -> Iterator[tuple[str, Rule]]:
+    for kind in kinds:
+        yield f"{ours}.{kind}", ((f"{theirs}.{kind}",), same)
+
+
+def count_blocks(weights: Iterable[str], prefix: str) -> int:
+    pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
+    return 1 + max((int(found[1]) for name in weights if (found := pattern.match(name))), default=-1)
+
+
+def heads_of(width: int, known: dict[int, int], given: int | None, flag: str) -> int:
+    if given is None and width not in known:
+        raise ValueError(f"the number of heads of a tower {width} wide cannot be seen in its weights; give {flag}.")
+    heads = known[width] if given is None else given
+    if heads < 1 or width % heads:
+        raise ValueError(f"{flag} is {heads}; it must divide the width, {width}.")
+    return heads
+
+
+def open_clip_block(ours: str, theirs: str) -> Iterator[tuple[str, Rule]]:
+    """A block of open_clip's transformer as one of CLIP's or SigLIP's."""
+    for index, name in enumerate(("q_proj", "k_proj", "v_proj")):
+        for kind in ("weight", "bias"):
+            yield f"{ours}.self_attn.{name}.{kind}", ((f"{theirs}.attn.in_proj_{kind}",), third(index))
+    yield from rename(f"{ours}.self_attn.out_proj", f"{theirs}.attn.out_proj")
+    for mine, other in OPEN_CLIP_BLOCK.items():
+        yield from rename(f"{ours}.{mine}", f"{theirs}.{other}")
+
+
+def timm_block(ours: str, theirs: str) -> Iterator[tuple[str, Rule]]:
+    """A block of timm's ViT as one of SigLIP's."""
+    for index, name in enumerate(("q_proj", "k_proj", "v_proj")):
+        for kind in ("weight", "bias"):
+            yield f"{ours}.self_attn.{name}.{kind}", ((f"{theirs}.attn.qkv.{kind}",), third(index))
+    yield from rename(f"{ours}.self_attn.out_proj", f"{theirs}.attn.proj")
+    for mine, other in TIMM_BLOCK.items():
+        yield from rename(f"{ours}.{mine}", f"{theirs}.{other}")
+
+
+def open_clip_text(weights: dict[str, Tensor], prefix: str, known: dict[int, int], asked: Asked) -> tuple[dict, Table]:
+    """Sizes and table of open_clip's text transformer, without its projection."""
+    layers = count_blocks(weights, f"{prefix}transformer.resblocks.")
+    vocab_size, width = weights[f"{prefix}token_embedding.weight"].shape
+    sizes = {
+        "vocab_size": vocab_size,
+        "hidden_size": width,
+        "intermediate_size": weights[f"{prefix}transformer.resblocks.0.mlp.c_fc.weight"].shape[0],
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads_of(width, known, asked.text_heads, "--text-heads"),
+        "max_position_embeddings": weights[f"{prefix}positional_embedding"].shape[0],
+    }
+    table: Table = dict(rename("text_model.embeddings.token_embedding", f"{prefix}token_embedding", ("weight",)))
+    table["text_model.embeddings.position_embedding.weight"] = ((f"{prefix}positional_embedding",), same)
+    table |= rename("text_model.final_layer_norm", f"{prefix}ln_final")
+    for n in range(layers):
+        table |= open_clip_block(f"text_model.encoder.layers.{n}", f"{prefix}transformer.resblocks.{n}")
+    return sizes, table
+
+
+def clip_layout(source: Source, asked: Asked) -> Layout:
+    """open_clip's CLIP with its own ViT: plain, or SPAR's OpenCLIP wrapper."""
+    weights = source.weights
+    if "visual.conv1.weight" not in weights or "visual.class_embedding" not in weights:
+        raise ValueError("there is no visual.conv1.weight; this is no ViT of open_clip. Check --backbone.")
+    activation = asked.activation
+    if activation is None and source.open_clip_config:
+        quick = source.open_clip_config.get("model_cfg", {}).get("quick_gelu", False)
+        activation = "quick_gelu" if quick else "gelu"
+    if activation is None:
+        raise ValueError(
+            "the activation cannot be seen in the weights; give --activation: gelu for LAION's and DataComp's, and "
+            "for SPAR's own; quick_gelu for OpenAI's, MetaCLIP's and DFN's."
+        )
+    width, _, patch_px, _ = weights["visual.conv1.weight"].shape
+    layers = count_blocks(weights, "visual.transformer.resblocks.")
+    grid = math.isqrt(weights["visual.positional_embedding"].shape[0] - 1)
+    projection_dim = weights["visual.proj"].shape[1]
+    vision = {
+        "hidden_size": width,
+        "intermediate_size": weights["visual.transformer.resblocks.0.mlp.c_fc.weight"].shape[0],
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads_of(width, CLIP_HEADS, asked.heads, "--heads"),
+        "image_size": grid * patch_px,
+        "patch_size": patch_px,
+        "hidden_act": activation,
+        "projection_dim": projection_dim,
+    }
+    prefix = "text." if "text.token_embedding.weight" in weights else ""
+    text, table = open_clip_text(weights, prefix, CLIP_TEXT_HEADS, asked)
+    text |= {"hidden_act": asked.text_activation or activation, "projection_dim": projection_dim}
+    tower = "vision_model"
+    table[f"{tower}.embeddings.class_embedding"] = (("visual.class_embedding",), same)
+    table[f"{tower}.embeddings.position_embedding.weight"] = (("visual.positional_embedding",), same)
+    table[f"{tower}.embeddings.patch_embedding.weight"] = (("visual.conv1.weight",), same)
+    table[f"{tower}.visual_projection.weight"] = (("visual.proj",), transposed)
+    table["text_projection.weight"] = ((f"{prefix}text_projection",), transposed)
+    table["logit_scale"] = (("logit_scale",), same)
+    table |= rename(f"{tower}.pre_layrnorm", "visual.ln_pre")
+    table |= rename(f"{tower}.post_layernorm", "visual.ln_post")
+    for n in range(layers):
+        table |= open_clip_block(f"{tower}.encoder.layers.{n}", f"visual.transformer.resblocks.{n}")
+    numbers = {
+        name: "a number that the shapes say too" for name in ("input_resolution", "context_length", "vocab_size")
+    }
+    left_out = {f"{prefix}attn_mask": "the causal mask", "attn_mask": "the causal mask", **numbers}
+    return Layout(f"open_clip ViT, {layers} x {width}, patch {patch_px}", 0, vision, text, table, left_out)
+
+
+def siglip_layout(source: Source, asked: Asked) -> Layout:
+    """SigLIP and SigLIP2 in open_clip with timm's trunk, SPAR's SigLIP2 wrapper, or timm's trunk alone."""
+    weights = source.weights
+    trunk = "visual.trunk." if "visual.trunk.pos_embed" in weights else ""
+    if f"{trunk}attn_pool.latent" not in weights:
+        raise ValueError(
+            "there is no attn_pool.latent; this is no SigLIP of timm with its attention-pooling head, and without it "
+            "the patches are not in the text space. Check --backbone."
+        )
+    config = source.open_clip_config.get("model_cfg", {})
+    activation, text_activation = asked.activation, asked.text_activation
+    if activation is None and "timm_model_name" in config.get("vision_cfg", {}):
+        tanh = TIMM_TANH.search(config["vision_cfg"]["timm_model_name"])
+        activation = "gelu_pytorch_tanh" if tanh else "gelu"
+    if text_activation is None and "text_cfg" in config:
+        tanh = config["text_cfg"].get("act_kwargs", {}).get("approximate") == "tanh"
+        text_activation = "gelu_pytorch_tanh" if tanh else "gelu"
+    if activation is None:
+        raise ValueError(
+            "the vision tower's activation cannot be seen in the weights; give --activation: gelu (exact) for "
+            "ViT-B/16 and with it SPAR's own, so400m patch 14, and L/16 up to 384 px; gelu_pytorch_tanh for B/32, "
+            "L/16-512, so400m patch 16 and giant-opt (timm's definitions)."
+        )
+    width, _, patch_px, _ = weights[f"{trunk}patch_embed.proj.weight"].shape
+    layers = count_blocks(weights, f"{trunk}blocks.")
+    vision = {
+        "hidden_size": width,
+        "intermediate_size": weights[f"{trunk}blocks.0.mlp.fc1.weight"].shape[0],
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads_of(width, SIGLIP_HEADS, asked.heads, "--heads"),
+        "image_size": math.isqrt(weights[f"{trunk}pos_embed"].shape[1]) * patch_px,
+        "patch_size": patch_px,
+        "hidden_act": activation,
+    }
+    has_text = "text.token_embedding.weight" in weights
+    text: dict[str, Any] = {}
+    table: Table = {}
+    if has_text:
+        if text_activation is None:
+            raise ValueError(
+                "the text tower's activation cannot be seen in the weights; give --text-activation: gelu_pytorch_tanh "
+                "for SigLIP2 and with it SPAR's own, gelu for SigLIP through open_clip."
+            )
+        text, table = open_clip_text(weights, "text.", SIGLIP_HEADS, asked)
+        text |= {"hidden_act": text_activation, "projection_size": weights["text.text_projection.weight"].shape[0]}
+        table |= rename("text_model.head", "text.text_projection")
+        for name in ("logit_scale", "logit_bias"):
+            table[name] = ((name,), lambda weight: weight.reshape(1))
+    tower = "vision_model." if has_text else ""
+    table[f"{tower}embeddings.position_embedding.weight"] = ((f"{trunk}pos_embed",), lambda weight: weight[0])
+    table |= rename(f"{tower}embeddings.patch_embedding", f"{trunk}patch_embed.proj")
+    table |= rename(f"{tower}post_layernorm", f"{trunk}norm")
+    for n in range(layers):
+        table |= timm_block(f"{tower}encoder.layers.{n}", f"{trunk}blocks.{n}")
+    pool, head = f"{trunk}attn_pool", f"{tower}head"
+    table[f"{head}.probe"] = ((f"{pool}.latent",), same)
+    for kind in ("weight", "bias"):
+        table[f"{head}.attention.in_proj_{kind}"] = ((f"{pool}.q.{kind}", f"{pool}.kv.{kind}"), joined)
+    for mine, other in TIMM_POOL.items():
+        table |= rename(f"{head}.{mine}", f"{pool}.{other}")
+    name = f"SigLIP with timm's trunk, {layers} x {width}, patch {patch_px}{'' if has_text else ', vision alone'}"
+    return Layout(name, 1, vision, text, table)
+
+
+def dinov3_layout(source: Source, asked: Asked) -> Layout:
+    """DINOv3.txt as released by its authors in two files, SPAR's wrapper around it, or DINOv3's backbone alone."""
+    weights = source.weights
+    theirs = "visual_model.backbone."
+    if f"{theirs}storage_tokens" not in weights:
+        raise ValueError(
+            "there are no storage_tokens; this is no DINOv3 ViT of its authors. The text encoder's file needs the "
+            "backbone's beside it: spar convert BACKBONE.pth TEXT_ENCODER.pth. Or check --backbone."
+        )
+    width, _, patch_px, _ = weights[f"{theirs}patch_embed.proj.weight"].shape
+    layers = count_blocks(weights, f"{theirs}blocks.")
+    gated = f"{theirs}blocks.0.mlp.w1.weight" in weights
+    heads = heads_of(width, DINOV3_HEADS, asked.heads, "--heads")
+    vision = {
+        "hidden_size": width,
+        "intermediate_size": weights[f"{theirs}blocks.0.mlp.{'w1' if gated else 'fc1'}.weight"].shape[0],
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_register_tokens": weights[f"{theirs}storage_tokens"].shape[1],
+        "patch_size": patch_px,
+        "use_gated_mlp": gated,
+        "hidden_act": "silu" if gated else "gelu",
+        "rope_theta": rope_theta(weights.get(f"{theirs}rope_embed.periods")),
+        "query_bias": f"{theirs}blocks.0.attn.qkv.bias" in weights,
+        "value_bias": f"{theirs}blocks.0.attn.qkv.bias" in weights,
+    }
+    has_text = "text_model.backbone.token_embedding.weight" in weights
+    text, table = dinov3_text(weights, asked) if has_text else ({}, {})
+    tower = "vision_model." if has_text else ""
+    table[f"{tower}embeddings.cls_token"] = ((f"{theirs}cls_token",), same)
+    table[f"{tower}embeddings.mask_token"] = ((f"{theirs}mask_token",), lambda weight: weight.reshape(1, 1, -1))
+    table[f"{tower}embeddings.register_tokens"] = ((f"{theirs}storage_tokens",), same)
+    table |= rename(f"{tower}embeddings.patch_embeddings", f"{theirs}patch_embed.proj")
+    table |= rename(f"{tower}norm", f"{theirs}norm")
+    mlp = {"gate_proj": "w1", "up_proj": "w2", "down_proj": "w3"} if gated else {"up_proj": "fc1", "down_proj": "fc2"}
+    for n in range(layers):
+        ours, other = f"{tower}model.layer.{n}", f"{theirs}blocks.{n}"
+        for index, name in enumerate(("q_proj", "k_proj", "v_proj")):
+            table[f"{ours}.attention.{name}.weight"] = ((f"{other}.attn.qkv.weight",), third(index))
+            if name != "k_proj" and vision["query_bias"]:  # the released code multiplies the keys' bias by zero
+                table[f"{ours}.attention.{name}.bias"] = ((f"{other}.attn.qkv.bias",), third(index))
+        table |= rename(f"{ours}.attention.o_proj", f"{other}.attn.proj")
+        for index in (1, 2):
+            table[f"{ours}.layer_scale{index}.lambda1"] = ((f"{other}.ls{index}.gamma",), same)
+            table |= rename(f"{ours}.norm{index}", f"{other}.norm{index}")
+        for mine, name in mlp.items():
+            table |= rename(f"{ours}.mlp.{mine}", f"{other}.mlp.{name}")
+    left_out = {}
+    for name in weights:
+        if name.endswith("attn.qkv.bias_mask"):
+            left_out[name] = "the mask that makes the keys' bias zero"
+        elif name == f"{theirs}rope_embed.periods":
+            left_out[name] = "the rotary periods; rope_theta gives the same"
+        elif name.startswith("visual_model.head."):
+            left_out[name] = "dino.txt's vision head; SPAR's features are the backbone's patches before it"
+        elif name.startswith((f"{theirs}local_cls_norm.", f"{theirs}cls_norm.")):
+            left_out[name] = "a norm of class tokens"
+    name = f"DINOv3{'.txt' if has_text else ''}, {layers} x {width}, patch {patch_px}"
+    return Layout(name, 2, vision, text, table, left_out)
+
+
+def rope_theta(periods: Tensor | None) -> float:
+    """Base of the rotary periods base^(i / n), i < n.
+
+    Raises:
+        ValueError: the periods are no powers of one base.
+    """
+    if periods is None:
+        return 100.0
+    exponents = torch.arange(len(periods), dtype=torch.float64) / len(periods)
+    theta = float(periods[-1].double() ** (1 / exponents[-1])) if len(periods) > 1 else 100.0
+    theta = round(theta, 2)
+    if not torch.allclose(theta**exponents, periods.double(), rtol=1e-2):  # they may have been stored in bf16
+        raise ValueError("the rotary periods are no powers of one base; this DINOv3 is none of the released ones.")
+    return theta
+
+
+def dinov3_text(weights: dict[str, Tensor], asked: Asked) -> tuple[dict[str, Any], Table]:
+    """dino.txt's text transformer and projection."""
+    theirs = "text_model.backbone."
+    vocab_size, width = weights[f"{theirs}token_embedding.weight"].shape
+    layers = count_blocks(weights, f"{theirs}blocks.")
+    text = {
+        "vocab_size": vocab_size,
+        "hidden_size": width,
+        "intermediate_size": weights[f"{theirs}blocks.0.feed_forward.fc1.weight"].shape[0],
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads_of(width, {1280: 20}, asked.text_heads, "--text-heads"),
+        "max_position_embeddings": weights[f"{theirs}positional_embedding"].shape[0],
+        "projection_dim": weights["text_model.head.linear_projection.weight"].shape[0],
+    }
+    table: Table = dict(rename("text_model.embeddings.token_embedding", f"{theirs}token_embedding", ("weight",)))
+    table["text_model.embeddings.position_embedding.weight"] = ((f"{theirs}positional_embedding",), same)
+    table |= rename("text_model.final_layer_norm", f"{theirs}ln_final")
+    table["text_projection.weight"] = (("text_model.head.linear_projection.weight",), same)
+    table["logit_scale"] = (("logit_scale",), lambda weight: weight.reshape(()))
+    for n in range(layers):
+        ours, other = f"text_model.encoder.layers.{n}", f"{theirs}blocks.{n}"
+        for index, name in enumerate(("q_proj", "k_proj", "v_proj")):
+            table[f"{ours}.self_attn.{name}.weight"] = ((f"{other}.attention.qkv.weight",), third(index))
+        table |= rename(f"{ours}.self_attn.out_proj", f"{other}.attention.proj")
+        for mine, name in DINOTXT_BLOCK.items():
+            table |= rename(f"{ours}.{mine}", f"{other}.{name}")
+    return text, table
+
+
+LAYOUTS: dict[str, Callable[[Source, Asked], Layout]] = {
+    "clip": clip_layout,
+    "siglip2": siglip_layout,
+    "dinov3": dinov3_layout,
+}

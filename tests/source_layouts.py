@@ -1,0 +1,145 @@
+"""Checkpoints as others release them, with random weights: names and shapes from the public code of each."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+Weights = dict[str, Tensor]
+
+
+class Draw:
+    """Random weights of which each matters: scores have a standard deviation of about one."""
+
+    def __init__(self, seed: int = 0):
+        self.generator = torch.Generator().manual_seed(seed)
+        self.weights: Weights = {}
+
+    def add(self, name: str, *shape: int, scale: float | None = None) -> None:
+        scale = (shape[-1] if len(shape) < 4 else shape[1] * shape[2] * shape[3]) ** -0.5 if scale is None else scale
+        self.weights[name] = torch.randn(*shape, generator=self.generator) * scale
+
+    def linear(self, name: str, inputs: int, outputs: int, bias: bool = True) -> None:
+        self.add(f"{name}.weight", outputs, inputs)
+        if bias:
+            self.add(f"{name}.bias", outputs, scale=0.3)
+
+    def norm(self, name: str, width: int) -> None:
+        self.weights[f"{name}.weight"] = 1 + 0.3 * torch.randn(width, generator=self.generator)
+        self.add(f"{name}.bias", width, scale=0.3)
+
+    def resblock(self, name: str, width: int, hidden: int) -> None:
+        self.add(f"{name}.attn.in_proj_weight", 3 * width, width)
+        self.add(f"{name}.attn.in_proj_bias", 3 * width, scale=0.3)
+        self.linear(f"{name}.attn.out_proj", width, width)
+        self.norm(f"{name}.ln_1", width)
+        self.norm(f"{name}.ln_2", width)
+        self.linear(f"{name}.mlp.c_fc", width, hidden)
+        self.linear(f"{name}.mlp.c_proj", hidden, width)
+
+    def open_clip_text(self, prefix: str, vocab_size: int, length: int, width: int = 32, layers: int = 2) -> None:
+        self.add(f"{prefix}token_embedding.weight", vocab_size, width, scale=0.5)
+        self.add(f"{prefix}positional_embedding", length, width, scale=0.5)
+        for n in range(layers):
+            self.resblock(f"{prefix}transformer.resblocks.{n}", width, 40)
+        self.norm(f"{prefix}ln_final", width)
+
+
+def open_clip_vit(vocab_size: int, patch_px: int = 16, grid: int = 4, prefix: str = "") -> Weights:
+    """open_clip's CLIP: 3 blocks, 48 wide (3 heads), text 32 wide (2 heads), 24 numbers."""
+    draw = Draw()
+    draw.add("visual.class_embedding", 48, scale=0.5)
+    draw.add("visual.positional_embedding", grid**2 + 1, 48, scale=0.5)
+    draw.add("visual.proj", 48, 24)
+    draw.add("visual.conv1.weight", 48, 3, patch_px, patch_px)
+    draw.norm("visual.ln_pre", 48)
+    draw.norm("visual.ln_post", 48)
+    for n in range(3):
+        draw.resblock(f"visual.transformer.resblocks.{n}", 48, 80)
+    draw.open_clip_text("", vocab_size, 77)
+    draw.add("text_projection", 32, 24)
+    draw.weights["logit_scale"] = torch.tensor(2.0)
+    return {prefix + name: weight for name, weight in draw.weights.items()}
+
+
+def timm_siglip(vocab_size: int | None, patch_px: int = 16, grid: int = 4, prefix: str = "") -> Weights:
+    """SigLIP in open_clip with timm's trunk; without a vocabulary the trunk alone. Sizes as above, 48 numbers."""
+    draw, trunk = Draw(1), "" if vocab_size is None else "visual.trunk."
+    draw.add(f"{trunk}pos_embed", 1, grid**2, 48, scale=0.5)
+    draw.add(f"{trunk}patch_embed.proj.weight", 48, 3, patch_px, patch_px)
+    draw.add(f"{trunk}patch_embed.proj.bias", 48, scale=0.3)
+    for n in range(3):
+        name = f"{trunk}blocks.{n}"
+        draw.norm(f"{name}.norm1", 48)
+        draw.linear(f"{name}.attn.qkv", 48, 144)
+        draw.linear(f"{name}.attn.proj", 48, 48)
+        draw.norm(f"{name}.norm2", 48)
+        draw.linear(f"{name}.mlp.fc1", 48, 80)
+        draw.linear(f"{name}.mlp.fc2", 80, 48)
+    draw.norm(f"{trunk}norm", 48)
+    pool = f"{trunk}attn_pool"
+    draw.add(f"{pool}.latent", 1, 1, 48)
+    draw.linear(f"{pool}.q", 48, 48)
+    draw.linear(f"{pool}.kv", 48, 96)
+    draw.linear(f"{pool}.proj", 48, 48)
+    draw.norm(f"{pool}.norm", 48)
+    draw.linear(f"{pool}.mlp.fc1", 48, 80)
+    draw.linear(f"{pool}.mlp.fc2", 80, 48)
+    if vocab_size is not None:
+        draw.open_clip_text("text.", vocab_size, 64)
+        draw.linear("text.text_projection", 32, 48)
+        draw.weights |= {"logit_scale": torch.tensor(2.0), "logit_bias": torch.tensor(-10.0)}
+    return {prefix + name: weight for name, weight in draw.weights.items()}
+
+
+def dinov3_backbone(gated: bool = False, prefix: str = "") -> Weights:
+    """facebookresearch/dinov3's ViT: 3 blocks, 48 wide (3 heads), 4 registers."""
+    draw = Draw(2)
+    draw.add("cls_token", 1, 1, 48, scale=0.5)
+    draw.add("storage_tokens", 1, 4, 48, scale=0.5)
+    draw.add("mask_token", 1, 48, scale=0.5)
+    draw.add("patch_embed.proj.weight", 48, 3, 16, 16)
+    draw.add("patch_embed.proj.bias", 48, scale=0.3)
+    draw.weights["rope_embed.periods"] = 100.0 ** (torch.arange(4) / 4)
+    for n in range(3):
+        name = f"blocks.{n}"
+        draw.norm(f"{name}.norm1", 48)
+        draw.linear(f"{name}.attn.qkv", 48, 144)
+        mask = torch.ones(144)
+        mask[48:96] = 0
+        draw.weights[f"{name}.attn.qkv.bias_mask"] = mask
+        draw.linear(f"{name}.attn.proj", 48, 48)
+        draw.add(f"{name}.ls1.gamma", 48, scale=0.5)
+        draw.norm(f"{name}.norm2", 48)
+        if gated:
+            draw.linear(f"{name}.mlp.w1", 48, 64)
+            draw.linear(f"{name}.mlp.w2", 48, 64)
+            draw.linear(f"{name}.mlp.w3", 64, 48)
+        else:
+            draw.linear(f"{name}.mlp.fc1", 48, 80)
+            draw.linear(f"{name}.mlp.fc2", 80, 48)
+        draw.add(f"{name}.ls2.gamma", 48, scale=0.5)
+    draw.norm("norm", 48)
+    return {prefix + name: weight for name, weight in draw.weights.items()}
+
+
+def dinotxt_rest(vocab_size: int, prefix: str = "") -> Weights:
+    """dino.txt's other file: the vision head (unused by SPAR), the text tower (32 wide, 2 heads), the scale."""
+    draw = Draw(3)
+    draw.norm("visual_model.head.ln_final", 48)
+    draw.linear("visual_model.head.blocks.0.attn.qkv", 48, 144)
+    text = "text_model.backbone"
+    draw.add(f"{text}.token_embedding.weight", vocab_size, 32, scale=0.5)
+    draw.add(f"{text}.positional_embedding", 77, 32, scale=0.5)
+    for n in range(2):
+        name = f"{text}.blocks.{n}"
+        draw.norm(f"{name}.attention_norm", 32)
+        draw.linear(f"{name}.attention.qkv", 32, 96, bias=False)
+        draw.linear(f"{name}.attention.proj", 32, 32)
+        draw.norm(f"{name}.ffn_norm", 32)
+        draw.linear(f"{name}.feed_forward.fc1", 32, 40)
+        draw.linear(f"{name}.feed_forward.fc2", 40, 32)
+    draw.norm(f"{text}.ln_final", 32)
+    draw.linear("text_model.head.linear_projection", 32, 96, bias=False)
+    draw.weights["logit_scale"] = torch.tensor([2.6])
+    return {prefix + name: weight for name, weight in draw.weights.items()}
