@@ -335,9 +335,11 @@ def test_files_that_cannot_be_read_safely(tmp_path):
 
 def test_clips_tokenizer_from_the_file_of_merges(tmp_path):
     """The file's layout: a line of heading, then merges; ids are bytes, bytes that end a word, merges, two marks."""
+    letters = [chr(n) for n in (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))]
     merges = [("c", "a"), ("ca", "t</w>"), ("d", "o")]
-    filler = [(chr(0x4E00 + n // 200), chr(0x5E00 + n % 200)) for n in range(48894 - len(merges))]
-    lines = ["#version: 0.2", *(" ".join(pair) for pair in (*merges, *filler)), "past the end"]
+    filler = [(first, second) for first in letters for second in letters if (first, second) not in merges]
+    filler += [(first + second, third) for first, second in filler[:200] for third in letters]
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in (merges + filler)[:48894]), "past the end"]
     path = tmp_path / "bpe_simple_vocab_16e6.txt.gz"
     path.write_bytes(gzip.compress("\n".join(lines).encode()))
     tokenizer = clip_tokenizer(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any, ClassVar
 
 from transformers import CLIPConfig, CLIPTextConfig, CLIPVisionConfig, PreTrainedConfig
@@ -108,8 +109,7 @@ class DenseVisionConfig(PreTrainedConfig):
     def from_stock(cls, vision: dict[str, Any], model_type: str | None) -> dict[str, Any]:
         """The stock vision configuration of a file of this model type, ready for this class."""
         # Files may leave out what equals the stock class's default, and that may not be ours.
-        redefined = [name for name in cls.stock_class.__dataclass_fields__ if name in cls.__dict__]
-        return {**{name: getattr(cls.stock_class, name) for name in redefined}, **vision}
+        return {**{f.name: f.default for f in fields(cls.stock_class) if f.name in cls.__dict__}, **vision}
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
