@@ -165,6 +165,8 @@ def embed_patches(convolution: nn.Conv2d, pixels: torch.Tensor) -> tuple[torch.T
 class DenseAttention(nn.Module):
     """Mixed into CLIP's and SigLIP's attention: differs in its arithmetic on the CPU, and shows its map."""
 
+    out_proj: nn.Linear
+
     def forward(self, hidden_states, attention_mask=None, need_weights: bool = False, **kwargs):
         if self.config._attn_implementation != "sdpa" and not need_weights:
             return super().forward(hidden_states, attention_mask, **kwargs)
@@ -182,6 +184,11 @@ class DenseEncoderLayer(nn.Module):
     it returns is returned. Whoever needs a block's own weights works through it, so that sharded weights (FSDP) are
     gathered and gradient checkpointing sees the whole computation.
     """
+
+    layer_norm1: nn.LayerNorm
+    self_attn: Any
+    layer_norm2: nn.LayerNorm
+    mlp: Any
 
     def forward(self, hidden_states, attention_mask=None, inside: Callable | None = None, **kwargs):
         normed = self.layer_norm1(hidden_states)
@@ -208,6 +215,7 @@ class DenseModel(PreTrainedModel):
     config: DenseConfig
     weights_needed: ClassVar[str]
     vision_model: DenseVisionModel
+    get_text_features: Callable[..., BaseModelOutputWithPooling]
     logit_scale: nn.Parameter
 
     def score(self, cosine: torch.Tensor) -> torch.Tensor:

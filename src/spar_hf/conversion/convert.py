@@ -234,7 +234,7 @@ def clip_tokenizer(path: Path) -> CLIPTokenizer:
     """CLIP's tokenizer from the file of merges it was released as: bytes, bytes that end a word, merges, two marks."""
     with gzip.open(path, "rt", encoding="utf-8") as file:
         lines = file.read().split("\n")
-    merges = [(first, second) for first, second in (line.split() for line in lines[1 : 49152 - 256 - 2 + 1])]
+    merges: Any = [(first, second) for first, second in (line.split() for line in lines[1 : 49152 - 256 - 2 + 1])]
     letters = [chr(n) for n in (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100), *range(0x100, 0x144))]
     tokens = [*letters, *(letter + "</w>" for letter in letters), *(first + second for first, second in merges)]
     tokens += ["<|startoftext|>", "<|endoftext|>"]

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..dense_spar import fit_to_patches
-from ..modeling_spar import SparVisionOutput
+from ..encoder_spar import SparVisionOutput
 from ..sliding_window import DenseEncoder
 
 LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601, as torchvision rounds it
