@@ -4,8 +4,8 @@
     python benchmarks/quality.py --limit 64 --scales 4 "single pass=tiny" "teacher 24=tiny,stride=24"
     python benchmarks/quality.py "student=runs/seed0" "student=runs/seed1" "student=runs/seed2"
 
-A row is NAME=CHECKPOINT, with ",stride=N" for a native-size sliding window around it, ",method=NAME" for another last
-block. Rows of one name are one cell: their mean and, after the sign, their standard deviation. An interrupted run goes
+A row is NAME=CHECKPOINT, with ",method=NAME" for another method (",network=ID" its second network), ",stride=N" for a
+native-size sliding window around it, ",window=own" for the window and stride of the method's authors. Rows of one name are one cell: their mean and, after the sign, their standard deviation. An interrupted run goes
 on where it was when it is started again with the same --state folder.
 """
 
@@ -30,6 +30,7 @@ import transformers
 import spar_hf
 from spar_hf.data import load_benchmark
 from spar_hf.evaluation import EvaluationResult, evaluate, markdown_table, write_atomically
+from spar_hf.methods import build_encoder
 from spar_hf.sliding_window import DenseEncoder, SlidingWindow
 
 RESULTS = Path(__file__).parent / "results" / "quality.json"
@@ -50,25 +51,43 @@ class Row:
     checkpoint: str
     stride_px: int | None = None
     method: str | None = None
+    network: str | None = None
+    window: str | None = None
 
     @classmethod
     def parse(cls, spec: str) -> Row:
-        """Reads NAME=CHECKPOINT[,stride=N][,method=NAME]; the name may hold commas, the checkpoint may not."""
+        """Reads NAME=CHECKPOINT[,OPTION=VALUE]...; the name may hold commas, the checkpoint may not."""
         name, equals, rest = spec.partition("=")
         checkpoint, *options = rest.split(",")
         values = dict(option.partition("=")[::2] for option in options)
-        if not (equals and name.strip() and checkpoint) or not values.keys() <= {"stride", "method"}:
-            raise ValueError(f"row is {spec!r}; a row is NAME=CHECKPOINT[,stride=N][,method=NAME], as in {ROWS[1]!r}.")
-        stride = values.get("stride")
+        known = {"stride", "method", "network", "window"}
+        if not (equals and name.strip() and checkpoint) or not values.keys() <= known:
+            raise ValueError(
+                f"row is {spec!r}; a row is NAME=CHECKPOINT[,stride=N][,window=own][,method=NAME][,network=ID], "
+                f"as in {ROWS[1]!r}."
+            )
+        stride, window = values.get("stride"), values.get("window")
         if stride is not None and not stride.isdecimal():
             raise ValueError(f"stride is {stride!r} in {spec!r}; it must be a whole number of pixels, such as 24.")
-        return cls(name.strip(), checkpoint, None if stride is None else int(stride), values.get("method"))
+        if window not in (None, "own", "native"):
+            raise ValueError(f"window is {window!r} in {spec!r}; it must be own or native.")
+        stride_px = None if stride is None else int(stride)
+        return cls(name.strip(), checkpoint, stride_px, values.get("method"), values.get("network"), window)
+
+    def encoder(self, model: spar_hf.SparModel, batch: int) -> DenseEncoder:
+        """What the row evaluates: the model in one pass or in a sliding window, as its method runs."""
+        encoder = build_encoder(model.vision_model, self.method, self.network)
+        if self.stride_px is None and self.window is None:
+            return encoder
+        config = encoder.config
+        window_px = config.window_px if self.window == "own" else config.image_size
+        return SlidingWindow(encoder, window_px, self.stride_px or config.stride_px, batch_size=batch)
 
 
 @cache
-def load(checkpoint: str, method: str | None, device: str) -> tuple[spar_hf.SparModel, spar_hf.SparProcessor]:
+def load(checkpoint: str, device: str) -> tuple[spar_hf.SparModel, spar_hf.SparProcessor]:
     """Once for all rows and scales, so that the processor encodes the vocabulary once."""
-    model, processor = spar_hf.load(checkpoint, **({} if method is None else {"method": method}))
+    model, processor = spar_hf.load(checkpoint)
     return model.to(device), processor
 
 
@@ -76,12 +95,10 @@ def measure(
     row: Row, scale: float, split: str, limit: int | None, state: Path | None, device: str, batch: int
 ) -> EvaluationResult:
     """Evaluates one row at one scale."""
-    model, processor = load(row.checkpoint, row.method, device)
-    encoder: DenseEncoder = model.vision_model
-    if row.stride_px is not None:
-        encoder = SlidingWindow(encoder, stride_px=row.stride_px, batch_size=batch)
+    model, processor = load(row.checkpoint, device)
+    encoder = row.encoder(model, batch)
     data = load_benchmark("picturebook", scale=scale, split=split, native_px=encoder.config.image_size)
-    what = re.sub(r"\W+", "-", f"{row.name} {row.checkpoint} {row.stride_px} {row.method} {split} {scale:g} {limit}")
+    what = re.sub(r"\W+", "-", f"{' '.join(map(str, vars(row).values()))} {split} {scale:g} {limit}")
     return evaluate(
         encoder,
         model,
@@ -108,7 +125,7 @@ def table(entries: list[dict[str, Any]], scales: list[float], score: Callable[[d
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows", nargs="*", default=ROWS, metavar="NAME=CHECKPOINT[,stride=N][,method=NAME]")
+    parser.add_argument("rows", nargs="*", default=ROWS, metavar="NAME=CHECKPOINT[,OPTION=VALUE]")
     parser.add_argument("--scales", type=float, nargs="+", default=[1, 2, 4, 6], help="multiples of the native side")
     parser.add_argument("--split", choices=("validation", "test"), default="test", help="validation: to choose by")
     parser.add_argument("--limit", type=int, help="scenes per cell, spread over the split (default: all)")

@@ -220,6 +220,130 @@ def resclip(net: PlainClip, inputs: Inputs, grid_hw: GridHW) -> np.ndarray:
     return net.attend(last, inputs[-2], 2.0 * (0.6 * local + 0.4 * rest))
 
 
+def unit(x: np.ndarray) -> np.ndarray:
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def gem(net: PlainClip, inputs: Inputs, grid_hw: GridHW) -> np.ndarray:
+    first = max(net.num_layers - 6, 0)
+    path = inputs[first]
+    for block in range(first, net.num_layers):
+        x = inputs[block]
+        normed = net.norm(f"vision_model.encoder.layers.{block}.layer_norm1", x)
+        length = np.mean([math.sqrt(sum(token**2)) for token in normed])
+        heads = []
+        for q, k, v in zip(*(net.heads(block, x, name) for name in "qkv"), strict=True):
+            temperature = length / math.sqrt(v.shape[-1])
+            mixed = []
+            for y in (q, k, v):
+                y = unit(y)
+                y = unit(softmax(temperature * y @ y.T) @ y)
+                mixed.append(softmax(temperature * y @ y.T) @ v)
+            heads.append((mixed[0] + mixed[1] + mixed[2]) / 3)
+        name = f"vision_model.encoder.layers.{block}.self_attn.out_proj"
+        path = path + net.linear(name, np.concatenate(heads, axis=-1))
+    return path
+
+
+def outlier_factors(patches: np.ndarray) -> np.ndarray:
+    """SC-CLIP's: mean over the 30 nearest of (own squared reach / their squared reach)."""
+    count = len(patches)
+    neighbours = min(30, count - 1)
+    nearest, reach = [], []
+    for i in range(count):
+        squared = [sum((patches[i] - patches[j]) ** 2) for j in range(count)]
+        order = sorted((j for j in range(count) if j != i), key=lambda j: squared[j])[:neighbours]
+        nearest.append(order)
+        reach.append(squared[order[-1]])
+    return np.array([np.mean([reach[i] / reach[j] for j in nearest[i]]) for i in range(count)])
+
+
+def repaired(patches: np.ndarray, outliers: np.ndarray, grid_hw: GridHW) -> np.ndarray:
+    """Outliers become the mean of the sound patches among their eight neighbours."""
+    rows, columns = grid_hw
+    result = patches.copy()
+    for index in np.flatnonzero(outliers):
+        y, x = divmod(index, columns)
+        around = [
+            v * columns + u
+            for v in range(max(y - 1, 0), min(y + 2, rows))
+            for u in range(max(x - 1, 0), min(x + 2, columns))
+            if not outliers[v * columns + u]
+        ]
+        if around:
+            result[index] = patches[around].mean(axis=0)
+    return result
+
+
+def sc_clip(net: PlainClip, inputs: Inputs, grid_hw: GridHW) -> np.ndarray:
+    last = net.num_layers - 1
+    outputs = inputs[1:]
+    # Outputs of blocks 4, 9 and 4 to 10 of twelve, counted from 1; the same share of six.
+    low, late, several = {12: (3, 8, range(3, 10)), 6: (1, 4, range(1, 5))}[net.num_layers]
+    x = inputs[last]
+    factors = outlier_factors(x[1:])
+    outliers = factors > np.quantile(factors, 0.95) * (1 + 1e-5)  # not by rounding alone
+
+    def averaged(values: np.ndarray, features: np.ndarray) -> np.ndarray:
+        cosine = unit(features) @ unit(features).T
+        weights = np.where(cosine >= 0.4, cosine, 0.0)
+        return weights / (weights.sum(axis=1, keepdims=True) + 1e-6) @ values
+
+    features = repaired(outputs[late][1:], outliers, grid_hw)
+    cosine = unit(features) @ unit(features).T
+    scores = 3 * (cosine - cosine.mean())
+    shared = softmax(np.where(scores < 0, -np.inf, scores))
+
+    def last_block(patches: np.ndarray) -> np.ndarray:
+        return net.attend(last, patches, (shared[None] + net.maps(last, patches, "k", "k")) / 2)
+
+    path = last_block(averaged(repaired(x[1:], outliers, grid_hw), features)) + 0.3 * x[0]
+    path = averaged(path, outputs[low][1:])
+    many = sum(outputs[i] for i in several)
+    path = path + averaged(last_block(many[1:]) + 0.3 * many[0], outputs[low][1:])
+    return np.vstack([x[:1], path])
+
+
+def cliper(net: PlainClip, inputs: Inputs, grid_hw: GridHW) -> np.ndarray:
+    last = net.num_layers - 1
+    maps = sum(net.maps(block, inputs[block], "q", "k") for block in range(last))
+    for _ in range(net.num_layers):
+        maps = maps / maps.sum(axis=-2, keepdims=True)
+        maps = maps / maps.sum(axis=-1, keepdims=True)
+    maps = (maps + maps.transpose(0, 2, 1)) / 2
+    maps = np.maximum(maps - maps.mean(axis=-2, keepdims=True), 0)
+    maps = maps / maps.sum(axis=-1, keepdims=True)
+    return net.attend(last, inputs[last], maps)
+
+
+def proxyclip(net: PlainClip, inputs: Inputs, grid_hw: GridHW, features: np.ndarray, ratio: float) -> np.ndarray:
+    """`features` (h, w, F) of the second network, whose patches are CLIP's side divided by `ratio`; (h * w, C)."""
+    last = net.num_layers - 1
+    rows, columns, _ = features.shape
+    cosine = unit(features.reshape(rows * columns, -1)) @ unit(features.reshape(rows * columns, -1)).T
+    scores = 3 * (cosine - 1.2 * cosine.mean())
+    weights = softmax(np.where(scores < 0, -np.inf, scores))
+
+    def lookup(n: int, n_in: int) -> np.ndarray:
+        """(n, n_in): bilinear weights of CLIP's rows or columns at the centres of the second network's."""
+        table = np.zeros((n, n_in))
+        for i in range(n):
+            place = min(max((i + 0.5) / ratio - 0.5, 0.0), n_in - 1.0)
+            below = min(math.floor(place), max(n_in - 2, 0))
+            table[i, below] += 1 - (place - below)
+            if n_in > 1:
+                table[i, below + 1] += place - below
+        return table
+
+    down, across = lookup(rows, grid_hw[0]), lookup(columns, grid_hw[1])
+    heads = []
+    for v in net.heads(last, inputs[last], "v"):
+        image = v[1:].reshape(*grid_hw, -1)
+        image = np.einsum("yv,vuc,xu->yxc", down, image, across).reshape(rows * columns, -1)
+        heads.append(weights @ image)
+    return net.linear(f"vision_model.encoder.layers.{last}.self_attn.out_proj", np.concatenate(heads, axis=-1))
+
+
 # By name: the formulation, and the rule for positions that the authors ran with.
 PLAIN_METHODS = {
     "clip": (clip, "size"),
@@ -231,6 +355,9 @@ PLAIN_METHODS = {
     "clip_surgery": (clip_surgery, "bilinear"),
     "itaclip": (itaclip, "offset"),
     "resclip": (resclip, "offset"),
+    "gem": (gem, "antialias"),
+    "sc_clip": (sc_clip, "offset"),
+    "cliper": (cliper, "bilinear"),
 }
 
 

@@ -24,19 +24,24 @@ def run(args: argparse.Namespace) -> None:
 
     check_outputs(args)
     short = {"coco_object": "object", "coco_stuff": "stuff"}
-    rows: list[tuple[str, ...]] = [("method", "branch", "gives", "needs", "paper")]
+    rows: list[tuple[str, ...]] = [("method", "branch", "gives", "window", "stride", "needs", "paper")]
     numbers: list[tuple[str, ...]] = [("method", *(short.get(name, name) for name in BENCHMARKS))]
     for name, method in METHODS.items():
         needs = ", ".join(method.needs) or "-"
-        rows.append((name, method.branch, method.kind, needs, f"{method.title}; {method.paper}"))
+        window = "native" if method.window_px is None else str(method.window_px)
+        paper = f"{method.title}; {method.paper}"
+        rows.append((name, method.branch, method.kind, window, str(method.stride_px), needs, paper))
         reported = (f"{method.reported[key]:.1f}" if key in method.reported else "-" for key in BENCHMARKS)
         numbers.append((name, *reported))
     for name, option in LABEL_OPTIONS.items():
-        rows.append((name, "clip", "label", ", ".join(option.needs) or "-", f"{option.title}; {option.paper}"))
-    print(table(rows, "<<<<<"))
+        paper = f"{option.title}; {option.paper}"
+        rows.append((name, "clip", "label", "-", "-", ", ".join(option.needs) or "-", paper))
+    print(table(rows, "<<<>><<"))
     print("\nReported mean IoU in %, CLIP ViT-B/16, each under its authors' own protocol:\n")
     print(table(numbers, "<" + ">" * len(BENCHMARKS)))
     print("\nbranch: clip alone, a vision foundation model beside it (vfm), or a generative one.")
+    print("window, stride: the authors', in pixels, for a native side of 224; other networks scale them.")
+    print("needs: a second network, which --network replaces.")
     print("gives: feature, one text-aligned vector per patch, which can be a teacher; or label, only a label map.")
     print("The label rows go with any feature row: --refine NAME, several times if need be; they run in this order.")
     if args.json is not None:

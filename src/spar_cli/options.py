@@ -42,10 +42,10 @@ def whole_number(word: str) -> int:
 
 
 def window_px(word: str) -> int | str:
-    """An argparse type: a whole number of pixels, or the word `native`."""
-    if word != "native" and not re.fullmatch(r"[0-9]{1,15}", word):
-        raise argparse.ArgumentTypeError(f"it is {word!r}; give a whole number of pixels, or native")
-    return word if word == "native" else int(word)
+    """An argparse type: a whole number of pixels, or the word `native` or `own`."""
+    if word not in ("native", "own") and not re.fullmatch(r"[0-9]{1,15}", word):
+        raise argparse.ArgumentTypeError(f"it is {word!r}; give a whole number of pixels, or native, or own")
+    return word if word in ("native", "own") else int(word)
 
 
 def add_refine_option(parser: argparse.ArgumentParser) -> None:
@@ -69,16 +69,23 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="a checkpoint that ships with the package (tiny: drawings only), an id on the Hugging Face Hub such as "
         "openai/clip-vit-base-patch16, or a folder (default: tiny)",
     )
-    group.add_argument("--method", metavar="NAME", help="how the last block runs; 'spar methods' lists the names")
+    group.add_argument(
+        "--method", metavar="NAME", help="how patch features are made of CLIP; 'spar methods' lists the names"
+    )
+    group.add_argument(
+        "--network",
+        metavar="ID|FOLDER",
+        help="the second network of a method that needs one: a ViT (default: the one of its authors)",
+    )
     group.add_argument(
         "--window-px",
         type=window_px,
-        metavar="N|native",
+        metavar="N|native|own",
         help="slide a window of this side over the image and average (slow) instead of one pass; native is the side "
-        "the model was trained at",
+        "the model was trained at, own the one that the method's authors used",
     )
     group.add_argument(
-        "--stride-px", type=int, metavar="N", help="step of the sliding window (default with a window: 24)"
+        "--stride-px", type=int, metavar="N", help="step of the sliding window (default: that of the method's authors)"
     )
     group.add_argument(
         "--short-side", type=whole_number, metavar="N", help="resize the image to this shorter side, keeping its ratio"
@@ -106,7 +113,7 @@ class Opened:
     """A model ready to run.
 
     Attributes:
-        encoder: The model's vision tower, or a sliding window around it.
+        encoder: The model's vision tower, a method around it, or a sliding window around either.
         refinement: The label options that are on, if any.
         facts: What was opened and how, for the JSON output.
     """
@@ -128,19 +135,18 @@ def open_model(args: argparse.Namespace, refine: Sequence[str] = ()) -> Opened:
     import torch
 
     from spar_hf.checkpoints import load
+    from spar_hf.methods import build_encoder
     from spar_hf.methods_spar import METHODS
     from spar_hf.refinement import LABEL_OPTIONS, Refinement
     from spar_hf.sliding_window import SlidingWindow
 
     check_one_of("dtype", args.dtype, DTYPES)
-    overrides = {}
     if args.method is not None:
         check_one_of("method", args.method, METHODS)
-        overrides["method"] = args.method
     for name in refine:
         check_one_of("label option", name, LABEL_OPTIONS)
     device = _device(args.device)
-    model, processor = load(args.model, dtype=getattr(torch, args.dtype), **overrides)
+    model, processor = load(args.model, dtype=getattr(torch, args.dtype))
     model.to(device)
     image_processor = processor.image_processor
     if args.short_side is not None:
@@ -149,17 +155,21 @@ def open_model(args: argparse.Namespace, refine: Sequence[str] = ()) -> Opened:
     if args.max_pixels is not None:
         image_processor.max_image_pixels = image_processor.max_input_pixels = args.max_pixels
 
-    encoder: Any = model.vision_model
-    facts = {"model": args.model, "method": encoder.config.method, "dtype": args.dtype, "device": str(device)}
+    encoder: Any = build_encoder(model.vision_model, args.method, args.network)
+    config = encoder.config
+    facts = {"model": args.model, "method": config.method, "dtype": args.dtype, "device": str(device)}
+    if args.network is not None:
+        facts["network"] = args.network
     refinement = None
     if refine:
         refinement = Refinement(model, refine, encoder)
         encoder = refinement.encoder  # a window goes around the views, as their authors ran them
         facts["refine"] = list(refinement.names)
     if args.window_px is not None or args.stride_px is not None:
-        native = args.window_px in (None, "native")
-        stride_px = encoder.config.stride_px if args.stride_px is None else args.stride_px
-        encoder = SlidingWindow(encoder, window_px=None if native else args.window_px, stride_px=stride_px)
+        sides_px = {None: config.window_px, "own": config.window_px, "native": None}
+        side_px = sides_px.get(args.window_px, args.window_px)
+        stride_px = config.stride_px if args.stride_px is None else args.stride_px
+        encoder = SlidingWindow(encoder, window_px=side_px, stride_px=stride_px)
         facts |= {"window_px": encoder.window_px, "stride_px": encoder.stride_px}
     return Opened(model, processor, encoder, refinement, facts)
 

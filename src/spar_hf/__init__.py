@@ -17,6 +17,7 @@ from .configuration_spar import SparConfig, SparVisionConfig
 from .dinov3_spar import SparDinov3Config, SparDinov3Model, SparDinov3VisionConfig, SparDinov3VisionModel
 from .encoder_spar import SparOutput, SparVisionOutput
 from .image_processing_spar import InvalidImageError, SparImageProcessor
+from .methods import build_encoder
 from .methods_spar import METHODS, Method
 from .modeling_spar import SparModel, SparVisionModel
 from .pipeline_spar import OpenVocabularySegmentationPipeline, register_pipeline
@@ -55,6 +56,7 @@ __all__ = [
     "SparVisionConfig",
     "SparVisionModel",
     "SparVisionOutput",
+    "build_encoder",
     "floss_templates",
     "load",
 ]

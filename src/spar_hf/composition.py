@@ -1,7 +1,8 @@
-"""Dense encoders made of dense encoders: at a size of their own, or the mean of several. Teachers beyond SPAR's."""
+"""Dense encoders made of dense encoders: at another size, on another grid, the mean of several. For teachers."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -77,6 +78,73 @@ class Resized(nn.Module):
         )
         return SparVisionOutput(
             patch_embeds=features.permute(0, 2, 3, 1).to(self.dtype), image_hw=image_hw, extent_hw=extent_hw
+        )
+
+
+def resample(
+    features: torch.Tensor, extent_hw: tuple[int, int], grid_hw: tuple[int, int], new_extent_hw: tuple[int, int]
+) -> torch.Tensor:
+    """Bilinear features at the centres of another grid's patches; those beyond the border take the border's.
+
+    Args:
+        features: (B, D, h, w).
+        extent_hw: height and width in pixels, from the image's top left corner, that the features cover.
+        grid_hw: rows and columns wanted.
+        new_extent_hw: height and width in pixels that these cover.
+
+    Returns:
+        (B, D, rows, columns).
+    """
+    # Centres from -1 to 1 over what the features cover.
+    down, across = (
+        (2 * torch.arange(n, device=features.device) + 1) / n * new_side / side - 1
+        for n, new_side, side in zip(grid_hw, new_extent_hw, extent_hw, strict=True)
+    )
+    points = torch.stack([across.expand(grid_hw[0], -1), down[:, None].expand(-1, grid_hw[1])], dim=-1)  # x first
+    sampled = nn.functional.grid_sample(
+        features.float(),
+        points.expand(len(features), -1, -1, -1),
+        mode="bilinear",
+        padding_mode="border",
+        align_corners=False,
+    )
+    return sampled.to(features.dtype)
+
+
+class OtherGrid(nn.Module):
+    """Gives a dense encoder's features on the grid of another patch size, bilinearly.
+
+    So a teacher whose patches are not the student's can still teach it.
+
+    Args:
+        encoder: any dense encoder.
+        patch_px: side of a patch of the grid wanted.
+    """
+
+    def __init__(self, encoder: DenseEncoder, patch_px: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.config: Any = copy.deepcopy(encoder.config)
+        self.config.patch_size = patch_px
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.encoder.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.encoder.device
+
+    def forward(self, pixel_values: torch.Tensor) -> SparVisionOutput:
+        """(B, 3, H, W) -> `patch_embeds` (B, h, w, D)."""
+        check_pixels(pixel_values, self.config.num_channels)
+        patch_px = self.config.patch_size
+        pixels, extent_hw = fit_to_patches(pixel_values, patch_px, self.config.size_rule)
+        grid_hw = (pixels.shape[2] // patch_px, pixels.shape[3] // patch_px)
+        output = self.encoder(pixel_values)
+        features = resample(output.patch_embeds.permute(0, 3, 1, 2), output.extent_hw, grid_hw, extent_hw)
+        return SparVisionOutput(
+            patch_embeds=features.permute(0, 2, 3, 1), image_hw=output.image_hw, extent_hw=extent_hw
         )
 
 

@@ -9,7 +9,7 @@ from transformers import CLIPConfig, CLIPTextConfig, CLIPVisionConfig, PreTraine
 from transformers.configuration_utils import SubConfigSpec
 
 from .dense_spar import POSITION_RULES, SIZE_RULES, Recipe, one_of
-from .methods_spar import find_method
+from .methods_spar import find_method, find_recipe
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -184,7 +184,7 @@ class SparVisionConfig(DenseVisionConfig, CLIPVisionConfig):
 
     def settle_method(self) -> None:
         if self.recipe is None:
-            self.recipe = find_method(self.method).recipe.to_dict()
+            self.recipe = find_recipe(self.method).to_dict()
         if self.position_interpolation is None:
             self.position_interpolation = find_method(self.method).position_interpolation
 

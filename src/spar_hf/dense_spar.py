@@ -109,6 +109,11 @@ def resize_positions(table: torch.Tensor, grid_hw: tuple[int, int], rule: str) -
 # ------------------------------------------------------------------------------------------ attention
 
 
+def block_index(block: int, num_layers: int) -> int:
+    """0-based index, in a network of `num_layers` blocks, of a block counted from 1 in the methods' networks of 12."""
+    return math.ceil(block * num_layers / 12) - 1
+
+
 @dataclass(frozen=True)
 class Term:
     """One attention map of a recipe: `weight * softmax(d^-0.5 X Yᵀ + locality)`, applied to the last block's values.
@@ -118,12 +123,16 @@ class Term:
         weight: factor of the map. Weights need not sum to one (SCLIP's maps are added).
         sigma_patches: adds exp(-distance² / (2 sigma²)) to the scores between patches (NACLIP); None adds nothing.
         block: whose projections, 1-based in a network of twelve blocks; scaled to other depths. 12 is the last.
+        iterations: with n >= 1 and t = d^-0.5 times the image's mean length of a normalised token, X goes n times
+            through X <- softmax(t X Xᵀ) X, at unit length before each turn and after the last one, and the map is
+            softmax(t X Xᵀ) (GEM, CVPR 2024, section 3.2).
     """
 
     scores: str
     weight: float = 1.0
     sigma_patches: float | None = None
     block: int = 12
+    iterations: int = 0
 
     def __post_init__(self) -> None:
         one_of("recipe term's scores", self.scores, SCORES)
@@ -131,10 +140,15 @@ class Term:
             raise ValueError(f"sigma_patches is {self.sigma_patches}; it must be positive, or None for no locality.")
         if not 1 <= self.block <= 12:
             raise ValueError(f"recipe term's block is {self.block}; it must be 1 to 12 (12 is the last block).")
+        if self.iterations < 0 or (self.iterations and self.scores not in ("qq", "kk", "vv")):
+            raise ValueError(
+                f"recipe term's iterations is {self.iterations} with scores {self.scores!r}; it must be 0, or at "
+                "least 1 with qq, kk or vv."
+            )
 
     def index(self, num_layers: int) -> int:
         """0-based index of the term's block in a network of `num_layers` blocks."""
-        return math.ceil(self.block * num_layers / 12) - 1
+        return block_index(self.block, num_layers)
 
 
 @dataclass(frozen=True)
@@ -239,11 +253,23 @@ def project_heads(attention: Any, tokens: torch.Tensor, names: str) -> dict[str,
     return {name: split_heads(projections[name](tokens), attention.head_dim) for name in sorted(set(names))}
 
 
+def mean_length(tokens: torch.Tensor) -> torch.Tensor:
+    """Mean L2 norm of an image's tokens, (B, N, C) -> (B, 1, 1, 1)."""
+    return tokens.norm(dim=-1).mean(dim=1).view(-1, 1, 1, 1)
+
+
 def _operands(
     term: Term, projected: dict[str, torch.Tensor], grid_hw: tuple[int, int]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Patch queries (B, H, N, d), keys (B, H, 1 + N, d) and bias (N, 1 + N) or None of a term's map."""
-    query, key = projected[term.scores[0]][:, :, 1:], projected[term.scores[1]]
+    query, key = projected[term.scores[0]], projected[term.scores[1]]
+    if term.iterations:
+        key = nn.functional.normalize(key, dim=-1)
+        for _ in range(term.iterations):
+            # The scores' d^-0.5 is attend's; the rest of the temperature goes with the query.
+            key = nn.functional.normalize(attend(key * projected["length"], key, key), dim=-1)
+        query = key * projected["length"]
+    query = query[:, :, 1:]
     return query, key, None if term.sigma_patches is None else locality_bias(grid_hw, term.sigma_patches, query)
 
 
@@ -254,7 +280,8 @@ def mix_patches(
 
     Args:
         terms: the recipe's terms.
-        heads: for each term the projections of its block by name, each (B, H, 1 + N, d).
+        heads: for each term the projections of its block by name, each (B, H, 1 + N, d); for a term with iterations
+            also `length` (B, 1, 1, 1), see `mean_length`.
         values: the last block's values, (B, H, 1 + N, d).
         grid_hw: rows and columns of patches.
 

@@ -16,6 +16,7 @@ from .configuration_spar import SparConfig, SparVisionConfig
 from .dense_spar import (
     Recipe,
     class_token_attention,
+    mean_length,
     merge_heads,
     mix_maps,
     mix_patches,
@@ -79,6 +80,8 @@ def run_recipe(
     def visit(layer, x, y, index, path):
         asked = [t.scores for t in recipe.terms if t.scores != "identity" and source(t, index) == index]
         heads = project_heads(layer.self_attn, y, "".join(asked) + "v" * (index >= first))
+        if heads and any(term.iterations for term in recipe.terms):
+            heads["length"] = mean_length(y)
         if index >= first:
             term_heads = [tapped.get(source(term, index), heads) for term in recipe.terms]
             mixed = mix_patches(recipe.terms, term_heads, heads["v"], grid_hw)

@@ -67,9 +67,10 @@ def add_teacher_flags(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         help="rows of `spar methods`, several: their mean; the checkpoint's when not given",
     )
-    group.add_argument("--window-px", type=int, help="the native size when not given; 0: the whole image in one pass")
+    group.add_argument("--teacher-network", metavar="ID", help="second network of a method that needs one")
+    group.add_argument("--window-px", type=int, help="the method's own when not given; 0: the whole image in one pass")
     group.add_argument(
-        "--stride-px", type=int, nargs="+", default=[24], help="SPAR, section 3: 24, no multiple of the patch"
+        "--stride-px", type=int, nargs="+", help="the method's own when not given (SPAR, section 3: 24)"
     )
     group.add_argument(
         "--teacher-short-side-px",

@@ -12,8 +12,10 @@ from torch import nn
 from transformers import ProcessorMixin
 
 from ..checkpoints import TOWERS, WHOLE, class_of, load, resolve
-from ..composition import MeanOf, Resized
+from ..composition import MeanOf, OtherGrid, Resized
 from ..encoder_spar import DenseVisionModel
+from ..methods import build_encoder
+from ..methods_spar import find_method
 from ..sliding_window import DenseEncoder, SlidingWindow
 from .cache import FeatureStore, weights_hash
 from .sources import BadImage
@@ -48,29 +50,43 @@ def build_teacher(args: argparse.Namespace) -> tuple[DenseEncoder, dict[str, Any
     Several methods, strides or sizes make several teachers, one for each combination; the student learns their mean.
     """
     name = args.teacher_model or args.student
-    dtype = getattr(torch, args.teacher_dtype)
+    vision = load_tower(name, dtype=getattr(torch, args.teacher_dtype))[1].requires_grad_(False)
+    patch_px = (vision if name == args.student else load_tower(args.student)[1]).config.patch_size
+    methods = args.teacher_method or [None]
+    needs_network = [method is not None and bool(find_method(method).needs) for method in methods]
+    if args.teacher_network and not any(needs_network):
+        raise ValueError("--teacher-network is given, and no --teacher-method takes a second network; leave it out.")
+
     teachers: list[DenseEncoder] = []
     depend_on = []
-    for method in args.teacher_method or [None]:
-        vision = load_tower(name, dtype=dtype, **({} if method is None else {"method": method}))[1]
-        vision.requires_grad_(False)
-        depend_on.append(vision.config.features_depend_on())
-        windows: list[DenseEncoder] = [vision]
+    for method, needed in zip(methods, needs_network, strict=True):
+        encoder: Any = build_encoder(vision, method, args.teacher_network if needed else None)
+        encoder.requires_grad_(False)
+        config = encoder.config
+        fields = {
+            "weights": weights_hash(encoder),
+            **config.features_depend_on(),
+            "window_px": None,
+            "stride_px": None,
+        }
+        if not isinstance(encoder, DenseVisionModel):
+            fields["recipe"] = None  # the method is in a file
+        windows: list[Any] = [encoder]
         if args.window_px != 0:
-            window_px = args.window_px or vision.config.window_px
-            windows = [SlidingWindow(vision, window_px, stride, args.window_batch) for stride in args.stride_px]
+            window_px = args.window_px or config.window_px
+            strides = args.stride_px or [config.stride_px]
+            windows = [SlidingWindow(encoder, window_px, stride, args.window_batch) for stride in strides]
+            fields |= {"window_px": windows[0].window_px, "stride_px": single(strides)}
+        if config.patch_size != patch_px:
+            windows = [OtherGrid(window, patch_px) for window in windows]
         sides = args.teacher_short_side_px
         teachers += [Resized(window, side) for window in windows for side in sides] if sides else windows
-    config = vision.config
-    one_pass = args.window_px == 0
+        depend_on.append(fields)
     described = {
         "model": Path(name).name if Path(name).is_dir() else name,  # no path of this machine in the weights
-        "weights": weights_hash(vision),
-        "revision": getattr(config, "_commit_hash", None),
+        "revision": getattr(vision.config, "_commit_hash", None),
         **{field: single([fields[field] for fields in depend_on]) for field in depend_on[0]},
         "dtype": args.teacher_dtype,
-        "window_px": None if one_pass else args.window_px or config.window_px or config.image_size,
-        "stride_px": None if one_pass else single(args.stride_px),
         "short_side_px": single(args.teacher_short_side_px or [None]),
         "mean": None if len(teachers) == 1 else "normalised features" if len(depend_on) > 1 else "features",
     }
@@ -122,6 +138,11 @@ def pixels_seen(teacher: Any, size_hw: tuple[int, int]) -> int:
 def _(teacher: SlidingWindow, size_hw: tuple[int, int]) -> int:
     window_hw = (min(size_hw[0], teacher.window_px), min(size_hw[1], teacher.window_px))
     return teacher.num_windows(*size_hw) * pixels_seen(teacher.encoder, window_hw)
+
+
+@pixels_seen.register
+def _(teacher: OtherGrid, size_hw: tuple[int, int]) -> int:
+    return pixels_seen(teacher.encoder, size_hw)
 
 
 @pixels_seen.register

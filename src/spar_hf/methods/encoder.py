@@ -1,0 +1,130 @@
+"""What the methods that need a file have in common: CLIP run up to its last block, the output, products by rows."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..dense_spar import class_token_attention, fit_to_patches, merge_heads, project_heads
+from ..encoder_spar import SparVisionOutput, check_pixels
+from ..modeling_spar import SparVisionModel
+
+# Numbers of a similarity matrix that are held at once, 16 MB in fp32; a window's whole matrix is far smaller.
+ROW_NUMBERS = 2**22
+
+
+class MethodEncoder(nn.Module):
+    """A dense encoder around a CLIP vision tower; its `forward` is the method.
+
+    It computes no gradients: a method is a teacher or a baseline. The tower's weights are shared, never changed.
+
+    Args:
+        vision: the tower. Of its configuration only the position and size rules matter, not the recipe.
+        method: the row's name, for `config`.
+
+    Raises:
+        ValueError: the tower has a single block.
+    """
+
+    def __init__(self, vision: SparVisionModel, method: str):
+        super().__init__()
+        if len(vision.blocks) < 2:
+            raise ValueError(f"the network has 1 block; method {method!r} needs at least 2. Take a row of the table.")
+        self.vision = vision
+        self.config: Any = copy.deepcopy(vision.config)
+        self.config.method = method
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.vision.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.vision.device
+
+    @property
+    def last_layer(self) -> Any:
+        return self.vision.blocks[-1]
+
+    def embed(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int], tuple[int, int]]:
+        """(B, 3, H, W) -> the first block's input (B, 1 + N, C), rows and columns of patches, and the height and width
+        in pixels that they cover."""
+        vision = self.vision
+        check_pixels(pixel_values, vision.config.num_channels)
+        pixels, extent_hw = fit_to_patches(pixel_values, vision.config.patch_size, vision.config.size_rule)
+        return *vision.embed(pixels), extent_hw
+
+    def output(
+        self,
+        patches: torch.Tensor,
+        last_input: torch.Tensor,
+        grid_hw: tuple[int, int],
+        extent_hw: tuple[int, int],
+        pixel_values: torch.Tensor,
+    ) -> SparVisionOutput:
+        """Final norm and projection.
+
+        Args:
+            patches: (B, h * w, C), the method's.
+            last_input: (B, 1 + N, C), what enters the last block; the class token goes through it as in CLIP.
+            grid_hw: rows and columns of the patches.
+            extent_hw: height and width in pixels that they cover.
+            pixel_values: (B, 3, H, W) as they came.
+        """
+        fields = self.vision.project(torch.cat([self.class_token(last_input), patches], dim=1))
+        return SparVisionOutput(
+            patch_embeds=fields.pop("patch_embeds").unflatten(1, grid_hw),  # (B, h * w, D) -> (B, h, w, D)
+            **fields,
+            image_hw=(pixel_values.shape[2], pixel_values.shape[3]),
+            extent_hw=extent_hw,
+        )
+
+    def class_token(self, x: torch.Tensor) -> torch.Tensor:
+        """CLIP's own class token (B, 1, C) after the last block, given that block's input."""
+        layer = self.last_layer
+        y = layer.layer_norm1(x)
+        values = project_heads(layer.self_attn, y, "v")["v"]
+        attended, _ = class_token_attention(layer.self_attn, y, values)
+        return layer.feed_forward(x[:, :1] + layer.self_attn.out_proj(merge_heads(attended)))
+
+
+def mean_similarity(unit: torch.Tensor) -> torch.Tensor:
+    """Mean cosine of all pairs of an image's vectors, (B, N, F) of length one -> (B, 1, 1), without the pairs."""
+    return unit.mean(dim=1).square().sum(dim=-1).view(-1, 1, 1)
+
+
+def attend_by_similarity(
+    unit: torch.Tensor, values: torch.Tensor, weigh: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """weigh(unit unitᵀ) values, some rows at a time: no N x N matrix is held.
+
+    Args:
+        unit: (B, N, F), vectors of length one, fp32.
+        values: (B, N, C).
+        weigh: turns rows of cosines (B, n, N) into weights; it may write into them.
+
+    Returns:
+        (B, N, C) in the type of the values.
+    """
+    out = torch.empty_like(values)
+    batch, count, _ = unit.shape
+    step = max(ROW_NUMBERS // (batch * count), 1)
+    for first in range(0, count, step):
+        rows = slice(first, first + step)
+        weights = weigh(unit[:, rows] @ unit.transpose(1, 2))
+        out[:, rows] = weights.to(values.dtype) @ values
+    return out
+
+
+def above_mean(mean: torch.Tensor, factor: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    """softmax(factor (S - mean)) over the keys whose similarity is at least the mean; the others get no weight."""
+
+    def weigh(cosines: torch.Tensor) -> torch.Tensor:
+        scores = cosines.sub_(mean).mul_(factor)
+        return scores.masked_fill_(scores < 0, -torch.inf).softmax(dim=-1)
+
+    return weigh
