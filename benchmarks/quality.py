@@ -5,8 +5,9 @@
     python benchmarks/quality.py "student=runs/seed0" "student=runs/seed1" "student=runs/seed2"
 
 A row is NAME=CHECKPOINT, with ",method=NAME" for another method (",network=ID" its second network), ",stride=N" for a
-native-size sliding window around it, ",window=own" for the window and stride of the method's authors. Rows of one name are one cell: their mean and, after the sign, their standard deviation. An interrupted run goes
-on where it was when it is started again with the same --state folder.
+native-size sliding window around it, ",window=own" for the window and stride of the method's authors. Rows of one name
+are one cell: their mean and, after the sign, their standard deviation. An interrupted run goes on where it was when it
+is started again with the same --state folder.
 """
 
 from __future__ import annotations

@@ -202,7 +202,8 @@ def test_no_map_is_kept_unless_asked_for(name, make_vision):
 def test_the_table_is_complete_and_its_numbers_are_percentages():
     for name, method in METHODS.items():
         assert name == name.lower() and method.title and method.paper
-        assert Recipe(**method.recipe.to_dict()) == method.recipe
+        assert (method.recipe is None) == (method.file is not None)
+        assert method.recipe is None or Recipe(**method.recipe.to_dict()) == method.recipe
         assert method.kind in ("feature", "label") and method.branch in ("clip", "vfm", "generative")
         assert set(method.reported) <= set(BENCHMARKS) and all(0 < value < 100 for value in method.reported.values())
 
@@ -214,3 +215,29 @@ def test_an_unknown_method_names_its_neighbour():
         find_method("na-clip")
     with pytest.raises(ValueError, match=r"no method 'zzz'; choose one of [^?]*$"):
         find_method("zzz")
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ROWS])
+def test_a_method_that_is_no_last_block_says_how_to_run_it(name, make_vision):
+    with pytest.raises(
+        ValueError, match=rf"{name}.* is more than a last block.*spar_hf.build_encoder\(vision, '{name}'\)"
+    ):
+        make_vision(method=name)
+
+
+@pytest.mark.parametrize(
+    ("name", "native_px", "patch_px", "window"),
+    [
+        ("naclip", 224, 16, (224, 112)),
+        ("naclip", 128, 16, (128, 64)),
+        ("naclip", 336, 14, (336, 168)),
+        ("naclip", 224, 32, (224, 128)),  # 3.5 patches are rounded to whole ones
+        ("proxyclip", 224, 16, (336, 112)),
+        ("proxyclip", 128, 16, (192, 64)),
+        ("maskclip", 512, 16, (512, 24)),  # SPAR's 24 px belong to the patch, not to the window
+        ("itaclip", 128, 16, (128, 28)),
+        ("maskclip", 16, 16, (16, 16)),
+    ],
+)
+def test_windows_scale_with_the_network(name, native_px, patch_px, window):
+    assert METHODS[name].window_for(native_px, patch_px) == window

@@ -121,10 +121,14 @@ def attend_by_similarity(
 
 
 def above_mean(mean: torch.Tensor, factor: float) -> Callable[[torch.Tensor], torch.Tensor]:
-    """softmax(factor (S - mean)) over the keys whose similarity is at least the mean; the others get no weight."""
+    """softmax(factor (S - mean)) over the keys whose similarity is at least the mean; the others get no weight.
+
+    Where no key is (the patches are nearly all alike), the most similar one takes all: the patch itself.
+    """
 
     def weigh(cosines: torch.Tensor) -> torch.Tensor:
         scores = cosines.sub_(mean).mul_(factor)
-        return scores.masked_fill_(scores < 0, -torch.inf).softmax(dim=-1)
+        lowest = scores.amax(dim=-1, keepdim=True).clamp_(max=0)
+        return scores.masked_fill_(scores < lowest, -torch.inf).softmax(dim=-1)
 
     return weigh

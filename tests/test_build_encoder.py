@@ -1,0 +1,152 @@
+"""build_encoder: any method on one tower's weights, as a dense encoder like any other."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import SIZES_HW
+from transformers import ViTConfig, ViTModel
+
+import spar_hf.methods.cliper
+import spar_hf.methods.encoder
+import spar_hf.methods.sc_clip
+from spar_hf import METHODS, SlidingWindow, SparVisionModel, build_encoder
+
+FILES = [name for name, method in METHODS.items() if method.file]
+
+
+@pytest.fixture(scope="module")
+def build(make_vision):
+    """`build("naclip")`: the method on a tower of 6 blocks, with a small ViT where it needs a second network."""
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=64, patch_size=8
+    )
+    network = ViTModel(config).eval()
+
+    def make(name, layers=6, **fields):
+        needs = {"network": copy.deepcopy(network)} if METHODS[name].needs else {}
+        return build_encoder(make_vision(num_hidden_layers=layers), name, **needs, **fields)
+
+    return make
+
+
+@pytest.mark.parametrize("size", SIZES_HW)
+@pytest.mark.parametrize("name", METHODS)
+@torch.no_grad()
+def test_a_batch_gives_what_its_images_give(name, size, build, pixels):
+    encoder, images = build(name), pixels(size, batch=3)
+    images[1] = 5 * images[1] + 2  # another image's statistics
+    together = encoder(images)
+    p = encoder.config.patch_size
+    assert together.patch_embeds.shape == (3, images.shape[2] // p, images.shape[3] // p, 24)
+    assert together.image_hw == tuple(images.shape[2:])
+    assert together.extent_hw == (images.shape[2] // p * p, images.shape[3] // p * p)
+    for i in range(3):
+        torch.testing.assert_close(
+            together.patch_embeds[i], encoder(images[i : i + 1]).patch_embeds[0], atol=2e-5, rtol=0
+        )
+
+
+@pytest.mark.parametrize("name", METHODS)
+@torch.no_grad()
+def test_weights_are_shared_and_nothing_is_changed(name, make_vision, build, pixels):
+    vision = make_vision(num_hidden_layers=6)
+    images = pixels("off_grid", batch=2)
+    before, config = copy.deepcopy(vision.state_dict()), vision.config.to_dict()
+    plain = vision(images).patch_embeds
+    needs = {"network": build("proxyclip").network} if METHODS[name].needs else {}
+    encoder = build_encoder(vision, name, **needs)
+    kept = images.clone()
+    first = encoder(images).patch_embeds
+    torch.testing.assert_close(encoder(images).patch_embeds, first, rtol=0, atol=0)
+    assert torch.equal(images, kept) and vision.config.to_dict() == config
+    for key, value in vision.state_dict().items():
+        assert torch.equal(value, before[key])
+    torch.testing.assert_close(vision(images).patch_embeds, plain, rtol=0, atol=0)
+    assert {id(p) for p in vision.parameters()} <= {id(p) for p in encoder.parameters()}
+
+
+@pytest.mark.parametrize("name", METHODS)
+@torch.no_grad()
+def test_bf16_is_close_to_fp32(name, build, pixels):
+    images = pixels("larger", batch=2)
+    exact = build(name)(images).patch_embeds
+    encoder = copy.deepcopy(build(name)).bfloat16()
+    rounded = encoder(images.bfloat16()).patch_embeds
+    assert rounded.dtype == torch.bfloat16 and encoder.dtype == torch.bfloat16
+    # A similarity near its threshold may fall on the other side: the bulk is close, not each number.
+    assert (rounded.float() - exact).norm() < 0.06 * exact.norm()
+
+
+@pytest.mark.parametrize("name", METHODS)
+@torch.no_grad()
+def test_a_window_as_large_as_the_image_is_the_method_itself(name, build, pixels):
+    encoder, images = build(name), pixels((64, 96), batch=2)
+    window = SlidingWindow(encoder, 96, 96)
+    torch.testing.assert_close(window(images).patch_embeds, encoder(images).patch_embeds, atol=2e-5, rtol=0)
+    config = encoder.config
+    assert SlidingWindow(encoder, config.window_px, config.stride_px)(images).patch_embeds.isfinite().all()
+
+
+@pytest.mark.parametrize("size_rule", ["floor", "pad", "stretch"])
+@pytest.mark.parametrize("name", FILES)
+@torch.no_grad()
+def test_size_rules(name, size_rule, build, pixels):
+    output = build(name, size_rule=size_rule)(pixels((90, 75)))
+    p = build(name).config.patch_size
+    down = {"floor": (90 // p, 75 // p)}.get(size_rule, (-(-90 // p), -(-75 // p)))
+    assert tuple(output.patch_embeds.shape[1:3]) == down
+    assert output.extent_hw == ((90, 75) if size_rule == "stretch" else (down[0] * p, down[1] * p))
+
+
+@pytest.mark.parametrize("name", FILES)
+@torch.no_grad()
+def test_matrices_by_rows_and_by_heads_are_the_whole_ones(name, build, pixels, monkeypatch):
+    images = pixels("larger", batch=2)
+    whole = build(name)(images).patch_embeds
+    for module in (spar_hf.methods.encoder, spar_hf.methods.sc_clip, spar_hf.methods.cliper):
+        monkeypatch.setattr(module, "ROW_NUMBERS", 500)
+    monkeypatch.setattr(spar_hf.methods.cliper, "HEAD_NUMBERS", 1)
+    torch.testing.assert_close(build(name)(images).patch_embeds, whole, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("layers", [2, 3])
+@pytest.mark.parametrize("name", METHODS)
+@torch.no_grad()
+def test_shallow_networks_and_single_patches_run(name, layers, build, pixels):
+    encoder = build(name, layers=layers)
+    for size in ((64, 64), (16, 16), (16, 80)):
+        assert encoder(pixels(size, batch=2)).patch_embeds.isfinite().all()
+
+
+@pytest.mark.parametrize("name", METHODS)
+@torch.no_grad()
+def test_an_even_image_has_features(name, build):
+    assert build(name)(torch.zeros(1, 3, 64, 96)).patch_embeds.isfinite().all()
+
+
+def test_a_row_is_the_tower_loaded_with_it_and_fields_prevail(make_vision, pixels):
+    encoder = build_encoder(make_vision(), "naclip", position_interpolation="antialias", stride_px=16)
+    assert isinstance(encoder, SparVisionModel)
+    expected = make_vision(method="naclip", position_interpolation="antialias")
+    with torch.no_grad():
+        torch.testing.assert_close(
+            encoder(pixels("larger")).patch_embeds, expected(pixels("larger")).patch_embeds, rtol=0, atol=0
+        )
+    assert (encoder.config.window_px, encoder.config.stride_px) == (64, 16)
+    assert build_encoder(encoder) is encoder
+
+
+def test_wrong_requests_say_what_to_do(make_vision):
+    vision = make_vision(num_hidden_layers=6)
+    with pytest.raises(ValueError, match=r"no method 'sc-clip'.*Did you mean 'sc_clip'"):
+        build_encoder(vision, "sc-clip")
+    with pytest.raises(ValueError, match="'naclip' takes no second network; leave it out"):
+        build_encoder(vision, "naclip", network="facebook/dino-vitb8")
+    with pytest.raises(ValueError, match="without a method; name one that needs it"):
+        build_encoder(vision, network="facebook/dino-vitb8")
+    with pytest.raises(ValueError, match="1 block; method 'cliper' needs at least 2"):
+        build_encoder(make_vision(num_hidden_layers=1), "cliper")
