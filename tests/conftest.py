@@ -13,8 +13,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from spar_hf import SparConfig, SparModel, SparVisionConfig, SparVisionModel
+from spar_hf import METHODS, SparConfig, SparModel, SparVisionConfig, SparVisionModel
 
+ROWS = [name for name, method in METHODS.items() if method.recipe]  # methods that are a last block and no more
 PATCH_PX = 16
 NATIVE_PX = 64
 # Height and width of the four kinds of image. 32 x 128 has as many patches as the native 64 x 64 in another grid.

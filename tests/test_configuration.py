@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from conftest import TEXT, VISION
+from conftest import ROWS, TEXT, VISION
 from transformers import AutoConfig, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 
 from spar_hf import METHODS, SparConfig, SparVisionConfig
@@ -23,7 +23,7 @@ def test_defaults_are_those_of_spars_clip():
     assert isinstance(config, CLIPVisionConfig)
 
 
-@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.recipe])
+@pytest.mark.parametrize("name", ROWS)
 def test_a_method_fills_in_what_is_not_given(name):
     config = SparVisionConfig(method=name)
     assert Recipe(**config.recipe) == METHODS[name].recipe

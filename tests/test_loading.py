@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import VISION
+from conftest import ROWS, VISION
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -222,7 +222,7 @@ def test_a_vision_tower_is_no_whole_model(projected_folder):
 # -------------------------------------------------------------------------------------------- overrides
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ROWS)
 def test_the_method_is_chosen_at_loading(name, clip_folder, make_vision, pixels):
     expected = make_vision(method=name, num_hidden_layers=6)(pixels("off_grid")).patch_embeds
     for model in (

@@ -7,7 +7,7 @@ from collections import defaultdict
 import numpy as np
 import pytest
 import torch
-from conftest import SIZES_HW
+from conftest import ROWS, SIZES_HW
 from plain_clip import PLAIN_METHODS, PlainClip, clip_surgery, plain_method
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -16,7 +16,6 @@ from spar_hf.dense_spar import Recipe, Term
 from spar_hf.methods_spar import BENCHMARKS, find_method
 
 BARE = {"residual": False, "feed_forward": False}
-ROWS = [name for name, method in METHODS.items() if method.recipe]  # the last block says it all
 
 
 def run(make_vision, pixel_values, recipe, layers=6, **kwargs):

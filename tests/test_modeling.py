@@ -7,11 +7,11 @@ import warnings
 
 import pytest
 import torch
-from conftest import SIZES_HW, VISION, randomise
+from conftest import ROWS, SIZES_HW, VISION, randomise
 from torch import nn
 from transformers import CLIPVisionModelWithProjection
 
-from spar_hf import METHODS, SparVisionConfig, SparVisionModel, SparVisionOutput
+from spar_hf import SparVisionConfig, SparVisionModel, SparVisionOutput
 
 CLOSE = {"atol": 1e-5, "rtol": 0}
 
@@ -69,7 +69,7 @@ def test_identity_row_with_other_activations(activation, pixels):
     torch.testing.assert_close(ours(pixels("off_grid")).last_hidden_state, expected.last_hidden_state, **CLOSE)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ROWS)
 @pytest.mark.parametrize("size", ["larger", "off_grid"])
 def test_every_method_leaves_the_image_embedding_alone(name, size, make_clip, make_vision, pixels):
     images = pixels(size, batch=2)
@@ -121,7 +121,7 @@ def test_pad_and_stretch_are_the_plain_model_on_fitted_pixels(size_hw, make_visi
         assert tuple(output.image_hw) == size_hw and tuple(output.extent_hw) == extent_hw
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ROWS)
 def test_a_batch_is_its_images_one_by_one(name, make_vision, pixels):
     model, images = make_vision(method=name, num_hidden_layers=6), pixels("off_grid", batch=3)
     images[1] *= 5  # a statistic that leaked across the batch would show
@@ -133,7 +133,7 @@ def test_a_batch_is_its_images_one_by_one(name, make_vision, pixels):
 
 
 def test_nothing_is_changed_by_running(make_vision, pixels):
-    for name in METHODS:
+    for name in ROWS:
         model = make_vision(method=name, num_hidden_layers=6)
         images = pixels("off_grid")
         before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -217,7 +217,7 @@ def test_maskclip_spends_what_the_formula_says(make_vision):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ROWS)
 def test_half_precision_is_close(name, dtype, make_vision, pixels):
     model, images = make_vision(method=name, num_hidden_layers=6), pixels("off_grid", batch=2)
     exact = model(images)
@@ -240,7 +240,7 @@ def test_half_precision_is_as_close_as_the_stock_model(make_clip, make_vision, p
 
 def test_autocast_runs_and_is_close(make_vision, pixels):
     images = pixels("off_grid")
-    for name in METHODS:
+    for name in ROWS:
         model = make_vision(method=name, num_hidden_layers=6)
         exact = model(images).patch_embeds
         with torch.autocast("cpu", torch.bfloat16):
@@ -266,7 +266,7 @@ def gradients(model, images):
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ROWS)
 def test_gradient_checkpointing_gives_the_same_gradients(name, make_vision, pixels):
     model, images = make_vision(method=name, num_hidden_layers=6).train(), pixels("off_grid", batch=2)
     plain = gradients(model, images)
@@ -296,7 +296,7 @@ def test_gradients_of_patches_pass_by_the_unused_weights(make_vision, pixels):
 
 
 @pytest.mark.parametrize(
-    "name", ["maskclip", *(pytest.param(name, marks=pytest.mark.slow) for name in METHODS if name != "maskclip")]
+    "name", ["maskclip", *(pytest.param(name, marks=pytest.mark.slow) for name in ROWS if name != "maskclip")]
 )
 def test_compiles_whole_for_any_size(name, make_vision):
     torch._dynamo.reset()
@@ -326,7 +326,7 @@ def test_running_says_nothing(make_spar, make_vision, clip_tokenizer, pixels, ca
     with caplog.at_level(logging.WARNING), warnings.catch_warnings():
         warnings.simplefilter("error")
         make_spar(num_hidden_layers=2)(pixels("off_grid"), **words)
-        for name in METHODS:
+        for name in ROWS:
             make_vision(method=name, num_hidden_layers=2)(pixels("off_grid"), output_attentions=True)
     assert not caplog.records
     assert capfd.readouterr() == ("", "")

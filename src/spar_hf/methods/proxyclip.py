@@ -116,7 +116,8 @@ def load_network(name: str) -> nn.Module:
     """The second network by id or folder: the backbone class where it was saved as one, else `AutoModel`'s."""
     config = AutoConfig.from_pretrained(name)
     if (config.architectures or [""])[0].endswith("Backbone"):
-        return MODEL_FOR_BACKBONE_MAPPING[type(config)].from_pretrained(name)  # AutoBackbone reads no folders
+        backbone: Any = MODEL_FOR_BACKBONE_MAPPING[type(config)]  # AutoBackbone itself reads no folders
+        return backbone.from_pretrained(name)
     return AutoModel.from_pretrained(name)
 
 
