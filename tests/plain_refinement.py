@@ -72,12 +72,17 @@ def pamr(maps: np.ndarray, image: np.ndarray, steps: int = 10, dilations=(8, 16)
 # --------------------------------------------------------------------------------------- MaskCLIP, Surgery
 
 
-def prompt_denoising(scores: np.ndarray) -> np.ndarray:
-    probabilities = softmax_over_names(100 * scores)
+def of_classes(probabilities: np.ndarray, class_ids: list[int]) -> np.ndarray:
+    """(K, ...) -> (C, ...), the names of a class added up."""
+    names_of = [[name for name, c in enumerate(class_ids) if c == label] for label in range(max(class_ids) + 1)]
+    return np.stack([sum(probabilities[name] for name in names) for names in names_of])
+
+
+def prompt_denoising(scores: np.ndarray, class_ids: list[int]) -> np.ndarray:
+    confidence = [single.max() for single in of_classes(softmax_over_names(100 * scores), class_ids)]
     out = scores.copy()
-    sure = [name for name in range(len(scores)) if probabilities[name].max() >= 0.5]
-    for name in range(len(scores)):
-        if sure and name not in sure:
+    for name, label in enumerate(class_ids):
+        if max(confidence) >= 0.5 and confidence[label] < 0.5:
             out[name] = -100
     return out
 
@@ -171,25 +176,27 @@ def cluster_vote(labels: np.ndarray, correlation: np.ndarray, grid_hw, eps, neig
 # ----------------------------------------------------------------------------------------------- TagCLIP
 
 
-def tagclip(net: PlainClip, states, pixels, scores, text, logit_scale, native_px, rule) -> np.ndarray:
-    """The score of each name (K). `pixels` (3, H, W) of whole patches, `scores` (K, h, w) cosines, `text` unit."""
-    num_names, height, width = scores.shape
+def tagclip(net: PlainClip, states, pixels, scores, text, class_ids, logit_scale, native_px, rule) -> np.ndarray:
+    """The score of each class (C). `pixels` (3, H, W) of whole patches, `scores` (K, h, w) cosines, `text` unit."""
+    _, height, width = scores.shape
     layers = net.num_layers
     maps = [net.maps(b, states[b], "q", "k").mean(axis=0)[1:, 1:] for b in range(layers)]
     votes = sum((m > m.mean()).astype(int) for m in maps)
     first = math.ceil(8 * layers / 12)
     attention = np.mean(maps[first : layers - 1], axis=0) * (votes >= layers / 3)
 
-    coarse = softmax_over_names(logit_scale * scores).reshape(num_names, -1).T  # (N, K)
+    coarse = of_classes(softmax_over_names(logit_scale * scores), class_ids)
+    coarse = coarse.reshape(len(coarse), -1).T  # (N, C)
     once = attention @ coarse
     refined = np.empty_like(once)
-    for name in range(num_names):
-        refined[:, name] = (attention * boxes(once[:, name].reshape(height, width)).reshape(1, -1)) @ coarse[:, name]
+    for label in range(coarse.shape[1]):
+        box = boxes(once[:, label].reshape(height, width)).reshape(1, -1)
+        refined[:, label] = (attention * box) @ coarse[:, label]
 
     tags = refined.max(axis=0)
     threshold = refined.min() + 0.5 * (refined.max() - refined.min())
-    for name in np.nonzero(tags > threshold)[0]:
-        values = refined[:, name] - refined[:, name].min()
+    for label in np.nonzero(tags > threshold)[0]:
+        values = refined[:, label] - refined[:, label].min()
         mask = (values / values.max() > 0.5).reshape(height, width)
         ys, xs = np.nonzero(mask)
         top, left = ys.min(), xs.min()
@@ -209,7 +216,7 @@ def tagclip(net: PlainClip, states, pixels, scores, text, logit_scale, native_px
             attended = net.attend(block, tokens, net.maps(block, tokens, "q", "k", bias))
             tokens = net.feed_forward(block, tokens + attended)
         embed = unit(net.project(tokens[:1]))[0]
-        tags[name] = 0.5 * tags[name] + 0.5 * softmax(logit_scale * text @ embed)[name]
+        tags[label] = 0.5 * tags[label] + 0.5 * of_classes(softmax(logit_scale * text @ embed), class_ids)[label]
     return tags
 
 

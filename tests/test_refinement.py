@@ -88,8 +88,9 @@ def test_pamr(size_hw):
 @pytest.mark.parametrize("size_hw", [(4, 4), (3, 7)])
 def test_prompt_denoising(size_hw, text_embeds, class_ids):
     cosines = random_cosines(size_hw)
+    cosines[3:5] -= 0.05
     found = scores.prompt_denoising(cosines, None, text_embeds, class_ids)
-    expected = plain.prompt_denoising(cosines.double().numpy())
+    expected = plain.prompt_denoising(cosines.double().numpy(), class_ids.tolist())
     np.testing.assert_allclose(found.numpy(), expected, **TOLERANCE)
     assert 0 < (expected[:, 0, 0] == -100).sum() < NUM_NAMES
     unsure = torch.full_like(cosines, 0.2)
@@ -123,21 +124,21 @@ def test_redundancy_removal(size, tapped, plain_states, text_embeds, class_ids):
 
 @pytest.mark.parametrize("layers", [12, 6])
 @pytest.mark.parametrize("size", SIZES_HW)
-def test_tagclip(size, layers, tapped, plain_states, text_embeds):
+def test_tagclip(size, layers, tapped, plain_states, text_embeds, class_ids):
     image, array = tapped(size, layers)
     net, states, grid_hw = plain_states(array, layers)
     cosines = 4 * random_cosines(grid_hw)
     covered = array[:, : grid_hw[0] * net.patch_px, : grid_hw[1] * net.patch_px]
-    expected = plain.tagclip(
-        net, states, covered, cosines.double().numpy(), text_embeds.double().numpy(), image.logit_scale, 64, "offset"
-    )
-    np.testing.assert_allclose(tagclip.name_scores(cosines, image, text_embeds).numpy(), expected, **TOLERANCE)
+    arrays = (cosines.double().numpy(), text_embeds.double().numpy())
+    expected = plain.tagclip(net, states, covered, *arrays, class_ids.tolist(), image.logit_scale, 64, "offset")
+    found = tagclip.class_scores(cosines, image, text_embeds, class_ids)
+    np.testing.assert_allclose(found.numpy(), expected, **TOLERANCE)
 
 
 def test_tagclip_keeps_all_names_of_a_class_that_is_there(tapped, text_embeds, class_ids, monkeypatch):
     image, _ = tapped("native")
     cosines = random_cosines((4, 4))
-    monkeypatch.setattr(tagclip, "name_scores", lambda *_: torch.tensor([0.1, 0.9, 0.2, 0.6, 0.49, 0.0]))
+    monkeypatch.setattr(tagclip, "class_scores", lambda *_: torch.tensor([0.1, 0.9, 0.6, 0.49, 0.0]))
     found = tagclip.reidentification(cosines, image, text_embeds, class_ids)
     kept = torch.tensor([False, True, True, True, True, False])
     torch.testing.assert_close(found[kept], cosines[kept])

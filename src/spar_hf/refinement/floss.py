@@ -96,12 +96,15 @@ def fused(
         covered_hw: see `axis_weights`.
     """
 
-    # (K, h, w) of each expert, and last those of the classifier where nobody is heard.
-    tables = [(SOFTMAX_SCALE * scores_of(names)).softmax(0) for names in (*experts, default)]
+    # (K + 1, h, w, K): of each expert, and last of the classifier where nobody is heard.
+    tables = torch.stack(
+        [(SOFTMAX_SCALE * scores_of(names)).softmax(0).movedim(0, -1) for names in (*experts, default)]
+    )
     nobody = len(experts)
     heard = torch.full(size_hw, nobody, device=default.device)
     surest = torch.zeros(size_hw, device=default.device)
-    for name, table in enumerate(tables[:nobody]):
+    for name in range(nobody):
+        table = tables[name].movedim(-1, 0)
         if not may_win(table, name):
             continue
         top = 0
@@ -111,12 +114,17 @@ def fused(
             heard[rows].masked_fill_(better, name)
             surest[rows] = torch.where(better, band[name], surest[rows])
 
+    down, across = (
+        axis_weights(size, grid, covered).to(default.device).topk(min(2, grid))  # (pixels, 2): the two patches around
+        for size, grid, covered in zip(size_hw, tables.shape[1:3], covered_hw, strict=True)
+    )
+
     def maps(names: slice) -> Tensor:
-        total = default.new_zeros(len(default[names]), *size_hw)
-        for expert in heard.unique().tolist():
-            full = torch.cat(list(bands(tables[expert][names], size_hw, covered_hw)), dim=1)
-            total = torch.where(heard == expert, full, total)
-        return total
+        total = default.new_zeros(*size_hw, len(default[names]))
+        for y, rows in zip(down.values.T, down.indices.T, strict=True):
+            for x, columns in zip(across.values.T, across.indices.T, strict=True):
+                total += (y[:, None] * x)[..., None] * tables[..., names][heard, rows[:, None], columns]
+        return total.movedim(-1, 0)
 
     return maps
 

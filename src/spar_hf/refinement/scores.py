@@ -9,8 +9,8 @@ Choices: both of MaskCLIP's take the soft-max of 100 times the cosine, whatever 
 normalises the keys along the patches, each channel over the whole image, where the paper's formula has the cosine of
 two keys; the numbers were made with the code, which is what runs here. CLIP Surgery's class token is that of CLIP's
 own path over the whole image; its code sharpens with the factor 2 before the soft-max, as here.
-Deviation: if prompt denoising would strike out every name it strikes out none; theirs then calls every pixel the first
-class.
+Deviations: synonyms share a probability, so prompt denoising adds them up and strikes out classes; theirs has one name
+a class. If it would strike out all, it strikes out none; theirs then calls every pixel the first class.
 """
 
 from __future__ import annotations
@@ -28,10 +28,16 @@ SMOOTH_BELOW = 1.0
 SHARPNESS = 2.0
 
 
+def sum_of_classes(probabilities: Tensor, class_ids: Tensor) -> Tensor:
+    """Probabilities of names (K, ...) -> of classes (C, ...): those of a class's names added up."""
+    classes = probabilities.new_zeros(int(class_ids.max()) + 1, *probabilities.shape[1:])
+    return classes.index_add_(0, class_ids, probabilities)
+
+
 def prompt_denoising(scores: Tensor, image: TappedImage, text_embeds: Tensor, class_ids: Tensor) -> Tensor:
-    """Strikes out the names that reach a probability of 0.5 at no patch; (K, h, w) -> (K, h, w)."""
-    confidence = (SOFTMAX_SCALE * scores).softmax(0).amax((1, 2))  # (K)
-    struck_out = confidence < MIN_CONFIDENCE
+    """Strikes out the classes that reach a probability of 0.5 at no patch; (K, h, w) -> (K, h, w)."""
+    confidence = sum_of_classes((SOFTMAX_SCALE * scores).softmax(0), class_ids).amax((1, 2))  # (C)
+    struck_out = (confidence < MIN_CONFIDENCE)[class_ids]
     return scores if struck_out.all() else scores.masked_fill(struck_out[:, None, None], STRUCK_OUT)
 
 

@@ -9,9 +9,9 @@ half of the way from the lowest to the highest score, first of the refined map, 
 one short of the last row and column; if one class's box is empty the crops after it are left out. The second mask is
 the union of the bounding boxes (8-connected) of what lies above the map's mean after a cut to 256 steps.
 Deviations: patch probabilities come from the encoder at hand and not from MaskCLIP; positions follow the network's own
-rule; a class is kept with all its names if one name passes; the classes that fail are struck out of the label map,
-while the authors stop at the tags. In a network of another depth a third of the blocks must agree, and the maps are
-those of the blocks after two thirds of the depth but for the last.
+rule; the probabilities of synonyms are added up; the classes that fail are struck out of the label map, while the
+authors stop at the tags. In a network of another depth a third of the blocks must agree, and the maps are those of the
+blocks after two thirds of the depth but for the last.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .scores import STRUCK_OUT
+from .scores import STRUCK_OUT, sum_of_classes
 from .tapped import TappedImage
 
 HALF = 0.5
@@ -30,30 +30,30 @@ HALF = 0.5
 
 def reidentification(scores: Tensor, image: TappedImage, text_embeds: Tensor, class_ids: Tensor) -> Tensor:
     """Strikes out the names of classes that are not in the image; (K, h, w) -> (K, h, w)."""
-    tags = name_scores(scores, image, text_embeds)
+    tags = class_scores(scores, image, text_embeds, class_ids)
     found = tags > tags.min() + HALF * (tags.max() - tags.min())
     found[tags.argmax()] = True
-    kept = torch.isin(class_ids, class_ids[found])
-    return scores.masked_fill(~kept[:, None, None], STRUCK_OUT)
+    return scores.masked_fill(~found[class_ids][:, None, None], STRUCK_OUT)
 
 
-def name_scores(scores: Tensor, image: TappedImage, text_embeds: Tensor) -> Tensor:
-    """How much each name is in the image, (K), from 0 to about 1."""
+def class_scores(scores: Tensor, image: TappedImage, text_embeds: Tensor, class_ids: Tensor) -> Tensor:
+    """How much each class is in the image, (C), from 0 to about 1."""
     grid_hw = (scores.shape[1], scores.shape[2])
-    coarse = (image.logit_scale * scores).softmax(0).flatten(1).T  # (N, K)
+    coarse = sum_of_classes((image.logit_scale * scores).softmax(0), class_ids).flatten(1).T  # (N, C)
     attention = voted_attention(image)
     refined = attention @ coarse
-    boxes = component_boxes(quantised_masks(refined.T.unflatten(1, grid_hw)))  # (K, h, w)
-    # (attention * box) @ coarse, box by box, is attention @ (box * coarse): no N x N matrix for each name.
+    boxes = component_boxes(quantised_masks(refined.T.unflatten(1, grid_hw)))  # (C, h, w)
+    # (attention * box) @ coarse, box by box, is attention @ (box * coarse): no N x N matrix for each class.
     refined = attention @ (boxes.flatten(1).T * coarse)
 
-    tags = refined.amax(0)  # (K)
+    tags = refined.amax(0)  # (C)
     threshold = refined.min() + HALF * (refined.max() - refined.min())
-    for name in (tags > threshold).nonzero().flatten().tolist():
-        box = box_of(above_half(refined[:, name]).unflatten(0, grid_hw))
+    for label in (tags > threshold).nonzero().flatten().tolist():
+        box = box_of((rescaled(refined[:, label]) > HALF).unflatten(0, grid_hw))
         if box is None:
             break
-        tags[name] = (tags[name] + crop_probability(image, *box, text_embeds)[name]) / 2
+        seen = sum_of_classes(crop_probability(image, *box, text_embeds), class_ids)
+        tags[label] = (tags[label] + seen[label]) / 2
     return tags
 
 
@@ -110,10 +110,6 @@ def component_boxes(masks: Tensor) -> Tensor:
         box_not_empty = (bottom > top) & (right > left)
         corners.index_put_((owner, rows, columns), sign * box_not_empty.long(), accumulate=True)
     return corners.cumsum(1).cumsum(2)[:, :height, :width] > 0
-
-
-def above_half(values: Tensor) -> Tensor:
-    return rescaled(values) > HALF
 
 
 def box_of(mask: Tensor) -> tuple[int, int, int, int, Tensor] | None:
