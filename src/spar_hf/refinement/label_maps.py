@@ -12,8 +12,8 @@ from ..segmentation_spar import foreground_left
 Maps = Callable[[slice], Tensor]
 """Some names (a slice of all) -> their maps at the label map's size, (k, H, W) fp32."""
 
-# Numbers (names x pixels) of the maps made at a time: 32 MB of fp32 on a CPU, 512 MB on a GPU.
-MAP_NUMBERS = {"cpu": 2**23, "cuda": 2**27}
+# Numbers (names x pixels) of the maps made at a time: 4 MB of fp32 stay near a CPU's cache, 512 MB fill a GPU.
+MAP_NUMBERS = {"cpu": 2**20, "cuda": 2**27}
 
 
 def upsampled(scores: Tensor, rows: Tensor, columns: Tensor) -> Maps:

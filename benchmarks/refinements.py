@@ -1,0 +1,112 @@
+"""Measures every label option alone on the picture book and writes the table of docs/refinement.md.
+
+    python benchmarks/refinements.py                       # tiny, 4x, 32 scenes: none, then each option alone
+    python benchmarks/refinements.py --limit 8 pamr pamr+cluster-vote
+    python benchmarks/refinements.py --docs                # rewrites the table from the stored results
+
+Each row is what `spar evaluate --benchmark picturebook --scale 4 --limit 32 --refine NAME` gives; "a+b" is several.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import spar_hf
+from spar_hf import LABEL_OPTIONS, Refinement
+from spar_hf.data import load_benchmark
+from spar_hf.evaluation import evaluate, markdown_table, write_atomically
+from spar_hf.refinement.options import STAGES
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "refinements.json"
+DOCS = HERE.parent / "docs" / "refinement.md"
+BEGIN, END = "<!-- benchmarks/refinements.py: begin -->", "<!-- benchmarks/refinements.py: end -->"
+
+
+def measure(rows: list[list[str]], args: argparse.Namespace) -> dict[str, Any]:
+    """Evaluates every row and stores what is done after each."""
+    model, processor = spar_hf.load(args.model)
+    data = load_benchmark("picturebook", scale=args.scale, native_px=model.vision_model.config.image_size)
+    document: dict[str, Any] = {
+        "command": shlex.join(["python", *sys.argv]),
+        "model": args.model,
+        "scale": args.scale,
+        "machine": {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
+        "versions": {module.__name__: module.__version__ for module in (spar_hf, torch, transformers)},
+        "results": [],
+    }
+    for names in rows:
+        print(" + ".join(names) or "none", file=sys.stderr)
+        refinement = Refinement(model, names)
+        result = evaluate(refinement.encoder, model, processor, data, limit=args.limit, refinement=refinement)
+        document["results"].append({**json.loads(result.to_json()), "command": document["command"]})
+        write_atomically(args.output, (json.dumps(document, indent=1) + "\n").encode())
+    return document
+
+
+def table(document: dict[str, Any]) -> list[str]:
+    """The Markdown table of the options with what was measured of each alone."""
+    measured = {tuple(entry["refine"]): entry for entry in document["results"]}
+    plain = measured[()]
+    lines = []
+    for name, option in LABEL_OPTIONS.items():
+        entry = measured.get((name,))
+        score = change = factor = ""
+        if entry is not None:
+            score = f"{100 * entry['mean_iou']:.1f}"
+            change = f"{100 * (entry['mean_iou'] - plain['mean_iou']):+.1f}".replace("-", "−")
+            factor = f"{entry['seconds_per_image'] / plain['seconds_per_image']:.1f}×"
+        needs = ", ".join(option.needs) or "nothing"
+        lines.append(
+            [f"`{name}`", f"{option.title} ({option.paper})", STAGES[option.stage], needs, score, change, factor]
+        )
+    header = ["option", "does", "changes", "needs", "mIoU", "change", "time"]
+    return [
+        f"`{document['model']}` in one pass at {document['scale']:g}× its native side, {plain['num_images']} scenes of "
+        f"the picture book's test split: {100 * plain['mean_iou']:.1f} % mean IoU without any option.",
+        "",
+        f"| {' | '.join(header)} |",
+        f"| {' | '.join(['---'] * 4 + ['---:'] * 3)} |",
+        *markdown_table(header, lines)[2:],
+    ]
+
+
+def write_docs(document: dict[str, Any], path: Path = DOCS) -> None:
+    """Puts the table between the marks."""
+    before, rest = path.read_text(encoding="utf-8").split(BEGIN)
+    _, after = rest.split(END)
+    write_atomically(path, "\n".join([before + BEGIN, "", *table(document), "", END + after]).encode())
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", nargs="*", metavar="NAME[+NAME]", help="default: each option alone")
+    parser.add_argument("--model", default="tiny", help="default: %(default)s")
+    parser.add_argument("--scale", type=float, default=4, help="multiple of the native side (default: %(default)s)")
+    parser.add_argument("--limit", type=int, default=32, help="scenes (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="JSON file (default: %(default)s)")
+    parser.add_argument("--docs", action="store_true", help="measure nothing; write the table of the stored results")
+    args = parser.parse_args(argv)
+    if args.docs:
+        write_docs(json.loads(args.output.read_text(encoding="utf-8")))
+        return
+    try:
+        document = measure([[], *(row.split("+") for row in args.rows or LABEL_OPTIONS)], args)
+    except ValueError as error:
+        parser.error(str(error))
+    if args.output == RESULTS:
+        write_docs(document)
+    print("\n".join(table(document)))
+
+
+if __name__ == "__main__":
+    main()
