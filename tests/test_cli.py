@@ -261,6 +261,12 @@ def test_label_options_run_in_the_tables_order_and_are_recorded(here, capsys, mo
     assert json.loads(Path("score.json").read_text())["refine"] == ["prompt-denoising", "cluster-vote"]
     assert "refined with prompt-denoising, cluster-vote" in out
 
+    assert main([*words, "--state", "half.safetensors"]) == 0
+    capsys.readouterr()
+    assert "another evaluation: label options changed" in fails(
+        capsys, *words, "--state", "half.safetensors", "--refine", "pamr"
+    )
+
 
 def test_evaluate_runs_the_window_of_the_command_line(here, capsys, model_folder):
     words = ["evaluate", "--benchmark", "picturebook", "--scale", "1.5", "--limit", "1", "--model", model_folder]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
+import json
+from pathlib import Path
 
 import numpy as np
 import plain_refinement as plain
@@ -18,6 +21,7 @@ from spar_hf import LABEL_OPTIONS, Refinement, SlidingWindow, SparProcessor, flo
 from spar_hf.prompts_spar import IMAGENET_TEMPLATES
 from spar_hf.refinement import cluster_vote, floss, label_maps, pamr, scores, tagclip, views
 from spar_hf.refinement.tapped import TappedImage
+from spar_hf.segmentation_spar import axis_weights
 
 LABELS = "road; car, automobile; sky; tree; dog"
 NUM_NAMES = 6
@@ -269,16 +273,27 @@ def test_floss_ranks_templates_by_entropy():
 
 
 def test_a_name_that_may_win_is_not_left_out():
+    left_out = 0
     for seed in range(20):
-        table = rand(5, 3, 4, seed=seed).softmax(0)
-        winners = set(plain.resize(table.numpy(), (40, 50)).argmax(axis=0).flatten())
-        assert winners <= {name for name in range(5) if floss.may_win(table, name)}
+        table = (2 * rand(5, 3, 4, seed=seed)).softmax(0)
+        winner = plain.resize(table.numpy(), (40, 50)).argmax(axis=0)
+        down, across = axis_weights(40, 3), axis_weights(50, 4)
+        for name in range(5):
+            windows = floss.may_win(table, name)
+            rows = floss.pixels_over(windows.any(1), down)
+            columns = floss.pixels_over(windows.any(0), across)
+            outside = np.ones((40, 50), dtype=bool)
+            outside[rows, columns] = False
+            assert not (winner[outside] == name).any()
+            left_out += outside.mean()
+    assert left_out > 5  # images of 100, of random scores; of real ones nearly all
     above = torch.stack([torch.full((3, 1), 0.6), torch.full((3, 1), 0.4)])
-    assert floss.may_win(above, 0) and not floss.may_win(above, 1)
+    assert floss.may_win(above, 0).all() and not floss.may_win(above, 1).any()
 
 
-@pytest.mark.parametrize("size_hw, covered_hw", [((12, 16), (1.0, 1.0)), ((17, 13), (1.1, 1.2))])
-def test_floss_hears_the_surest_expert(size_hw, covered_hw):
+@pytest.mark.parametrize("size_hw, covered_hw", [((12, 16), (1.0, 1.0)), ((17, 13), (1.1, 1.2)), ((2, 3), (1.0, 1.0))])
+def test_floss_hears_the_surest_expert(size_hw, covered_hw, monkeypatch):
+    few_maps(monkeypatch, NUM_NAMES, (5, size_hw[1]))
     patches = F.normalize(rand(3, 4, 24), dim=-1)
     experts = F.normalize(rand(NUM_NAMES, NUM_NAMES, 24, seed=1), dim=-1)
     default = F.normalize(rand(NUM_NAMES, 24, seed=2), dim=-1)
@@ -439,3 +454,17 @@ def test_mistakes_say_what_to_do(segmenter, pixels, make_vision):
     for name in ("redundancy-removal", "tagclip", "key-smoothing", "cluster-vote"):
         with pytest.raises(ValueError, match=f"label option '{name}' looks into .* is a Linear. Leave the option out"):
             Refinement(Other(), [name])
+
+
+# --- documentation ---------------------------------------------------------------------------------------------
+
+
+def test_the_page_shows_the_stored_results():
+    root = Path(__file__).parents[1]
+    spec = importlib.util.spec_from_file_location("refinements", root / "benchmarks" / "refinements.py")
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    document = json.loads(benchmark.RESULTS.read_text())
+    assert [tuple(entry["refine"]) for entry in document["results"]] == [(), *((name,) for name in LABEL_OPTIONS)]
+    page = benchmark.DOCS.read_text(encoding="utf-8")
+    assert "\n".join(benchmark.table(document)) in page, "run: python benchmarks/refinements.py --docs"

@@ -30,19 +30,6 @@ from .scores import SOFTMAX_SCALE
 TEMPLATES_PER_NAME = 4
 
 
-def bands(probabilities: Tensor, size_hw: tuple[int, int], covered_hw: tuple[float, float]) -> Iterable[Tensor]:
-    """Bilinear maps (K, rows, W) of the probabilities (K, h, w), some rows at a time."""
-    rows, columns = (
-        axis_weights(size, grid, covered).to(probabilities.device)
-        for size, grid, covered in zip(size_hw, probabilities.shape[1:], covered_hw, strict=True)
-    )
-    numbers = MAP_NUMBERS.get(probabilities.device.type, MAP_NUMBERS["cpu"])
-    step = max(1, numbers // (len(probabilities) * size_hw[1]))
-    across = probabilities @ columns.T  # (K, h, W)
-    for top in range(0, size_hw[0], step):
-        yield rows[top : top + step] @ across
-
-
 def rank_templates(images: Iterable[Tensor], template_embeds: Tensor) -> list[list[int]]:
     """For each name its templates, surest first, at most four; all that there are for a name that none finds.
 
@@ -100,41 +87,64 @@ def fused(
     tables = torch.stack(
         [(SOFTMAX_SCALE * scores_of(names)).softmax(0).movedim(0, -1) for names in (*experts, default)]
     )
+    down, across = (
+        axis_weights(size, grid, covered).to(default.device)
+        for size, grid, covered in zip(size_hw, tables.shape[1:3], covered_hw, strict=True)
+    )
     nobody = len(experts)
     heard = torch.full(size_hw, nobody, device=default.device)
     surest = torch.zeros(size_hw, device=default.device)
+    step = max(1, MAP_NUMBERS.get(default.device.type, MAP_NUMBERS["cpu"]) // (nobody * size_hw[1]))
     for name in range(nobody):
-        table = tables[name].movedim(-1, 0)
-        if not may_win(table, name):
-            continue
-        top = 0
-        for band in bands(table, size_hw, covered_hw):
-            rows = slice(top, top := top + band.shape[1])
-            better = (band[name] == band.amax(0)) & (band[name] > surest[rows])
-            heard[rows].masked_fill_(better, name)
-            surest[rows] = torch.where(better, band[name], surest[rows])
+        table = tables[name].movedim(-1, 0)  # (K, h, w)
+        windows = may_win(table, name)
+        rows, columns = pixels_over(windows.any(1), down), pixels_over(windows.any(0), across)
+        resized = table @ across[columns].T  # (K, h, columns)
+        for top in range(rows.start, rows.stop, step):
+            band = slice(top, min(top + step, rows.stop))
+            maps = down[band] @ resized
+            sure = surest[band, columns]  # a view
+            better = (maps[name] == maps.amax(0)) & (maps[name] > sure)
+            heard[band, columns].masked_fill_(better, name)
+            sure.copy_(torch.where(better, maps[name], sure))
 
-    down, across = (
-        axis_weights(size, grid, covered).to(default.device).topk(min(2, grid))  # (pixels, 2): the two patches around
-        for size, grid, covered in zip(size_hw, tables.shape[1:3], covered_hw, strict=True)
-    )
+    (y, rows_around), (x, columns_around) = (weights.topk(min(2, weights.shape[1])) for weights in (down, across))
 
-    def maps(names: slice) -> Tensor:
+    def maps_of(names: slice) -> Tensor:
         total = default.new_zeros(*size_hw, len(default[names]))
-        for y, rows in zip(down.values.T, down.indices.T, strict=True):
-            for x, columns in zip(across.values.T, across.indices.T, strict=True):
-                total += (y[:, None] * x)[..., None] * tables[..., names][heard, rows[:, None], columns]
+        for row in range(y.shape[1]):  # of the two patches around each pixel, along each axis
+            for column in range(x.shape[1]):
+                weight = y[:, None, row] * x[:, column]
+                corner = tables[..., names][heard, rows_around[:, None, row], columns_around[:, column]]
+                total += weight[..., None] * corner
         return total.movedim(-1, 0)
 
-    return maps
+    return maps_of
 
 
-def may_win(table: Tensor, name: int) -> bool:
-    """Whether the name can be highest at some pixel: not where another is above it at all patches around (K, h, w)."""
+def may_win(table: Tensor, name: int) -> Tensor:
+    """Between which four patches the name can be highest: not where another is above it at all four.
+
+    (K, h, w) -> (h - 1, w - 1) bool; an axis of one patch keeps it.
+    """
     above = (table > table[name]).float()
-    around = (min(2, table.shape[1]), min(2, table.shape[2]))
-    always_above = -F.max_pool2d(-above, around, stride=1)
-    return bool((always_above.amax(0) == 0).any())
+    always_above = -F.max_pool2d(-above, (min(2, table.shape[1]), min(2, table.shape[2])), stride=1)
+    return always_above.amax(0) == 0
+
+
+def pixels_over(windows: Tensor, weights: Tensor) -> slice:
+    """The run of pixels that lie between the patches of the windows marked along an axis; may be empty.
+
+    Args:
+        windows: (patches - 1) bool, window i reaches from patch i to the next.
+        weights: (pixels, patches), from `axis_weights`.
+    """
+    marked = windows.nonzero().flatten().tolist()
+    if not marked:
+        return slice(0, 0)
+    inside = weights[:, marked[0] : marked[-1] + 2].sum(1) > 1 - 1e-4
+    pixels = inside.nonzero().flatten().tolist()
+    return slice(pixels[0], pixels[-1] + 1) if pixels else slice(0, 0)
 
 
 def floss_templates(

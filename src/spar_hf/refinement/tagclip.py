@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .scores import STRUCK_OUT, sum_of_classes
-from .tapped import TappedImage
+from .tapped import TappedImage, covered_pixels
 
 HALF = 0.5
 
@@ -129,7 +129,8 @@ def crop_probability(
 ) -> Tensor:
     """Probability of each name (K) for the crop, at the network's native size, its class token kept to the mask."""
     patch_px, native_px = image.network.config.patch_size, image.network.config.image_size
-    crop = image.fitted_pixels[..., top * patch_px : bottom * patch_px, left * patch_px : right * patch_px]
+    pixels = covered_pixels(image.pixel_values, image.network.config)
+    crop = pixels[..., top * patch_px : bottom * patch_px, left * patch_px : right * patch_px]
     crop = F.interpolate(crop.float(), size=(native_px, native_px), mode="bilinear", align_corners=False)
     side = native_px // patch_px
     patches = F.interpolate(mask[None, None].float(), size=(side, side), mode="nearest").flatten().bool()

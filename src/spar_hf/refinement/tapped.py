@@ -26,6 +26,13 @@ def check_network(network: Any, option: str) -> None:
         )
 
 
+def covered_pixels(pixel_values: Tensor, config: Any) -> Tensor:
+    """The pixels that the patch grid covers, whole patches only: (B, 3, H, W) -> (B, 3, h * p, w * p)."""
+    patch_px = config.patch_size
+    pixels, _ = fit_to_patches(pixel_values, patch_px, config.size_rule)
+    return pixels[..., : pixels.shape[2] // patch_px * patch_px, : pixels.shape[3] // patch_px * patch_px]
+
+
 class TappedImage:
     """One image, and CLIP's own view of it.
 
@@ -44,13 +51,6 @@ class TappedImage:
     def _outputs(self) -> Any:
         with torch.no_grad():
             return self.network(self.pixel_values, output_hidden_states=True)
-
-    @cached_property
-    def fitted_pixels(self) -> Tensor:
-        """The pixels that the patch grid covers, whole patches only: (1, 3, h * p, w * p)."""
-        patch_px = self.network.config.patch_size
-        pixels, _ = fit_to_patches(self.pixel_values, patch_px, self.network.config.size_rule)
-        return pixels[..., : pixels.shape[2] // patch_px * patch_px, : pixels.shape[3] // patch_px * patch_px]
 
     @property
     def num_blocks(self) -> int:

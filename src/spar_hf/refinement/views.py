@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..dense_spar import fit_to_patches
 from ..encoder_spar import SparVisionOutput
 from ..sliding_window import DenseEncoder
+from .tapped import covered_pixels
 
 LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601, as torchvision rounds it
 BLUR_PX, BLUR_SIGMA_PX = 11, 5.0
@@ -54,16 +54,19 @@ class View:
     Attributes:
         name: for the record.
         change: pixels (B, 3, H, W) -> pixels of the same size.
-        flip: axis of the pixels to mirror instead, -2 vertically or -1 horizontally.
+        undo: features (B, h, w, D) -> features that lie over the image again; None for a view that moves nothing.
     """
 
     name: str
-    change: Callable[[Tensor], Tensor] = Tensor.clone
-    flip: int | None = None
+    change: Callable[[Tensor], Tensor]
+    undo: Callable[[Tensor], Tensor] | None = None
 
 
 IMAGE_ENGINEERING = (View("greyscale", greyscale), View("blur", blur))
-FLIPS = (View("vertical flip", flip=-2), View("horizontal flip", flip=-1))
+FLIPS = (
+    View("vertical flip", lambda pixels: pixels.flip(2), lambda features: features.flip(1)),
+    View("horizontal flip", lambda pixels: pixels.flip(3), lambda features: features.flip(2)),
+)
 
 
 class ViewEnsemble(nn.Module):
@@ -99,22 +102,19 @@ class ViewEnsemble(nn.Module):
     @torch.no_grad()
     def forward(self, pixel_values: Tensor) -> SparVisionOutput:
         """(B, 3, H, W) -> `patch_embeds` (B, h, w, D), vectors of at most unit length."""
-        patch_px = self.config.patch_size
-        fitted, _ = fit_to_patches(pixel_values, patch_px, self.config.size_rule)
-        fitted = fitted[..., : fitted.shape[2] // patch_px * patch_px, : fitted.shape[3] // patch_px * patch_px]
-        num_flips = sum(view.flip is not None for view in self.views)
+        covered = covered_pixels(pixel_values, self.config)
+        num_flips = sum(view.undo is not None for view in self.views)
         num_plain = 1 + len(self.views) - num_flips  # with the image itself
         plain_share = PLAIN_SHARE if num_flips else 1.0
 
         outputs = self.encoder(pixel_values)
         mean = F.normalize(outputs.patch_embeds.float(), dim=-1) * (plain_share / num_plain)
         for view in self.views:
-            if view.flip is None:
+            if view.undo is None:
                 features = self.encoder(view.change(pixel_values)).patch_embeds
                 weight = plain_share / num_plain
             else:
-                # The pixels' last axes are the features' second and third: (B, 3, H, W), (B, h, w, D).
-                features = self.encoder(fitted.flip(view.flip)).patch_embeds.flip(view.flip - 1)
+                features = view.undo(self.encoder(view.change(covered)).patch_embeds)
                 weight = (1 - plain_share) / num_flips
             mean = mean + weight * F.normalize(features.float(), dim=-1)
         return SparVisionOutput(patch_embeds=mean, image_hw=outputs.image_hw, extent_hw=outputs.extent_hw)
