@@ -12,6 +12,7 @@ import plain_refinement as plain
 import pytest
 import torch
 from conftest import SIZES_HW
+from families import spar_dinov3, spar_siglip
 from plain_clip import PlainClip
 from scipy import ndimage
 from sklearn.cluster import DBSCAN
@@ -425,6 +426,25 @@ def test_the_pipeline_takes_a_refinement(segmenter):
             assert (result["segmentation"] != label_map.numpy()).mean() < 1e-3
     plain_result = segment(pictures[0], **options)["segmentation"]
     assert (plain_result != expected[0].numpy()).any()
+
+
+@pytest.mark.parametrize("family", ["siglip", "dinov3"])
+@torch.inference_mode()
+def test_the_other_families_take_what_does_not_look_inside(family, clip_tokenizer, spar_processor, pixels, tmp_path):
+    model = spar_siglip(clip_tokenizer, tmp_path) if family == "siglip" else spar_dinov3(clip_tokenizer)
+    images = pixels("off_grid")  # padded by one family, stretched by the other
+    for name, option in LABEL_OPTIONS.items():
+        if option.looks_inside:
+            with pytest.raises(ValueError, match=f"label option '{name}' looks into .* take a CLIP checkpoint"):
+                Refinement(model, [name])
+        elif option.stage != "templates":
+            refinement = Refinement(model, [name])
+            outputs = refinement.encoder(images)
+            text_embeds = outputs.patch_embeds[0].flatten(0, 1)[::5]  # each finds its own patch
+            (found,) = spar_processor.post_process_semantic_segmentation(
+                outputs, [(40, 56)], text_embeds, label_maps=refinement.label_maps(images)
+            )
+            assert found.shape == (40, 56) and len(found.unique()) > 1
 
 
 # --- mistakes --------------------------------------------------------------------------------------------------

@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..dense_spar import attend, fit_to_patches, merge_heads, project_heads
+from ..modeling_spar import SparVisionModel
 
 
 def check_network(network: Any, option: str) -> None:
-    """Raises a `ValueError` unless the network is a vision tower of the CLIP family, as `SparVisionModel` is."""
-    if not all(hasattr(network, part) for part in ("encoder", "pre_layrnorm", "visual_projection")):
+    """Raises a `ValueError` unless the network is a vision tower of the CLIP family."""
+    if not isinstance(network, SparVisionModel):
         raise ValueError(
             f"the label option {option!r} looks into the blocks and the class token of a CLIP vision tower, and the "
             f"model's is a {type(network).__name__}. Leave the option out, or take a CLIP checkpoint."
