@@ -60,21 +60,20 @@ def table(document: dict[str, Any]) -> list[str]:
     lines = []
     for name, option in LABEL_OPTIONS.items():
         entry = measured.get((name,))
-        score = change = factor = ""
+        score = change = ""
         if entry is not None:
             score = f"{100 * entry['mean_iou']:.1f}"
             change = f"{100 * (entry['mean_iou'] - plain['mean_iou']):+.1f}".replace("-", "−")
-            factor = f"{entry['seconds_per_image'] / plain['seconds_per_image']:.1f}×"
         does = f"{option.title} ({option.paper})"
         needs = ", ".join(option.needs) or "nothing"
-        lines.append([f"`{name}`", does, STAGES[option.stage], needs, score, change, factor])
-    header = ["option", "does", "changes", "needs", "mIoU", "change", "time"]
+        lines.append([f"`{name}`", does, STAGES[option.stage], needs, score, change])
+    header = ["option", "does", "changes", "needs", "mIoU", "change"]
     return [
         f"`{document['model']}` in one pass at {document['scale']:g}× its native side, {plain['num_images']} scenes "
         f"of the picture book's test split: {100 * plain['mean_iou']:.1f} % mean IoU without any option.",
         "",
         f"| {' | '.join(header)} |",
-        f"| {' | '.join(['---'] * 4 + ['---:'] * 3)} |",
+        f"| {' | '.join(['---'] * 4 + ['---:'] * 2)} |",
         *markdown_table(header, lines)[2:],
     ]
 
