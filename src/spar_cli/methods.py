@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
     print(table(numbers, "<" + ">" * len(BENCHMARKS)))
     print("\nbranch: clip alone, a vision foundation model beside it (vfm), or a generative one.")
     print("window, stride: the authors', in pixels, for a native side of 224; other networks scale them.")
-    print("needs: a second network, which --network replaces.")
+    print("needs: of a feature row a second network, which --network replaces; of a label row what it looks at.")
     print("gives: feature, one text-aligned vector per patch, which can be a teacher; or label, only a label map.")
     print("The label rows go with any feature row: --refine NAME, several times if need be; they run in this order.")
     if args.json is not None:
