@@ -1,0 +1,121 @@
+"""Times one pass of SigLIP's and DINOv3's ViT-B/16 (random weights) against the stock classes, on this machine.
+
+    python benchmarks/families.py
+
+`stock` is the vision model of transformers: for SigLIP it gives one vector per image and none of the text space per
+patch. `stock+head` is the same and the pooling head's value, projection and MLP on each patch, written plainly: what
+`ours` gives. Models take turns in every round. Figures are CPU seconds of the process, which other work on the machine
+changes little, the least of the rounds. Writes benchmarks/results/families.json with the command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+RESULTS = Path(__file__).parent / "results" / "families.json"
+SIZES = ("512x512", "1024x1024")
+SIGLIP = {"image_size": 512, "patch_size": 16}
+VIT_B = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+DINOV3 = {**VIT_B, "num_register_tokens": 4, "image_size": 512}
+
+
+def siglip(height_px: int, width_px: int, dtype: torch.dtype) -> Callable:
+    from spar_hf import SparSiglipVisionConfig, SparSiglipVisionModel
+
+    model = SparSiglipVisionModel(SparSiglipVisionConfig(**SIGLIP)).eval().to(dtype)
+    return lambda pixels: model(pixels).patch_embeds
+
+
+def stock_siglip(height_px: int, width_px: int, dtype: torch.dtype, head: bool = False) -> Callable:
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    model = SiglipVisionModel(SiglipVisionConfig(**SIGLIP)).eval().to(dtype)
+
+    def run(pixels: torch.Tensor) -> torch.Tensor:
+        output = model(pixels, interpolate_pos_encoding=True)
+        if not head:
+            return output.pooler_output
+        attention, width = model.head.attention, model.config.hidden_size
+        weight, bias = attention.in_proj_weight[2 * width :], attention.in_proj_bias[2 * width :]
+        values = attention.out_proj(nn.functional.linear(output.last_hidden_state, weight, bias))
+        return values + model.head.mlp(model.head.layernorm(values))
+
+    return run
+
+
+def stock_siglip_head(height_px: int, width_px: int, dtype: torch.dtype) -> Callable:
+    return stock_siglip(height_px, width_px, dtype, head=True)
+
+
+def dinov3(height_px: int, width_px: int, dtype: torch.dtype) -> Callable:
+    from spar_hf import SparDinov3VisionConfig, SparDinov3VisionModel
+
+    model = SparDinov3VisionModel(SparDinov3VisionConfig(**DINOV3)).eval().to(dtype)
+    return lambda pixels: model(pixels).patch_embeds
+
+
+def stock_dinov3(height_px: int, width_px: int, dtype: torch.dtype) -> Callable:
+    from transformers import DINOv3ViTConfig, DINOv3ViTModel
+
+    model = DINOv3ViTModel(DINOv3ViTConfig(**DINOV3)).eval().to(dtype)
+    return lambda pixels: model(pixels).last_hidden_state
+
+
+FAMILIES = {
+    "siglip": {"ours": siglip, "stock": stock_siglip, "stock+head": stock_siglip_head},
+    "dinov3": {"ours": dinov3, "stock": stock_dinov3},
+}
+
+
+def compare(models: dict[str, Callable], size: str, dtype: torch.dtype, rounds: int) -> dict[str, float]:
+    """CPU seconds of each model at one size and type, after a pass that is not counted."""
+    height_px, width_px = map(int, size.split("x"))
+    pixels = torch.randn(1, 3, height_px, width_px, dtype=dtype)
+    runs = {name: build(height_px, width_px, dtype) for name, build in models.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(rounds + 1):
+        for name, run in runs.items():
+            started = time.process_time()
+            run(pixels)
+            if turn:
+                seconds[name].append(time.process_time() - started)
+    return {name: min(values) for name, values in seconds.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--sizes", nargs="+", default=list(SIZES), help="height x width in pixels, such as 512x768")
+    parser.add_argument("--dtypes", nargs="+", default=["float32"])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    table = []
+    print(f"{'size':>10} {'type':>9} {'family':>8} {'model':>11} {'CPU s':>8} {'vs ours':>8}")
+    for size in args.sizes:
+        for dtype in args.dtypes:
+            for family, models in FAMILIES.items():
+                with torch.inference_mode():
+                    seconds = compare(models, size, getattr(torch, dtype), args.rounds)
+                for name, value in seconds.items():
+                    ratio = value / seconds["ours"]
+                    row = {"size": size, "dtype": dtype, "family": family, "model": name}
+                    table.append({**row, "cpu_seconds": value, "ratio_to_ours": ratio})
+                    print(f"{size:>10} {dtype:>9} {family:>8} {name:>11} {value:>8.2f} {ratio:>8.2f}", flush=True)
+    report = {"command": "python " + " ".join(sys.argv), "threads": args.threads, "torch": torch.__version__}
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps({**report, "rows": table}, indent=1) + "\n")
+    print(f"written to {args.output}")
+
+
+if __name__ == "__main__":
+    main()
