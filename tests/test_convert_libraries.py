@@ -106,7 +106,7 @@ def test_timms_siglip_through_open_clip(name, bpe, tmp_path):
 def test_open_clips_siglip_text(bpe, tmp_path):
     """SigLIP2's text tower: no mask, last token, projection with a bias, the tanh form of GELU."""
     text = {**TEXT, "no_causal_mask": True, "proj_bias": True, "pool_type": "last", "norm_kwargs": {"eps": 1e-6}}
-    text |= {"act_kwargs": {"approximate": "tanh"}, "width": 768, "heads": 12}
+    text |= {"act_kwargs": {"approximate": "tanh"}}
     vision = {
         "image_size": 512,
         "timm_model_name": "vit_base_patch16_siglip_512",
@@ -116,7 +116,7 @@ def test_open_clips_siglip_text(bpe, tmp_path):
     theirs = open_clip.CustomTextCLIP(768, vision, text, init_logit_bias=-10).eval()
     state = {f"segmentor.net.model.{key}": value for key, value in theirs.state_dict().items()}
     torch.save({"state_dict": state}, tmp_path / "spar.ckpt")
-    asked = Asked("gelu", "gelu_pytorch_tanh")
+    asked = Asked("gelu", "gelu_pytorch_tanh", text_heads=2)
     report = convert([tmp_path / "spar.ckpt"], "siglip2", tmp_path / "out", asked, bpe)
     assert all(check.agrees for check in report.comparisons)
     model, _ = spar_hf.load(tmp_path / "out")

@@ -227,6 +227,7 @@ def test_siglips_files_load_whole(layout, pixels, tmp_path):
 @torch.no_grad()
 def test_saved_towers_keep_the_stock_layout(family, pixels, tmp_path):
     family.tower.save_pretrained(tmp_path)
+    assert set(json.loads((tmp_path / "config.json").read_text())["auto_map"]) == {"AutoConfig", "AutoModel"}
     again, info = type(family.tower).from_pretrained(tmp_path, output_loading_info=True)
     assert info == CLEAN and type(AutoModel.from_pretrained(tmp_path)) is type(family.tower)
     assert again.config.to_diff_dict() == family.tower.config.to_diff_dict()
