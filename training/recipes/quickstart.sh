@@ -1,15 +1,20 @@
 #!/usr/bin/env bash
 # The method in a quarter of an hour on two CPU cores: store the teacher's features, train two blocks, compare.
 #     training/recipes/quickstart.sh [FOLDER]
-# Ends with mean IoU on the picture book in one pass, before and after, at 1 and 4 times the native side.
+# Ends with a table: mean IoU on the picture book, 40 test scenes, of one pass before, the teacher, one pass after.
+# Every step goes on where it was when the command is given again.
 set -euo pipefail
 folder=${1:-quickstart}
 
-data=(--student tiny --picture-book 240 --long-side-px 640 --short-side-px 640 --scale-range 0.2 1 --min-side-px 128
-      --stride-px 24 --teacher-dtype bfloat16 --workers 1)
+# Scenes of 1 to 5 times the native side (128 px), half of them cropped; a window of stride 40, which the paper finds
+# nearly as good as 24 at a third of the windows.
+data=(--student tiny --picture-book 480 --long-side-px 640 --short-side-px 640 --scale-range 0.2 1
+      --scale-law log-uniform --min-side-px 128 --stride-px 40 --teacher-dtype bfloat16 --workers 0)
 
 export ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1
 torchrun --standalone --nproc-per-node 2 training/cache_teacher.py "${data[@]}" --cache "$folder/features" --trunk-blocks 2
 torchrun --standalone --nproc-per-node 2 training/distill.py "${data[@]}" --cache "$folder/features" --trunk-blocks 2 \
-    --output "$folder/run" --resume --tracker none --epochs 8 --accumulate 2 --learning-rate 5e-4 --schedule cosine \
-    --clip-norm 1 --evaluate-scales 1 4 --evaluate-limit 40
+    --output "$folder/run" --resume --tracker none --train last:2 --epochs 8 --accumulate 2 --learning-rate 1e-3 \
+    --schedule cosine --warmup-steps 30 --clip-norm 1
+OMP_NUM_THREADS=2 python benchmarks/quality.py "single pass=tiny" "teacher, stride 40=tiny,stride=40" \
+    "student=$folder/run/model" --scales 1 4 6 --limit 40 --state "$folder/evaluation" --output "$folder/quality.json"

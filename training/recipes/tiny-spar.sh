@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
-# Makes `tiny-spar` from `tiny` on two CPU cores: teacher features once, then cheap steps of the last two blocks.
-#     training/recipes/tiny-spar.sh [STUDENT [FOLDER]]        more flags of distill.py in DISTILL_FLAGS
+# Makes `tiny-spar` from `tiny` on CPU cores: the teacher's features once, then the whole vision tower learns them.
+#     training/recipes/tiny-spar.sh [FOLDER]        SEED=1, TRAIN=last:2, EPOCHS=12 for other students of the same features
 set -euo pipefail
-student=${1:-tiny}
-folder=${2:-.work/tiny-spar}
+folder=${1:-.work/tiny-spar}
+train=${TRAIN:-all} seed=${SEED:-0}
 
-# Scenes of 1 to 6 times the native side (128 px), half of them cropped.
-data=(--student "$student" --picture-book 640 --long-side-px 768 --short-side-px 768 --scale-range 0.17 1
-      --min-side-px 128 --stride-px 24 --teacher-dtype bfloat16 --workers 1)
+# Scenes of 1 to 5 times the native side (128 px), half of them cropped.
+data=(--student tiny --picture-book 2400 --long-side-px 640 --short-side-px 640 --scale-range 0.2 1
+      --scale-law log-uniform --min-side-px 128 --stride-px 40 --teacher-dtype bfloat16 --workers 0)
+learn=(--train "$train" --learning-rate 4e-4 --warmup-steps 60)
+case $train in last:*) learn=(--train "$train" --learning-rate 1e-3 --warmup-steps 30 --trunk-blocks "${train#last:}") ;; esac
 
 export ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1
 torchrun --standalone --nproc-per-node 2 training/cache_teacher.py "${data[@]}" --cache "$folder/features" --trunk-blocks 2
-torchrun --standalone --nproc-per-node 2 training/distill.py "${data[@]}" --cache "$folder/features" --trunk-blocks 2 \
-    --output "$folder/run" --resume --train last:2 --epochs 12 --accumulate 2 --learning-rate 5e-4 --schedule cosine \
-    --clip-norm 1 --evaluate-scales 1 2 4 6 ${DISTILL_FLAGS:-}
+torchrun --standalone --nproc-per-node 2 training/distill.py "${data[@]}" --cache "$folder/features" "${learn[@]}" \
+    --output "$folder/$train-seed$seed" --resume --seed "$seed" --epochs "${EPOCHS:-6}" --accumulate 2 \
+    --schedule cosine --clip-norm 1
