@@ -13,6 +13,8 @@ import spar_hf.methods.cliper
 import spar_hf.methods.encoder
 import spar_hf.methods.sc_clip
 from spar_hf import METHODS, SlidingWindow, SparVisionModel, build_encoder
+from spar_hf.distillation.flags import Parser, add_teacher_flags
+from spar_hf.distillation.teacher import build_teacher, teacher_features
 
 FILES = [name for name, method in METHODS.items() if method.file]
 
@@ -150,3 +152,28 @@ def test_wrong_requests_say_what_to_do(make_vision):
         build_encoder(vision, network="facebook/dino-vitb8")
     with pytest.raises(ValueError, match="1 block; method 'cliper' needs at least 2"):
         build_encoder(make_vision(num_hidden_layers=1), "cliper")
+
+
+def test_a_teacher_runs_in_its_own_window_on_the_students_grid(tmp_path):
+    torch.manual_seed(0)
+    config = ViTConfig(hidden_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=64, patch_size=8)
+    ViTModel(config).save_pretrained(tmp_path)
+    parser = Parser("")
+    add_teacher_flags(parser)
+    images = torch.randint(256, (1, 144, 160, 3), dtype=torch.uint8)
+    for words, window, stride in (
+        (["naclip"], 128, 64),
+        (["itaclip", "--stride-px", "64"], 128, 64),
+        (["sc_clip"], 128, 64),
+        (["proxyclip", "--teacher-network", str(tmp_path), "--window-px", "128"], 128, 64),
+        (["naclip", "proxyclip", "--teacher-network", str(tmp_path)], [128, 192], 64),
+    ):
+        teacher, described = build_teacher(parser.parse_args(["--student", "tiny", "--teacher-method", *words]))
+        assert (described["window_px"], described["stride_px"]) == (window, stride)
+        assert teacher.config.patch_size == 16
+        assert teacher_features(teacher, images).shape == (1, 9, 10, 128)
+    assert described["method"] == ["naclip", "proxyclip"] and described["recipe"][1] is None
+    with pytest.raises(ValueError, match="no --teacher-method takes a second network"):
+        build_teacher(
+            parser.parse_args(["--student", "tiny", "--teacher-method", "naclip", "--teacher-network", "x/y"])
+        )

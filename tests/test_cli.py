@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
+from transformers import ViTConfig, ViTModel
 
 import spar_hf
 from spar_cli.main import COMMANDS, main
@@ -241,6 +242,45 @@ def test_evaluate_prints_a_table_and_writes_json(here, capsys, model_folder):
     assert written["command"] == f"spar {' '.join(words)} --json out/score.json"
     assert written["num_images"] == 2
     assert f"**{100 * written['mean_iou']:.1f}**" in out
+
+
+def test_the_documentation_has_the_table_as_it_is(tmp_path, capsys):
+    docs = Path(__file__).parent.parent / "docs" / "methods.md"
+    copy = tmp_path / "methods.md"
+    copy.write_text(docs.read_text(encoding="utf-8"), encoding="utf-8")
+    assert main(["methods", "--markdown", str(copy)]) == 0
+    renewed = copy.read_text(encoding="utf-8")
+    assert renewed == docs.read_text(encoding="utf-8"), "run spar methods --markdown docs/methods.md"
+    for name, method in METHODS.items():
+        assert f"| `{name}` | {method.title} | {method.paper} |" in renewed
+    copy.write_text("no marks")
+    capsys.readouterr()
+    message = fails(capsys, "methods", "--markdown", str(copy))
+    assert "has no place for the table; put the lines <!-- methods -->" in message
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.file and not method.needs])
+def test_a_method_in_a_file_runs_like_any_other(name, here, model_folder):
+    words = ["--model", model_folder, "--method", name]
+    assert main(["features", "street.png", *words, "--json", "one.json"]) == 0
+    window = [*words, "--window-px", "own", "--json", "window.json"]
+    assert main(["segment", "street.png", "--labels", LABELS, *window]) == 0
+    assert json.loads(Path("one.json").read_text())["method"] == name
+    facts = json.loads(Path("window.json").read_text())
+    expected = METHODS[name].window_for(64, 16)
+    assert (facts["method"], facts["window_px"], facts["stride_px"]) == (name, *expected)
+
+
+def test_a_second_network_comes_from_a_folder(here, capsys, model_folder):
+    config = ViTConfig(hidden_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8)
+    ViTModel(config).save_pretrained(here / "dino")
+    words = ["features", "street.png", "--model", model_folder, "--json", "out.json"]
+    assert main([*words, "--method", "proxyclip", "--network", "dino"]) == 0
+    facts = json.loads(Path("out.json").read_text())
+    assert (facts["network"], facts["images"][0]["grid_hw"]) == ("dino", [11, 18])
+    capsys.readouterr()
+    message = fails(capsys, *words, "--method", "naclip", "--network", "dino")
+    assert "method 'naclip' takes no second network" in message
 
 
 def test_label_options_run_in_the_tables_order_and_are_recorded(here, capsys, model_folder):

@@ -6,7 +6,7 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
-from .output import check_outputs, table, write_json
+from .output import check_outputs, table, whole_files, write_json
 
 HELP = "List the training-free methods that --method takes and the label options that --refine takes."
 EPILOG = """examples:
@@ -16,6 +16,9 @@ EPILOG = """examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table as JSON")
+    parser.add_argument(
+        "--markdown", type=Path, metavar="FILE", help="also renew the table in a Markdown file, between its marks"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -23,6 +26,8 @@ def run(args: argparse.Namespace) -> None:
     from spar_hf.refinement import LABEL_OPTIONS
 
     check_outputs(args)
+    if args.markdown is not None:
+        renew(args.markdown, "methods", markdown())
     short = {"coco_object": "object", "coco_stuff": "stuff"}
     rows: list[tuple[str, ...]] = [("method", "branch", "gives", "window", "stride", "needs", "paper")]
     numbers: list[tuple[str, ...]] = [("method", *(short.get(name, name) for name in BENCHMARKS))]
@@ -51,3 +56,45 @@ def run(args: argparse.Namespace) -> None:
         }
         methods = {name: asdict(method) for name, method in METHODS.items()}
         write_json(args.json, {"methods": methods, "label_options": options})
+
+
+def markdown() -> str:
+    """The table of feature methods for the documentation."""
+    from spar_hf.evaluation import markdown_table
+    from spar_hf.methods_spar import BENCHMARKS, METHODS
+
+    rows, numbers = [], []
+    for name, method in METHODS.items():
+        where = "row" if method.file is None else f"[file](../src/spar_hf/methods/{method.file}.py)"
+        window = f"{method.window_px or 'native'} / {method.stride_px}"
+        needs = ", ".join(method.needs) or "nothing else"
+        facts = [f"`{name}`", method.title, method.paper, where, needs, f"`{method.position_interpolation}`", window]
+        rows.append(facts)
+        reported = [f"{method.reported[key]:.1f}" if key in method.reported else "" for key in BENCHMARKS]
+        numbers.append([f"`{name}`", *reported, method.note])
+    heads = ["method", "name", "paper", "row or file", "needs", "positions", "window / stride (px)"]
+    return "\n".join(
+        [
+            *markdown_table(heads, rows),
+            "",
+            "Mean IoU in %, CLIP ViT-B/16, as published, each under its authors' own protocol:",
+            "",
+            *markdown_table(["method", *BENCHMARKS, "note"], numbers),
+        ]
+    )
+
+
+def renew(path: Path, name: str, block: str) -> None:
+    """Puts a generated block between the marks `<!-- NAME -->` and `<!-- /NAME -->` of a file.
+
+    Raises:
+        ValueError: the file has no such marks.
+    """
+    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    text = path.read_text(encoding="utf-8")
+    before, found, rest = text.partition(start)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise ValueError(f"{path} has no place for the table; put the lines {start} and {end} where it shall stand.")
+    with whole_files(path) as (partial,):
+        partial.write_text(f"{before}{start}\n{block}\n{end}{after}", encoding="utf-8")

@@ -1,0 +1,119 @@
+"""Times every method of the table on ViT-B/16 (random weights) against one plain pass, on this machine.
+
+    python benchmarks/methods.py                                  # 448, 672 x 896 and 1024 x 1024 px
+    python benchmarks/methods.py --sizes 448x448 --methods naclip gem
+
+For each size: milliseconds (median; the methods share one network and take turns in every round), peak memory over the
+loaded network (one pass in a process of its own), and both as ratios to the first method, one plain pass. A second
+network is a random ViT-B/16 and its pass counts. Writes benchmarks/results/methods.json, a size at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing as mp
+import resource
+import shlex
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spar_hf import METHODS, SparVisionConfig, SparVisionModel, build_encoder
+from spar_hf.evaluation import markdown_table, write_atomically
+
+RESULTS = Path(__file__).parent / "results" / "methods.json"
+SIZES = ("448x448", "672x896", "1024x1024")
+REFERENCE = "maskclip"
+
+
+def build(names: list[str]) -> dict[str, Any]:
+    """The methods as encoders around one network."""
+    from transformers import ViTConfig, ViTModel
+
+    torch.manual_seed(0)
+    vision = SparVisionModel(SparVisionConfig()).eval()
+    needs = {"network": ViTModel(ViTConfig()).eval()} if any(METHODS[name].needs for name in names) else {}
+    return {name: build_encoder(vision, name, **(needs if METHODS[name].needs else {})) for name in names}
+
+
+def pixels_of(size: str) -> torch.Tensor:
+    height_px, width_px = map(int, size.split("x"))
+    return torch.randn(1, 3, height_px, width_px, generator=torch.Generator().manual_seed(0))
+
+
+def milliseconds(encoders: dict[str, Any], size: str, rounds: int) -> dict[str, float]:
+    """Median time of each encoder; every round starts with another one."""
+    pixels, times = pixels_of(size), {name: [] for name in encoders}  # type: ignore[var-annotated]
+    order = list(encoders)
+    with torch.inference_mode():
+        for turn in range(-1, rounds):  # the first round warms up
+            for name in order[turn % len(order) :] + order[: turn % len(order)]:
+                start = time.perf_counter()
+                encoders[name](pixels)
+                if turn >= 0:
+                    times[name].append(1000 * (time.perf_counter() - start))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _measure_memory(name: str, size: str, threads: int, results: Any) -> None:
+    """Runs in a process of its own: peak megabytes of one pass over the loaded network."""
+    torch.set_num_threads(threads)
+    encoder, pixels = build([name])[name], pixels_of(size)
+    with torch.inference_mode():
+        encoder(pixels[:, :, :64, :64])  # libraries load and set up with the first pass
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        encoder(pixels)
+    results.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+
+def peak_mb(name: str, size: str, threads: int) -> float:
+    context = mp.get_context("spawn")
+    results = context.Queue()
+    process = context.Process(target=_measure_memory, args=(name, size, threads, results))
+    process.start()
+    peak = results.get()
+    process.join()
+    return peak
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--sizes", nargs="+", default=list(SIZES), help="height x width in pixels, such as 672x896")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    names = [REFERENCE, *(name for name in args.methods if name != REFERENCE)]
+    encoders = build(names)
+    rows: list[dict[str, Any]] = []
+    for size in args.sizes:
+        times = milliseconds(encoders, size, args.rounds)
+        peaks = {name: peak_mb(name, size, args.threads) for name in names}
+        for name in names:
+            rows.append(
+                {
+                    "method": name,
+                    "size": size,
+                    "milliseconds": round(times[name], 1),
+                    "peak_mb": round(peaks[name]),
+                    "time_ratio": round(times[name] / times[REFERENCE], 2),
+                    "memory_ratio": round(peaks[name] / peaks[REFERENCE], 2),
+                }
+            )
+        command = shlex.join(["python", *sys.argv])
+        document = {"command": command, "threads": args.threads, "torch": torch.__version__, "rows": rows}
+        write_atomically(args.output, (json.dumps(document, indent=1) + "\n").encode())
+        cells = [[str(value) for key, value in row.items() if key != "size"] for row in rows if row["size"] == size]
+        print(f"\n{size}, {args.threads} threads:\n", flush=True)
+        print("\n".join(markdown_table(["method", "ms", "MB over network", "time", "memory"], cells)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
