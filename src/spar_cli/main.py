@@ -13,10 +13,18 @@ from contextlib import contextmanager
 from importlib import metadata
 from typing import Any, NoReturn
 
-from . import convert, evaluate, features, methods, segment
+from . import convert, demo, evaluate, features, methods, publish, segment
 from .options import check_one_of
 
-COMMANDS = {"segment": segment, "features": features, "methods": methods, "evaluate": evaluate, "convert": convert}
+COMMANDS = {
+    "segment": segment,
+    "features": features,
+    "methods": methods,
+    "evaluate": evaluate,
+    "convert": convert,
+    "publish": publish,
+    "demo": demo,
+}
 
 EPILOG = """examples:
   spar segment street.jpg --labels "road; car, automobile; sky"
@@ -24,6 +32,8 @@ EPILOG = """examples:
   spar features street.jpg --output features
   spar methods
   spar evaluate --benchmark picturebook --scale 4 --limit 20
+  spar publish runs/spar/model --repo-id you/spar
+  spar demo
 
 'spar COMMAND --help' explains each command."""
 

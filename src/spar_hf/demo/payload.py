@@ -1,0 +1,169 @@
+"""What the page's viewers and the downloads are given: pictures as data, words as text, files under fixed names."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..visualize import label_map_image, overlay, palette, plain_text, share_text
+from .engine import Answer, Features
+
+SHOWN_PX = 1280  # longer side of a picture on the page; the downloads have its own size
+NO_CLASS = 65535
+GONE_AFTER_S = 120  # files that Gradio has copied into its own cache by then
+
+
+def data_url(image: Image.Image, format: str) -> str:
+    """A picture as text."""
+    encoded = io.BytesIO()
+    image.save(encoded, format=format, **({"quality": 90} if format == "JPEG" else {}))
+    return f"data:image/{format.lower()};base64,{base64.b64encode(encoded.getvalue()).decode()}"
+
+
+def shown_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height of a picture on the page; small ones are enlarged by a whole factor."""
+    longer = max(image.size)
+    scale = SHOWN_PX / longer if longer > SHOWN_PX else max(1, round(480 / longer))
+    return max(1, round(image.width * scale)), max(1, round(image.height * scale))
+
+
+def ids_as_colours(segmentation: np.ndarray, size: tuple[int, int]) -> Image.Image:
+    """A label map whose red and green are the low and the high byte of the class id, nearest neighbour."""
+    ids = np.where((segmentation < 0) | (segmentation >= NO_CLASS), NO_CLASS, segmentation).astype(np.uint16)
+    channels = np.stack([ids & 255, ids >> 8, np.zeros_like(ids)], axis=-1).astype(np.uint8)
+    return Image.fromarray(channels).resize(size, Image.Resampling.NEAREST)
+
+
+def milliseconds(value: float) -> str:
+    return f"{value / 1000:.1f} s" if value >= 10_000 else f"{value:.0f} ms"
+
+
+def message(text: str) -> dict[str, Any]:
+    """A viewer that shows a sentence instead of pictures."""
+    return {"message": plain_text(text)}
+
+
+def view(panels: Sequence[dict[str, Any]], answers: Sequence[Answer], key: str) -> dict[str, Any]:
+    """The value of a viewer.
+
+    Args:
+        panels: For each picture its `title`, `note` and `answer` (an `Answer`), or `wait`, what it waits for.
+        answers: All answers, for the legend; their classes in the order of the last one's shares.
+        key: Tells one request from the next: the isolated class stays where it is the same.
+    """
+    last = answers[-1]
+    titles, names = last.labels.titles, last.labels.classes
+    colours = palette(len(titles)).tolist()
+    shares = [{segment["id"]: segment["share"] for segment in answer.segments} for answer in answers]
+    present = sorted({index for found in shares for index in found}, key=lambda index: -shares[-1].get(index, 0.0))
+    classes = [
+        {
+            "id": index,
+            "label": plain_text(titles[index]),
+            "names": plain_text(", ".join(names[index])),
+            "colour": colours[index],
+            "share": " · ".join(share_text(found.get(index, 0.0)) for found in shares),
+            "fraction": shares[-1].get(index, 0.0),
+        }
+        for index in present
+        if 0 <= index < len(titles)
+    ]
+    size = shown_size(last.image)
+    shown = []
+    for panel in panels:
+        answer = panel.pop("answer", None)
+        if answer is not None:
+            panel["labels"] = data_url(ids_as_colours(answer.segmentation, size), "PNG")
+            found = ", ".join(f"{segment['label']} {share_text(segment['share'])}" for segment in answer.segments[:8])
+            panel["description"] = plain_text(f"{panel['title']}: {found}")
+        shown.append(panel)
+    photo = last.image.resize(size, Image.Resampling.BICUBIC if size[0] > last.image.width else Image.Resampling.BOX)
+    return {
+        "key": key,
+        "image": data_url(photo, "JPEG"),
+        "panels": shown,
+        "classes": classes,
+        "bars": len(panels) == 1,
+    }
+
+
+def feature_view(features: Features, model: str, cosines: np.ndarray, place: tuple[float, float]) -> dict[str, Any]:
+    """The value of the features' viewer; `place` is (x, y), each 0 to 1."""
+    size = shown_size(features.image)
+    pictures = []
+    for title, picture in (
+        ("Principal components of the features", features.pca),
+        ("Similarity to the chosen patch", heat(features.image, cosines)),
+    ):
+        source = data_url(picture.resize(size, Image.Resampling.BICUBIC), "JPEG")
+        pictures.append({"title": title, "source": source, "width": size[0], "height": size[1]})
+    height, width, dim = features.patch_embeds.shape
+    reach = f"{cosines.min():.2f} to {cosines.max():.2f}"
+    note = f"{width} × {height} patches of {dim} numbers, from {model} in one pass. Cosine: {reach}."
+    return {"pictures": pictures, "place": list(place), "grid": [height, width], "note": plain_text(note)}
+
+
+def heat(image: Image.Image, cosines: np.ndarray) -> Image.Image:
+    """The picture in grey, warm where the cosine is high: from its lowest value to its highest."""
+    low, high = float(cosines.min()), float(cosines.max())
+    strength = (cosines - low) / (high - low) if high > low else np.zeros_like(cosines)
+    stops = np.array([(24, 30, 84), (86, 180, 233), (240, 228, 66), (213, 94, 0)], dtype=np.float32)
+    position = strength * (len(stops) - 1)
+    index = np.clip(position.astype(int), 0, len(stops) - 2)
+    rest = (position - index)[..., None]
+    colours = (1 - rest) * stops[index] + rest * stops[index + 1]
+    grey = np.asarray(image.convert("L"), dtype=np.float32)[..., None]
+    return Image.fromarray((0.4 * grey + 0.6 * colours).clip(0, 255).astype(np.uint8))
+
+
+def facts(answer: Answer) -> dict[str, Any]:
+    """An answer as JSON: classes in the order of the vocabulary with their shares."""
+    shares = {segment["id"]: segment["share"] for segment in answer.segments}
+    return {
+        "size_hw": [answer.image.height, answer.image.width],
+        "input_hw": list(answer.input_hw),
+        "grid_hw": list(answer.grid_hw),
+        "windows": answer.windows,
+        "encode_ms": round(answer.encode_ms, 1),
+        "classes": [
+            {"id": index, "label": title, "names": list(answer.labels.classes[index]), "share": shares.get(index, 0.0)}
+            for index, title in enumerate(answer.labels.titles)
+        ],
+    }
+
+
+class Downloads:
+    """Files for the visitor, under names that no visitor chose; Gradio copies them to its cache, and ours go soon."""
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="spar-demo-"))
+
+    def write(self, answer: Answer, opacity: float = 0.6) -> tuple[str, str, str]:
+        """Paths of overlay, label map and classes."""
+        self.tidy(GONE_AFTER_S)
+        place = Path(tempfile.mkdtemp(dir=self.folder))
+        overlay(answer.image, answer.segmentation, answer.labels, opacity).save(place / "overlay.png")
+        label_map_image(answer.segmentation).save(place / "label-map.png")
+        (place / "classes.json").write_text(json.dumps(facts(answer), indent=2, ensure_ascii=False) + "\n", "utf-8")
+        return str(place / "overlay.png"), str(place / "label-map.png"), str(place / "classes.json")
+
+    def save(self, name: str, picture: Image.Image) -> str:
+        self.tidy(GONE_AFTER_S)
+        path = Path(tempfile.mkdtemp(dir=self.folder)) / name
+        picture.save(path)
+        return str(path)
+
+    def tidy(self, older_than_s: float = 0) -> None:
+        for place in self.folder.iterdir():
+            if time.time() - place.stat().st_mtime > older_than_s:
+                shutil.rmtree(place, ignore_errors=True)

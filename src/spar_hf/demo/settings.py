@@ -1,0 +1,80 @@
+"""Models and limits of the demonstration, environment variables that `python -m spar_hf.demo.settings` lists."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+from ..checkpoints import ASSETS, SHIPPED
+
+# The best checkpoint that this installation has: `tiny-spar`, which is distilled, or `tiny`, which it starts from.
+DEFAULT_MODEL = "tiny-spar" if (ASSETS / "tiny-spar" / "config.json").is_file() else "tiny"
+
+# Plain CLIP checkpoints on the Hub that the menu offers beside the shipped ones; for photographs.
+KNOWN = ("openai/clip-vit-base-patch16", "laion/CLIP-ViT-B-16-laion2B-s34B-b88K")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a visitor may ask for. The variable of a field is SPAR_ and its name in capitals, such as SPAR_MAX_LABELS.
+
+    Attributes:
+        model: The model that is chosen first: a shipped one, a folder or a Hub id.
+        device: `auto` takes an accelerator if there is one.
+        max_file_mb: Largest upload.
+        max_image_pixels: Larger pictures are refused before they are decoded.
+        max_input_pixels: Larger pictures are shrunk to this for the model; the label map keeps their own size.
+        max_labels: Names in one vocabulary, synonyms included.
+        max_windows: Windows of one sliding-window pass.
+        quick_at_once: Single passes that run at the same time.
+        slow_at_once: Sliding windows that run at the same time; these never wait for each other.
+        queue_size: Requests that wait; more are told to come back.
+        models_in_memory: Models kept loaded, the last used ones.
+        keep_files_s: Seconds that uploads and results are kept on disk.
+    """
+
+    model: str = DEFAULT_MODEL
+    device: str = "auto"
+    max_file_mb: int = 20
+    max_image_pixels: int = 40_000_000
+    max_input_pixels: int = 1024 * 1024
+    max_labels: int = 300
+    max_windows: int = 3000
+    quick_at_once: int = 2
+    slow_at_once: int = 1
+    queue_size: int = 60
+    models_in_memory: int = 4
+    keep_files_s: int = 1800
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Settings:
+        """Settings from the variables that are set, defaults for the others.
+
+        Raises:
+            ValueError: A variable that should be a whole number from 1 up is not.
+        """
+        given: dict[str, str | int] = {}
+        for field in fields(cls):
+            variable = f"SPAR_{field.name.upper()}"
+            word = environment.get(variable, "").strip()
+            if not word:
+                continue
+            if field.type == "str":
+                given[field.name] = word
+            elif word.isascii() and word.isdigit() and 0 < int(word) < 10**12:
+                given[field.name] = int(word)
+            else:
+                raise ValueError(f"{variable} is {word!r}; give a whole number, at least 1.")
+        return cls(**given)  # type: ignore[arg-type]
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The menu: the first model, the shipped ones, the known ones of the Hub."""
+        shipped = [name for name in SHIPPED if (ASSETS / name / "config.json").is_file()]
+        return tuple(dict.fromkeys([self.model, *shipped, *KNOWN]))
+
+
+if __name__ == "__main__":
+    for _field in fields(Settings):
+        print(f"SPAR_{_field.name.upper()}={getattr(Settings(), _field.name)}")
