@@ -48,6 +48,8 @@ def hub(monkeypatch, tmp_path):
             monkeypatch.setenv(name, value)
         # The client reads these when it is imported, which it is already here.
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        address = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -413,7 +415,7 @@ def test_a_lost_answer_makes_no_second_commit(hub, trained, monkeypatch, spar):
     def commit(self, **route):
         if not lost:
             lost.append(route)
-            self.send = lambda *args, **kwargs: self.connection.close()
+            self.send = lambda *args, **kwargs: setattr(self, "close_connection", True)
         honest(self, **route)
 
     monkeypatch.setattr(hub.server.RequestHandlerClass, "commit", commit, raising=False)

@@ -67,6 +67,7 @@ from spar_hf.distillation.teacher import (
     mean_feature,
     teacher_features,
 )
+from spar_hf.publish import publish
 
 
 def mse(student: torch.Tensor, teacher: torch.Tensor, centre: torch.Tensor) -> torch.Tensor:
@@ -323,9 +324,7 @@ def finish(args: argparse.Namespace, weights: dict[str, torch.Tensor], run: dict
     if args.evaluate_scales:
         evaluate_picture_book(args, model, processor)
     if args.push_to_hub:
-        model.push_to_hub(args.push_to_hub)
-        if processor is not None:
-            processor.push_to_hub(args.push_to_hub)
+        print(f"published {publish(folder, args.push_to_hub).url}")
 
 
 def evaluate_picture_book(args: argparse.Namespace, student: nn.Module, processor: Any) -> None:

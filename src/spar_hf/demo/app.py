@@ -23,9 +23,9 @@ PAGE = Path(__file__).parent / "page"
 OWN_METHOD = "the model's own"
 EXAMPLES = (
     ("demo.png", "cake; car, automobile; tree; apple; star; sea; sky; sand"),
-    ("five-things.png", "house; tree; car; boat; fish; flower; balloon; grass; sky; brick; snow; wood"),
-    ("night-road.png", "car, automobile; moon; star; road; sky; grass; house; tree"),
-    ("sandbox.png", "sand; turtle; snail; crown; cup; kite; bird; sky; wood"),
+    ("five-things.png", "cup, mug; flower; tree; clock; star; brick; snow; sea; sky"),
+    ("night-road.png", "boat; turtle; fish; moon; road; snow"),
+    ("sandbox.png", "fish; kite; butterfly; rocket; sand; road"),
 )
 
 SEGMENT_HINT = """<h3>Name it, see it</h3>
@@ -33,7 +33,7 @@ SEGMENT_HINT = """<h3>Name it, see it</h3>
 <li>Type what you look for. <code>;</code> splits classes, <code>,</code> splits names of one class:
 <code>road; car, automobile; sky</code></li>
 <li>Press <b>Segment</b>. Point at a class to see it alone; click to keep it.</li></ol>
-<p>Every patch of the picture goes to the nearest of your words, so name the background too.</p>"""
+<p>Every patch of the picture goes to the nearest of your words, so name the ground too.</p>"""
 COMPARE_HINT = """<h3>One pass against hundreds</h3>
 <ol><li><b>Single pass</b>: the network once over the whole picture, far larger than it was trained on.</li>
 <li><b>Sliding window</b>: the same network on every window of its own size, averaged. Better, and slow.</li>
@@ -47,7 +47,9 @@ colour is alike to the network.</p>
 HEAD = """<h1>SPAR: name it, see it</h1>
 <p>Open-vocabulary segmentation of any picture, at any size, in one forward pass.</p>"""
 CSS = """
-.gradio-container { max-width: 1400px !important; margin: 0 auto !important; }
+html { scrollbar-gutter: stable; }
+.gradio-container { width: 100% !important; max-width: 1400px !important; margin: 0 auto !important; }
+.gradio-container > main, .gradio-container main > .wrap { width: 100% !important; max-width: none !important; }
 #head h1 { font-size: 1.6rem; margin: .2rem 0 0; }
 #head p { margin: .2rem 0 .4rem; color: var(--body-text-color-subdued); }
 #downloads button { min-width: 9rem; }
@@ -55,19 +57,18 @@ CSS = """
 """
 
 
-class Picture(gr.Image):
+def picture_input(**options: Any) -> gr.Image:
     """An image input that hands over the file as it came: the package opens it, under limits and with clear words."""
-
-    is_template = True  # the same component in the browser
-
-    def preprocess(self, payload: Any) -> str | None:
-        return payload.path if payload is not None else None
+    component = gr.Image(type="filepath", image_mode=None, **options)
+    # On the object, for Gradio writes a stub file beside the source of every class made from a component.
+    component.preprocess = lambda payload: payload.path if payload is not None else None  # type: ignore[method-assign]
+    return component
 
 
 def viewer(name: str, hint: str, **options: Any) -> gr.HTML:
     """A component of our own from page/NAME.html, .css and .js; no value is ever part of its HTML."""
     html, css, js = ((PAGE / f"{name}.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js"))
-    return gr.HTML(value={}, html_template=html, css_template=css, js_on_load=js, hint=hint, **options)  # type: ignore[arg-type]
+    return gr.HTML(value={}, html_template=html, css_template=css, js_on_load=js, hint=hint, **options)
 
 
 @cache
@@ -198,6 +199,12 @@ class Page:
         return str(self.number)
 
 
+def example(index: int) -> tuple[str, str]:
+    """Path and words of an example."""
+    name, words = EXAMPLES[index]
+    return str(ASSETS / "pictures" / name), words
+
+
 def hidden(name: str) -> dict[str, Any]:
     """An event of the page: named apart from the endpoints, and not one of them."""
     return {"api_name": f"page_{name}", "api_visibility": "private"}
@@ -218,8 +225,8 @@ def build(settings: Settings | None = None) -> gr.Blocks:
     """
     settings = settings or Settings.from_environment()
     page = Page(settings)
-    quick = {"concurrency_id": "quick", "concurrency_limit": settings.quick_at_once}
-    slow = {"concurrency_id": "slow", "concurrency_limit": settings.slow_at_once}
+    quick: dict[str, Any] = {"concurrency_id": "quick", "concurrency_limit": settings.quick_at_once}
+    slow: dict[str, Any] = {"concurrency_id": "slow", "concurrency_limit": settings.slow_at_once}
     with gr.Blocks(
         title="SPAR: name it, see it",
         analytics_enabled=False,
@@ -228,17 +235,19 @@ def build(settings: Settings | None = None) -> gr.Blocks:
         gr.HTML(HEAD, elem_id="head")
         with gr.Row(equal_height=False):
             with gr.Column(scale=4, min_width=320):
-                picture = Picture(
-                    label="Picture", type="filepath", image_mode=None, height=300, elem_id="picture",
-                    sources=["upload", "clipboard", "webcam"],
-                )  # fmt: skip
+                picture = picture_input(
+                    label="Picture", height=300, elem_id="picture", sources=["upload", "clipboard", "webcam"]
+                )
                 words = gr.Textbox(
                     label="Words", lines=2, max_lines=6, elem_id="words",
                     placeholder="road; car, automobile; sky",
                     info="; splits classes, a comma splits names of one class. Shift + Enter segments.",
                 )  # fmt: skip
                 vocabulary = gr.Dropdown(
-                    ["", *vocabularies()], value="", label="or take the words of a benchmark", elem_id="vocabulary"
+                    [("Own words", ""), *((name, name) for name in vocabularies())],
+                    value="",
+                    label="or the words of a benchmark",
+                    elem_id="vocabulary",
                 )
                 with gr.Accordion("Model", open=False):
                     model = gr.Dropdown(
@@ -248,11 +257,12 @@ def build(settings: Settings | None = None) -> gr.Blocks:
                         [(OWN_METHOD, OWN_METHOD), *((METHODS[name].title, name) for name in page.engine.methods)],
                         value=OWN_METHOD, label="Method of the last block", elem_id="method",
                     )  # fmt: skip
-                examples = gr.Examples(
-                    [[str(ASSETS / "pictures" / name), text] for name, text in EXAMPLES],
-                    inputs=[picture, words],
+                examples = gr.Dataset(
+                    components=[picture],
+                    samples=[[str(ASSETS / "pictures" / name)] for name, _ in EXAMPLES],
+                    type="index",
                     label="Examples: drawings, which the shipped models know",
-                    cache_examples=False,
+                    elem_id="examples",
                 )
             with gr.Column(scale=7, min_width=320), gr.Tabs():
                 with gr.Tab("Segment", id="segment"):
@@ -273,10 +283,11 @@ def build(settings: Settings | None = None) -> gr.Blocks:
                     features = viewer("features", FEATURES_HINT, elem_id="feature-view")
 
         asked = [picture, words, model, method]
-        at_once = {"api_visibility": "private", "queue": False}
+        at_once: dict[str, Any] = {"api_visibility": "private", "queue": False}
         segmenting = {"fn": page.segment, "inputs": asked, "outputs": [answer, *files], **hidden("segment"), **quick}
         gr.on([run.click, words.submit], show_progress_on=answer, **segmenting)
-        examples.load_input_event.then(show_progress_on=answer, **segmenting)
+        loading = examples.click(example, examples, [picture, words], **at_once)
+        loading.then(show_progress_on=answer, **segmenting)
         vocabulary.input(lambda name: vocabularies().get(name, ""), vocabulary, words, **at_once)
 
         compare.click(lambda: gr.update(interactive=True), None, stop, **at_once)
@@ -290,7 +301,7 @@ def build(settings: Settings | None = None) -> gr.Blocks:
         features.select(page.clicked, seen, features, show_progress="hidden", **hidden("clicked"), **quick)
         add_api(page, asked, quick, slow)
     demo.queue(max_size=settings.queue_size, default_concurrency_limit=settings.quick_at_once)
-    demo.spar_page = page  # type: ignore[attr-defined]
+    demo.spar_page = page  # Gradio's class takes what it is given
     return demo
 
 
@@ -347,7 +358,7 @@ def add_api(page: Page, asked: list[Any], quick: dict[str, Any], slow: dict[str,
         except DemoError as error:
             raise gr.Error(str(error), print_exception=False) from None
         grey = Image.fromarray((127.5 * (1 + cosines)).round().clip(0, 255).astype("uint8"))
-        about = {"grid_hw": list(features.patch_embeds.shape[:2]), "patch": list(patch)}
+        about: dict[str, Any] = {"grid_hw": list(features.patch_embeds.shape[:2]), "patch": list(patch)}
         about["cosine"] = [round(float(cosines.min()), 4), round(float(cosines.max()), 4)]
         return about, page.downloads.save("pca.png", features.pca), page.downloads.save("similarity.png", grey)
 
@@ -380,7 +391,7 @@ def serve(
     Only files that the app itself wrote or was given can be read through it.
     """
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-    settings = demo.spar_page.settings  # type: ignore[attr-defined]
+    settings: Settings = demo.spar_page.settings  # type: ignore[attr-defined]
     _, url, _ = demo.launch(
         server_name=host,
         server_port=port,
@@ -391,7 +402,6 @@ def serve(
         ssr_mode=False,
         max_file_size=settings.max_file_mb * 1_000_000,
         allowed_paths=[],
-        blocked_paths=[str(ASSETS.parent), os.getcwd()],
         footer_links=["api"],
         theme=theme(),
         css=CSS,

@@ -178,7 +178,8 @@ class Engine:
                         f"The model {name} could not be fetched: the Hugging Face Hub cannot be reached from here, or "
                         "has no such model. Choose another model."
                     ) from error
-                self._models[name, method] = Opened(name, model.to(self.device), processor, threading.Lock())
+                placed: Any = model  # its `to` has a wrapper that hides its signature
+                self._models[name, method] = Opened(name, placed.to(self.device), processor, threading.Lock())
                 if len(self._models) > self.settings.models_in_memory:
                     self._models.popitem(last=False)
             self._models.move_to_end((name, method))
@@ -253,7 +254,7 @@ class Engine:
         Raises:
             DemoError: Something in the request is not as it must be.
         """
-        labels, image = self.read_labels(words), self.open_image(path)
+        image, labels = self.open_image(path), self.read_labels(words)
         opened = self.open_model(model, method)
         size = self._size(image, opened)
         watched = Watched(opened.model.vision_model, watch)

@@ -14,7 +14,7 @@ import os
 
 os.environ.setdefault("SPAR_MODEL", "{model}")
 
-from spar_hf.demo.app import build, serve  # noqa: E402 (the variable is read when the app is built)
+from spar_hf.demo.app import build, serve
 
 demo = build()
 
@@ -52,4 +52,8 @@ def space_files(model: str = DEFAULT_MODEL) -> dict[str, str]:
         pinned=False,
     )
     card = SpaceCard.from_template(data, template_str=TEXT, model=f"`{model}`")
-    return {"README.md": str(card), "app.py": LAUNCHER.format(model=model), "requirements.txt": "spar-hf\n"}
+    return {
+        "README.md": f"{str(card).rstrip()}\n",
+        "app.py": LAUNCHER.format(model=model),
+        "requirements.txt": "spar-hf\n",
+    }

@@ -1,0 +1,402 @@
+"""The demonstration without a browser: its endpoints through gradio_client, its limits, faults and files."""
+
+from __future__ import annotations
+
+import gc
+import io
+import json
+import re
+import struct
+import subprocess
+import sys
+import threading
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("gradio")
+from gradio_client import Client, handle_file
+from gradio_client.exceptions import AppError
+
+import spar_hf
+from spar_cli.main import main
+from spar_hf.checkpoints import ASSETS
+from spar_hf.demo.app import EXAMPLES, OWN_METHOD, build, serve, vocabularies
+from spar_hf.demo.engine import DemoError, Engine, Stopped
+from spar_hf.demo.payload import Downloads, view
+from spar_hf.demo.settings import DEFAULT_MODEL, Settings
+from spar_hf.demo.space import space_files
+from spar_hf.methods_spar import METHODS
+
+ROOT = Path(__file__).parents[1]
+PICTURE = str(ASSETS / "pictures" / "demo.png")
+WORDS = "cake; car, automobile; sky; sand"
+HOSTILE = [
+    "<img src=x onerror=alert(1)>",
+    "</script><script>alert(1)</script>",
+    "=cmd|' /C calc'!A0",
+    "שלום",
+    "y" * 5000,
+]
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine(Settings(model="tiny", device="cpu", max_file_mb=2, max_labels=40, max_windows=600))
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    demo = build(Settings(model="tiny", device="cpu", max_file_mb=2, max_labels=40))
+    yield serve(demo, block=False).rstrip("/")
+    demo.close()
+
+
+@pytest.fixture(scope="module")
+def client(address) -> Client:
+    return Client(address, verbose=False)
+
+
+# --- endpoints ---------------------------------------------------------------------------------------------------
+
+
+def test_endpoints_are_named_and_documented(client):
+    endpoints = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
+    assert set(endpoints) == {"/segment", "/compare", "/similarity"}
+    assert [entry["parameter_name"] for entry in endpoints["/segment"]["parameters"]] == [
+        "picture", "words", "model", "method",
+    ]  # fmt: skip
+
+
+def test_segment_endpoint_agrees_with_the_pipeline(client):
+    found, overlay, label_map = client.predict(handle_file(PICTURE), WORDS, "tiny", OWN_METHOD, api_name="/segment")
+    model, processor = spar_hf.load("tiny")
+    expected = spar_hf.OpenVocabularySegmentationPipeline(model=model, processor=processor)(
+        PICTURE, candidate_labels=WORDS
+    )
+    with Image.open(label_map) as image:
+        assert (np.asarray(image) == expected["segmentation"]).mean() > 0.999
+    shares = {entry["label"]: entry["share"] for entry in found["classes"]}
+    for segment in expected["segments"]:
+        assert abs(shares[segment["label"]] - segment["share"]) < 1e-3
+    assert found["classes"][1]["names"] == ["car", "automobile"] and found["windows"] == 1
+    with Image.open(overlay) as image:
+        assert image.width == 768 and image.height > 512
+
+
+def test_compare_endpoint_gives_windows_and_times(client, tmp_path):
+    Image.open(PICTURE).convert("RGB").resize((288, 192)).save(tmp_path / "small.png")
+    found = client.predict(handle_file(str(tmp_path / "small.png")), WORDS, "tiny", OWN_METHOD, api_name="/compare")
+    assert found["single_pass"]["windows"] == 1
+    # (288 - 128) / 24 and (192 - 128) / 24, rounded up, and one more each
+    assert found["sliding_window"]["windows"] == 8 * 4
+    assert found["sliding_window"]["encode_ms"] > found["single_pass"]["encode_ms"] > 0
+    assert ("student" in found) == (DEFAULT_MODEL == "tiny-spar")
+
+
+def test_similarity_endpoint_agrees_with_the_features(client):
+    found, pca, similarity = client.predict(handle_file(PICTURE), "tiny", OWN_METHOD, 0.2, 0.3, api_name="/similarity")
+    assert found["grid_hw"] == [32, 48] and found["patch"] == [9, 9]
+    model, processor = spar_hf.load("tiny")
+    with torch.no_grad():
+        features = model.vision_model(processor(images=PICTURE)["pixel_values"]).patch_embeds[0]
+    cosines = torch.cosine_similarity(features, features[9, 9], dim=-1)
+    with Image.open(similarity) as image:
+        grey = np.asarray(image.resize((48, 32), Image.Resampling.BOX), dtype=float) / 127.5 - 1
+    assert image.size == (768, 512) and np.corrcoef(grey.ravel(), cosines.flatten())[0, 1] > 0.97
+    with Image.open(pca) as image:
+        assert image.size == (768, 512)
+
+
+def test_errors_reach_programs_in_words(client):
+    with pytest.raises(AppError, match="There are no words yet"):
+        client.predict(handle_file(PICTURE), " ", "tiny", OWN_METHOD, api_name="/segment")
+    with pytest.raises((AppError, ValueError), match=r"not in the list of choices|on the menu"):
+        client.predict(handle_file(PICTURE), WORDS, "evil/model", OWN_METHOD, api_name="/segment")
+
+
+# --- faults ------------------------------------------------------------------------------------------------------
+
+
+def huge_png(path: Path, side_px: int = 20_000) -> Path:
+    """A valid PNG of side x side pixels in a few hundred kilobytes, made row by row."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    packer, rows = zlib.compressobj(9), bytes(1 + (side_px + 7) // 8) * 500
+    packed = b"".join(packer.compress(rows) for _ in range(side_px // 500)) + packer.flush()
+    header = struct.pack(">IIBBBBB", side_px, side_px, 1, 0, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", packed) + chunk(b"IEND", b""))
+    return path
+
+
+def resident_mb() -> float:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
+
+
+@pytest.fixture
+def faulty(tmp_path) -> dict[str, Path]:
+    files = {"huge": huge_png(tmp_path / "huge.png")}
+    files["text"] = tmp_path / "text.png"
+    files["text"].write_text("no picture at all\n" * 50)
+    jpeg = io.BytesIO()
+    Image.effect_noise((600, 400), 90).save(jpeg, format="JPEG")
+    files["truncated"] = tmp_path / "truncated.jpg"
+    files["truncated"].write_bytes(jpeg.getvalue()[: len(jpeg.getvalue()) // 2])
+    files["svg"] = tmp_path / "drawing.svg"
+    files["svg"].write_text('<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>')
+    files["empty"] = tmp_path / "empty.png"
+    files["empty"].write_bytes(b"")
+    files["heavy"] = tmp_path / "heavy.bmp"
+    Image.new("RGB", (1000, 900)).save(files["heavy"])
+    return files
+
+
+SAYS = {
+    "huge": r"20000x20000 pixels \(400 million\); at most 40 million are read. Shrink it first.",
+    "text": "no picture that can be read",
+    "truncated": "damaged",
+    "svg": "no picture that can be read",
+    "empty": "no picture that can be read",
+    "heavy": "3 MB; at most 2 MB are taken",
+}
+
+
+def test_faulty_pictures_get_a_sentence_and_leave_no_memory(engine, faulty):
+    engine.segment(PICTURE, WORDS, "tiny")
+    gc.collect()
+    before = resident_mb()
+    for _ in range(5):
+        for name, path in faulty.items():
+            with pytest.raises(DemoError, match=SAYS[name]) as caught:
+                engine.segment(path, WORDS, "tiny")
+            assert str(path) not in str(caught.value) and "\n" not in str(caught.value)
+    gc.collect()
+    assert resident_mb() - before < 60
+    assert engine.segment(PICTURE, WORDS, "tiny").segments  # and it goes on working
+
+
+def test_of_an_animation_the_first_frame_counts(engine, tmp_path):
+    frames = [Image.new("RGB", (96, 64), colour) for colour in ("red", "green", "blue")]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    answer = engine.segment(tmp_path / "moving.gif", WORDS, "tiny")
+    assert answer.image.getpixel((5, 5)) == (255, 0, 0) and answer.segmentation.shape == (64, 96)
+
+
+def test_faulty_uploads_are_errors_of_the_endpoint_and_not_of_the_server(client, faulty):
+    for name in ("huge", "text", "truncated", "svg"):
+        with pytest.raises(AppError, match=SAYS[name]):
+            client.predict(handle_file(str(faulty[name])), WORDS, "tiny", OWN_METHOD, api_name="/segment")
+    with pytest.raises(Exception, match=r"413|size|large"):
+        client.predict(handle_file(str(faulty["heavy"])), WORDS, "tiny", OWN_METHOD, api_name="/segment")
+    assert client.predict(handle_file(PICTURE), WORDS, "tiny", OWN_METHOD, api_name="/segment")
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        ("", "There are no words yet"),
+        ("car; ; sky", "Label 2 is empty"),
+        ("car; sky; Car", "is in two classes"),
+        ("; ".join(f"w{i}" for i in range(41)), "at most 40 are allowed. Take some out."),
+        ("z" * 9000, "at most 8000 are read"),
+    ],
+)
+def test_words_have_limits(engine, words, says):
+    with pytest.raises(DemoError, match=re.escape(says)):
+        engine.segment(PICTURE, words, "tiny")
+
+
+def test_words_on_lines_are_classes(engine):
+    assert engine.read_labels("road\ncar, automobile\n\nsky;").classes == (("road",), ("car", "automobile"), ("sky",))
+
+
+def test_large_pictures_are_shrunk_for_the_model_only(tmp_path):
+    engine = Engine(Settings(model="tiny", device="cpu", max_input_pixels=200 * 200))
+    Image.effect_noise((900, 300), 80).convert("RGB").save(tmp_path / "wide.png")
+    answer = engine.segment(tmp_path / "wide.png", WORDS, "tiny")
+    assert answer.segmentation.shape == (300, 900)
+    height, width = answer.input_hw
+    assert height * width <= 200 * 200 and 2.8 < width / height < 3.2
+    opened = engine.open_model("tiny")
+    assert engine.input_size_hw(answer.image, opened) == answer.input_hw
+
+
+def test_a_window_can_be_stopped_and_has_a_limit(engine):
+    seen: list[int] = []
+
+    def watch(count: int) -> None:
+        seen.append(count)
+        if len(seen) == 2:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        engine.segment(PICTURE, WORDS, "tiny", window=True, watch=watch)
+    assert len(seen) == 2
+    with pytest.raises(DemoError, match=r"needs 1[0-9]{3} windows; at most 600 are run"):
+        engine.segment(PICTURE, WORDS, "tiny", window=True, stride_px=12)
+
+
+def test_similarity_of_a_patch_with_itself_is_one(engine):
+    features = engine.features(PICTURE, "tiny")
+    assert features is engine.features(PICTURE, "tiny")  # kept, so that a click costs no pass
+    for place in ((0.0, 0.0), (0.5, 0.5), (1.0, 1.0), (7.0, -3.0)):
+        cosines, (row, column) = engine.similarity(features, *place)
+        assert cosines.shape == (512, 768) and 0 <= row < 32 and 0 <= column < 48
+        assert cosines[min(16 * row + 8, 511), min(16 * column + 8, 767)] > 0.9
+
+
+# --- words of strangers, files of ours ---------------------------------------------------------------------------
+
+
+def test_hostile_labels_stay_text_in_downloads_and_views(tmp_path):
+    engine = Engine(Settings(model="tiny", device="cpu"))
+    answer = engine.segment(PICTURE, "; ".join(HOSTILE), "tiny")
+    downloads = Downloads()
+    overlay, label_map, classes = map(Path, downloads.write(answer))
+    assert [path.name for path in (overlay, label_map, classes)] == ["overlay.png", "label-map.png", "classes.json"]
+    assert [entry["label"] for entry in json.loads(classes.read_text("utf-8"))["classes"]] == HOSTILE
+    with Image.open(overlay) as image:
+        assert image.size[0] == 768
+    value = view([{"title": "t", "note": "", "answer": answer}], [answer], "1")
+    assert {entry["label"] for entry in value["classes"]} <= set(HOSTILE)
+    downloads.tidy(-1)
+    assert not list(downloads.folder.iterdir())
+
+
+def test_no_value_is_ever_part_of_the_pages_html():
+    pages = ROOT / "src/spar_hf/demo/page"
+    for path in pages.glob("*.html"):
+        assert not re.search(r"\$\{|\{\{", path.read_text()), path
+    for path in pages.glob("*.js"):
+        written = re.findall(r"(?:innerHTML|outerHTML|insertAdjacentHTML|document\.write)\W+(\S+)", path.read_text())
+        assert set(written) <= {"props.hint;"}, path
+
+
+SECRETS = [
+    "/etc/passwd",
+    "/proc/self/environ",
+    str(ROOT / "pyproject.toml"),
+    str(ASSETS / "tiny/config.json"),
+    __file__,
+]
+
+
+@pytest.mark.parametrize("secret", SECRETS)
+def test_no_file_of_the_server_can_be_read(address, secret):
+    here = str(Path(secret).resolve())
+    for path in (here, f"../../../../../../{here}", f"/tmp/gradio/../..{here}", here.replace("/", "%2f")):
+        for route in (
+            "/gradio_api/file=",
+            "/file=",
+            "/gradio_api/file/",
+            "/static/",
+            "/assets/",
+            "/gradio_api/proxy=",
+        ):
+            answer = httpx.get(address + route + path)
+            body = Path(secret).read_bytes()[:40] if not secret.startswith("/proc") else b"PATH="
+            assert answer.status_code >= 400 or body not in answer.content, (route, path)
+
+
+def test_a_path_is_no_picture(address):
+    """The endpoint takes uploads; a path of the server in their place is refused."""
+    for path in ("/etc/passwd", str(ASSETS / "pictures" / "demo.png"), "../../etc/passwd"):
+        picture = {"path": path, "meta": {"_type": "gradio.FileData"}}
+        call = f"{address}/gradio_api/call/segment"
+        event = httpx.post(call, json={"data": [picture, WORDS, "tiny", OWN_METHOD]}).json()["event_id"]
+        text = httpx.get(f"{call}/{event}", timeout=60).text
+        assert "event: error" in text and "root:" not in text, text
+
+
+# --- one slow, many quick ----------------------------------------------------------------------------------------
+
+
+def test_a_slow_request_does_not_block_quick_ones(address, tmp_path):
+    slow_client, quick_client = Client(address, verbose=False), Client(address, verbose=False)
+    job = slow_client.submit(handle_file(PICTURE), WORDS, "tiny", OWN_METHOD, api_name="/compare")
+    Image.open(PICTURE).convert("RGB").resize((96, 64)).save(tmp_path / "small.png")
+    done = 0
+    while not job.done():
+        quick_client.predict(handle_file(str(tmp_path / "small.png")), WORDS, "tiny", OWN_METHOD, api_name="/segment")
+        done += 1
+    assert job.result()["sliding_window"]["windows"] == 476
+    assert done >= 2
+
+
+# --- settings, command, Space ------------------------------------------------------------------------------------
+
+
+def test_settings_come_from_the_environment():
+    settings = Settings.from_environment({"SPAR_MODEL": "you/spar", "SPAR_MAX_LABELS": "7", "SPAR_QUEUE_SIZE": ""})
+    assert (settings.model, settings.max_labels, settings.queue_size) == ("you/spar", 7, Settings().queue_size)
+    assert settings.models[0] == "you/spar" and "tiny" in settings.models
+    for word in ("many", "-1", "0", "1e3"):
+        with pytest.raises(ValueError, match=r"SPAR_MAX_LABELS is .*whole number"):
+            Settings.from_environment({"SPAR_MAX_LABELS": word})
+
+
+def test_menu_holds_every_method_that_runs_alone(engine):
+    assert engine.methods == [name for name, row in METHODS.items() if row.kind == "feature" and not row.needs]
+    assert len(vocabularies()) == 9
+    for name, words in EXAMPLES:
+        assert (ASSETS / "pictures" / name).is_file() and len(engine.read_labels(words)) >= 6
+
+
+def test_space_files_are_what_the_code_writes():
+    for name, content in space_files("tiny-spar").items():
+        assert (ROOT / "spaces" / name).read_text(encoding="utf-8") == content, name
+    header = space_files("you/spar")["README.md"]
+    assert "sdk: gradio" in header and "app_file: app.py" in header and "- you/spar" in header
+    compile(space_files("you/spar")["app.py"], "app.py", "exec")
+
+
+def test_space_runs_as_it_is(tmp_path):
+    """app.py in a process of its own, as a Space starts it."""
+    environment = {"SPAR_MODEL": "tiny", "GRADIO_SERVER_PORT": "7991", "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
+    environment["PYTHONPATH"] = str(ROOT / "src")
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "spaces/app.py")], cwd=tmp_path, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    watchdog = threading.Timer(120, process.kill)
+    watchdog.start()
+    try:
+        line = ""
+        while "SPAR at" not in line:
+            line = process.stdout.readline()
+            assert line, "it ended before it served"
+        page = httpx.get("http://127.0.0.1:7991/", timeout=30)
+        assert page.status_code == 200 and "SPAR" in page.text
+        assert not re.search(r"https?://(?!127\.0\.0\.1|localhost)[^\"' ]+\.(?:js|css|woff2?)", page.text)
+    finally:
+        watchdog.cancel()
+        process.kill()
+        process.wait()
+
+
+def test_demo_command_tells_mistakes_in_a_line(capsys, monkeypatch):
+    for words, says in (
+        (["--model", "tinyy"], "Did you mean 'tiny'"),
+        (["--port", "99999"], "give a port from 1 to 65535"),
+    ):
+        assert main(["demo", *words]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and says in error
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["demo"]) == 2
+    assert 'pip install "spar-hf[demo]"' in capsys.readouterr().err
+
+
+def test_latency_is_measured_before_it_is_claimed():
+    """The results that the docs quote come from the committed command."""
+    results = json.loads((ROOT / "benchmarks/results/space-load.json").read_text())
+    assert results["failures"] == 0 and results["clients"] == 20 and results["seconds"] >= 120
+    assert results["command"].startswith("python benchmarks/space_load.py")
