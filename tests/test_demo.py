@@ -32,6 +32,7 @@ from spar_hf.demo.engine import DemoError, Engine, Stopped
 from spar_hf.demo.payload import Downloads, view
 from spar_hf.demo.settings import DEFAULT_MODEL, Settings
 from spar_hf.demo.space import space_files
+from spar_hf.methods import build_encoder
 from spar_hf.methods_spar import METHODS
 
 ROOT = Path(__file__).parents[1]
@@ -137,6 +138,10 @@ def huge_png(path: Path, side_px: int = 20_000) -> Path:
     return path
 
 
+def noise(width: int, height: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
 def resident_mb() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
 
@@ -147,7 +152,7 @@ def faulty(tmp_path) -> dict[str, Path]:
     files["text"] = tmp_path / "text.png"
     files["text"].write_text("no picture at all\n" * 50)
     jpeg = io.BytesIO()
-    Image.effect_noise((600, 400), 90).save(jpeg, format="JPEG")
+    noise(600, 400).save(jpeg, format="JPEG")
     files["truncated"] = tmp_path / "truncated.jpg"
     files["truncated"].write_bytes(jpeg.getvalue()[: len(jpeg.getvalue()) // 2])
     files["svg"] = tmp_path / "drawing.svg"
@@ -214,13 +219,28 @@ def test_words_have_limits(engine, words, says):
         engine.segment(PICTURE, words, "tiny")
 
 
+@pytest.mark.parametrize("method", ["naclip", "sc_clip"])
+def test_a_method_runs_on_the_weights_that_are_there(engine, method):
+    assert method in engine.methods
+    plain, other = engine.features(PICTURE, "tiny"), engine.features(PICTURE, "tiny", method)
+    expected = build_encoder(engine.open_model("tiny").model.vision_model, method)
+    pixels = engine.open_model("tiny").processor(images=PICTURE)["pixel_values"]
+    with torch.no_grad():
+        patch_embeds = torch.nn.functional.normalize(expected(pixels).patch_embeds[0], dim=-1)
+    torch.testing.assert_close(other.patch_embeds, patch_embeds, atol=1e-5, rtol=0)
+    assert (other.patch_embeds - plain.patch_embeds).abs().max() > 0.01
+    assert len(engine._models) == 1
+    with pytest.raises(DemoError, match="no method 'proxyclip' on the menu"):
+        engine.features(PICTURE, "tiny", "proxyclip")
+
+
 def test_words_on_lines_are_classes(engine):
     assert engine.read_labels("road\ncar, automobile\n\nsky;").classes == (("road",), ("car", "automobile"), ("sky",))
 
 
 def test_large_pictures_are_shrunk_for_the_model_only(tmp_path):
     engine = Engine(Settings(model="tiny", device="cpu", max_input_pixels=200 * 200))
-    Image.effect_noise((900, 300), 80).convert("RGB").save(tmp_path / "wide.png")
+    noise(900, 300).save(tmp_path / "wide.png")
     answer = engine.segment(tmp_path / "wide.png", WORDS, "tiny")
     assert answer.segmentation.shape == (300, 900)
     height, width = answer.input_hw

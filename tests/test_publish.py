@@ -12,8 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
+from distillation_help import SIZES, save_network, save_pictures
+from distillation_help import run as distill
 from hub_server import HubServer
 from huggingface_hub import ModelCard, constants
 from PIL import Image
@@ -251,7 +254,8 @@ print(type(model).__module__.partition(".")[0], type(processor).__module__.parti
 
 @pytest.fixture
 def street(tmp_path) -> Path:
-    Image.effect_noise((150, 90), 80).convert("RGB").save(tmp_path / "street.png")
+    pixels = np.random.default_rng(0).integers(0, 256, (90, 150, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "street.png")
     Image.open(tmp_path / "street.png").save(tmp_path / "street.jpg")
     return tmp_path
 
@@ -309,6 +313,17 @@ def test_push_to_hub_of_transformers_works_too(hub, trained, street):
     assert set(files) >= WEIGHTS_AND_WORDS and "modeling_spar.py" in files
     loaded = python(LOAD, "trust", "remote.safetensors", cwd=street, installed=False)
     assert loaded.status == 0, loaded.err
+
+
+def test_distillation_publishes_its_result(hub, tmp_path):
+    start, photos = save_network(tmp_path / "start"), save_pictures(tmp_path / "photos")
+    flags = ["--student", start, "--images", photos, *SIZES, "--max-steps", 1, "--workers", 0, "--tracker", "none"]
+    distill("distill.py", *flags, "--output", tmp_path / "run", "--push-to-hub", "you/student")
+    files = hub.files("you/student")
+    assert load(files["model.safetensors"]).keys() == load_file(tmp_path / "run/model/model.safetensors").keys()
+    card = files["README.md"].decode()
+    assert "--student start --images photos" in card and "- steps: 1\n" in card and str(tmp_path) not in card
+    assert not {"run.json", "log.jsonl"} & set(files)
 
 
 # --- faults ------------------------------------------------------------------------------------------------------

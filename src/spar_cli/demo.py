@@ -37,9 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if importlib.util.find_spec("gradio") is None:
         raise ValueError('the demo needs gradio; run: pip install "spar-hf[demo]"')
-    from spar_hf.demo.app import build, serve
-
     from spar_hf.checkpoints import resolve
+    from spar_hf.demo.app import build, serve
     from spar_hf.demo.settings import Settings
 
     given = {name: getattr(args, name) for name in ("model", "device") if getattr(args, name) is not None}

@@ -148,8 +148,7 @@ class Page:
         for panel in (single, last):
             if "answer" in panel:
                 panel["note"] = f"1 pass · {milliseconds(panel['answer'].encode_ms)}"
-        image = answers[0].image
-        windows = engine.num_windows(image, engine.open_model(start, own(method)))
+        windows = engine.num_windows(path, start, own(method))
         waiting = {"title": "Sliding window", "note": f"{windows} windows", "wait": "Sliding the window…"}
         yield view([dict(single), waiting, dict(last)], answers, key)
 

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from ..checkpoints import load
 from ..image_processing_spar import InvalidImageError, SparImageProcessor
+from ..methods import build_encoder
 from ..methods_spar import METHODS
 from ..pipeline_spar import OpenVocabularySegmentationPipeline
 from ..processing_spar import Labels
@@ -131,6 +132,11 @@ class Watched:
         return time.perf_counter()
 
 
+def sliding(encoder: DenseEncoder, stride_px: int | None = None) -> SlidingWindow:
+    """The teacher around an encoder: its own window, its own step or another."""
+    return SlidingWindow(encoder, encoder.config.window_px, stride_px or encoder.config.stride_px, batch_size=16)
+
+
 class Engine:
     """Models in memory and the requests to them. Safe to call from several threads.
 
@@ -142,7 +148,7 @@ class Engine:
         self.settings = settings
         accelerator = torch.accelerator.current_accelerator() if settings.device == "auto" else settings.device
         self.device = torch.device(accelerator or "cpu")
-        self._models: OrderedDict[tuple[str, str | None], Opened] = OrderedDict()
+        self._models: OrderedDict[str, Opened] = OrderedDict()
         self._features: OrderedDict[tuple, Features] = OrderedDict()
         self._loading = threading.Lock()
         self._caching = threading.Lock()
@@ -152,38 +158,43 @@ class Engine:
         """Rows of the table that run on the model alone."""
         return [name for name, row in METHODS.items() if row.kind == "feature" and not row.needs]
 
-    def open_model(self, name: str, method: str | None = None) -> Opened:
+    def open_model(self, name: str) -> Opened:
         """The model of that name on the menu, loaded once.
-
-        Args:
-            name: An entry of the menu.
-            method: Row of the table of methods; None is the model's own.
 
         Raises:
             DemoError: It is not on the menu or cannot be loaded.
         """
         if name not in self.settings.models:
-            raise DemoError(
-                f"There is no model {name!r} on the menu; choose one of {', '.join(self.settings.models)}."
-            )
-        if method is not None and method not in self.methods:
-            raise DemoError(f"There is no method {method!r} on the menu; choose one of {', '.join(self.methods)}.")
+            menu = ", ".join(self.settings.models)
+            raise DemoError(f"There is no model {name!r} on the menu; choose one of {menu}.")
         with self._loading:
-            if (name, method) not in self._models:
-                overrides = {} if method is None else {"method": method}
+            if name not in self._models:
                 try:
-                    model, processor = load(name, **overrides)
+                    model, processor = load(name)
                 except OSError as error:
                     raise DemoError(
                         f"The model {name} could not be fetched: the Hugging Face Hub cannot be reached from here, or "
                         "has no such model. Choose another model."
                     ) from error
                 placed: Any = model  # its `to` has a wrapper that hides its signature
-                self._models[name, method] = Opened(name, placed.to(self.device), processor, threading.Lock())
+                self._models[name] = Opened(name, placed.to(self.device), processor, threading.Lock())
                 if len(self._models) > self.settings.models_in_memory:
                     self._models.popitem(last=False)
-            self._models.move_to_end((name, method))
-            return self._models[name, method]
+            self._models.move_to_end(name)
+            return self._models[name]
+
+    def encoder(self, opened: Opened, method: str | None = None) -> DenseEncoder:
+        """A model's vision tower, running its own last block or a method's.
+
+        Raises:
+            DemoError: The method is not on the menu or not for this model.
+        """
+        if method is not None and method not in self.methods:
+            raise DemoError(f"There is no method {method!r} on the menu; choose one of {', '.join(self.methods)}.")
+        try:
+            return build_encoder(opened.model.vision_model, method)
+        except ValueError as error:
+            raise DemoError(str(error)) from error
 
     def open_image(self, path: str | Path | None) -> Image.Image:
         """A picture file as 8-bit RGB, upright.
@@ -255,15 +266,13 @@ class Engine:
             DemoError: Something in the request is not as it must be.
         """
         image, labels = self.open_image(path), self.read_labels(words)
-        opened = self.open_model(model, method)
-        size = self._size(image, opened)
-        watched = Watched(opened.model.vision_model, watch)
+        opened = self.open_model(model)
+        watched = Watched(self.encoder(opened, method), watch)
         encoder: Any = watched
         windows = 1
         if window:
-            config = opened.model.config.vision_config
-            encoder = SlidingWindow(watched, config.window_px, stride_px or config.stride_px, batch_size=16)
-            windows = self.num_windows(image, opened, stride_px)
+            encoder = sliding(watched, stride_px)
+            windows = encoder.num_windows(*self.input_size_hw(image, opened))
             if windows > self.settings.max_windows:
                 raise DemoError(
                     f"This picture needs {windows} windows; at most {self.settings.max_windows} are run. "
@@ -275,7 +284,7 @@ class Engine:
         with opened.lock:  # the cache of a processor is not made for several threads
             opened.processor.encode_labels(opened.model, labels)
         try:
-            found = segment(image, candidate_labels=labels, encoder=encoder, **size)
+            found = segment(image, candidate_labels=labels, encoder=encoder, **self._size(image, opened))
         except ValueError as error:
             raise DemoError(str(error)) from error
         return Answer(
@@ -283,11 +292,10 @@ class Engine:
             1000 * watched.seconds,
         )  # fmt: skip
 
-    def num_windows(self, image: Image.Image, opened: Opened, stride_px: int | None = None) -> int:
-        """Windows that a sliding-window pass over this picture takes."""
-        config = opened.model.config.vision_config
-        teacher = SlidingWindow(opened.model.vision_model, config.window_px, stride_px or config.stride_px)
-        return teacher.num_windows(*self.input_size_hw(image, opened))
+    def num_windows(self, path: str | Path | None, model: str, method: str | None = None) -> int:
+        """Windows that a sliding-window pass over a picture takes."""
+        image, opened = self.open_image(path), self.open_model(model)
+        return sliding(self.encoder(opened, method)).num_windows(*self.input_size_hw(image, opened))
 
     def _size(self, image: Image.Image, opened: Opened) -> dict[str, Any]:
         """A smaller size for the model where the processor's own is over the limit."""
@@ -326,12 +334,12 @@ class Engine:
             if key in self._features:
                 self._features.move_to_end(key)
                 return self._features[key]
-        opened = self.open_model(model, method)
+        opened = self.open_model(model)
+        encoder = self.encoder(opened, method)
         try:
             inputs = opened.processor(images=image, return_tensors="pt", **self._size(image, opened))
-            vision = opened.model.vision_model
             with torch.inference_mode():
-                outputs = vision(inputs["pixel_values"].to(vision.device, vision.dtype))
+                outputs = encoder(inputs["pixel_values"].to(encoder.device, encoder.dtype))
         except ValueError as error:
             raise DemoError(str(error)) from error
         covered_hw = tuple(side / extent for side, extent in zip(outputs.image_hw, outputs.extent_hw, strict=True))
