@@ -1,8 +1,4 @@
-"""A Space of Hugging Face: the demonstration of spar-hf with the model that SPAR_MODEL names."""
-
-import os
-
-os.environ.setdefault("SPAR_MODEL", "tiny-spar")
+"""A Space of Hugging Face: the demonstration of spar-hf. SPAR_MODEL names its model."""
 
 from spar_hf.demo.app import build, serve
 

@@ -371,10 +371,11 @@ def test_menu_holds_every_method_that_runs_alone(engine):
 
 
 def test_space_files_are_what_the_code_writes():
-    for name, content in space_files("tiny-spar").items():
+    for name, content in space_files().items():
         assert (ROOT / "spaces" / name).read_text(encoding="utf-8") == content, name
     header = space_files("you/spar")["README.md"]
     assert "sdk: gradio" in header and "app_file: app.py" in header and "- you/spar" in header
+    assert 'setdefault("SPAR_MODEL", "you/spar")' in space_files("you/spar")["app.py"]
     compile(space_files("you/spar")["app.py"], "app.py", "exec")
 
 
@@ -413,6 +414,18 @@ def test_demo_command_tells_mistakes_in_a_line(capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["demo"]) == 2
     assert 'pip install "spar-hf[demo]"' in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_twenty_visitors_for_two_minutes(tmp_path):
+    output = tmp_path / "load.json"
+    command = [sys.executable, str(ROOT / "benchmarks/space_load.py"), "--output", str(output)]
+    subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL, timeout=600)
+    results = json.loads(output.read_text())
+    assert results["failures"] == 0, results["failure_messages"]
+    assert results["quick"]["requests"] >= 40 and results["slow"]["requests"] >= 2
+    memory_mb = results["memory_mb"]
+    assert memory_mb[-1] - memory_mb[len(memory_mb) // 2] < 40  # caches have filled by half-time
 
 
 def test_latency_is_measured_before_it_is_claimed():

@@ -1,4 +1,4 @@
-"""The files of a Space that shows one model. `spaces/` in the repository is what this writes for the default model."""
+"""The files of a Space that shows one model. `spaces/` in the repository is what this writes for the shipped one."""
 
 from __future__ import annotations
 
@@ -6,21 +6,20 @@ from importlib.metadata import version
 
 from huggingface_hub import SpaceCard, SpaceCardData
 
-from .settings import DEFAULT_MODEL
+LAUNCHER = '''"""A Space of Hugging Face: the demonstration of spar-hf. SPAR_MODEL names its model."""
 
-LAUNCHER = '''"""A Space of Hugging Face: the demonstration of spar-hf with the model that SPAR_MODEL names."""
-
-import os
-
-os.environ.setdefault("SPAR_MODEL", "{model}")
-
-from spar_hf.demo.app import build, serve
+{setting}from spar_hf.demo.app import build, serve
 
 demo = build()
 
 if __name__ == "__main__":
     serve(demo)
 '''
+SETTING = """import os
+
+os.environ.setdefault("SPAR_MODEL", "{model}")
+
+"""
 
 TEXT = """---
 {{ card_data }}
@@ -36,8 +35,12 @@ lists. On hardware with a GPU it is used.
 """
 
 
-def space_files(model: str = DEFAULT_MODEL) -> dict[str, str]:
-    """README.md with the Space's header, app.py and requirements.txt, by name."""
+def space_files(model: str | None = None) -> dict[str, str]:
+    """README.md with the Space's header, app.py and requirements.txt, by name.
+
+    Args:
+        model: Hub id; None is the best model that ships with the package.
+    """
     data = SpaceCardData(
         title="SPAR",
         sdk="gradio",
@@ -46,14 +49,16 @@ def space_files(model: str = DEFAULT_MODEL) -> dict[str, str]:
         app_file="app.py",
         license="apache-2.0",
         short_description="Open-vocabulary segmentation in one pass",
-        models=[model] if "/" in model else None,
+        models=[model] if model else None,
         colorFrom="blue",
         colorTo="green",
         pinned=False,
     )
-    card = SpaceCard.from_template(data, template_str=TEXT, model=f"`{model}`")
+    card = SpaceCard.from_template(
+        data, template_str=TEXT, model=f"`{model}`" if model else "the one that ships with the package"
+    )
     return {
         "README.md": f"{str(card).rstrip()}\n",
-        "app.py": LAUNCHER.format(model=model),
+        "app.py": LAUNCHER.format(setting=SETTING.format(model=model) if model else ""),
         "requirements.txt": "spar-hf\n",
     }
