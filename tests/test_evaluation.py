@@ -376,9 +376,11 @@ def quality() -> ModuleType:
 def test_rows_of_the_quality_table(quality: ModuleType) -> None:
     assert quality.Row.parse("teacher, stride 24=tiny,stride=24") == quality.Row("teacher, stride 24", "tiny", 24)
     assert quality.Row.parse("a=me/model,method=naclip") == quality.Row("a", "me/model", None, "naclip")
-    for spec in ("tiny", "=tiny", "a=", "a=tiny,window=3"):
+    for spec in ("tiny", "=tiny", "a=", "a=tiny,windows=3"):
         with pytest.raises(ValueError, match=r"a row is NAME=CHECKPOINT\[,stride=N\]"):
             quality.Row.parse(spec)
+    with pytest.raises(ValueError, match="window is '3' in 'a=tiny,window=3'; it must be own or native"):
+        quality.Row.parse("a=tiny,window=3")
     with pytest.raises(ValueError, match="stride is 'x'"):
         quality.Row.parse("a=tiny,stride=x")
 
