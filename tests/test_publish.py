@@ -17,6 +17,7 @@ import pytest
 import torch
 from distillation_help import SIZES, save_network, save_pictures
 from distillation_help import run as distill
+from families import spar_dinov3, spar_siglip
 from hub_server import HubServer
 from huggingface_hub import ModelCard, constants
 from PIL import Image
@@ -24,6 +25,7 @@ from safetensors.torch import load, load_file
 
 from spar_cli.main import main
 from spar_hf import SparModel
+from spar_hf.checkpoints import make_processor
 from spar_hf.model_card import without_paths
 from spar_hf.publish import PublishError, prepare
 
@@ -279,6 +281,27 @@ def test_published_model_loads_with_and_without_the_package(hub, trained, street
     torch.testing.assert_close(remote["features"], expected, atol=1e-6, rtol=0)
     torch.testing.assert_close(own["features"], expected, atol=1e-6, rtol=0)
     torch.testing.assert_close(own["words"], remote["words"], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["siglip", "dinov3"])
+def test_the_other_families_go_to_the_hub_and_back(family, hub, clip_tokenizer, street, tmp_path, spar):
+    model = spar_siglip(clip_tokenizer, tmp_path / "stock") if family == "siglip" else spar_dinov3(clip_tokenizer)
+    processor = make_processor(model.config, clip_tokenizer)
+    processor.image_processor.size = {"shortest_edge": 72}
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "model")
+    done = spar("publish", tmp_path / "model", "--repo-id", "you/spar")
+    assert done.status == 0, done.err
+    inputs = processor(images=str(street / "street.png"), return_tensors="pt")
+    with torch.no_grad():
+        expected = model.vision_model(inputs["pixel_values"]).patch_embeds
+    words = processor.encode_labels(model, "road; car, automobile; sky").text_embeds
+    for trust, installed in (("trust", False), ("no", True)):
+        loaded = python(LOAD, trust, "found.safetensors", cwd=street, installed=installed)
+        assert loaded.status == 0, loaded.err
+        found = load_file(street / "found.safetensors")
+        torch.testing.assert_close(found["features"], expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(found["words"], words, atol=1e-5, rtol=0)
 
 
 def test_snippets_of_the_card_run(hub, trained, street, spar):
