@@ -4,20 +4,21 @@
     python benchmarks/methods.py --sizes 448x448 --methods naclip gem
 
 For each size: milliseconds (median; the methods share one network and take turns in every round), peak memory over the
-loaded network (one pass in a process of its own), and both as ratios to the first method, one plain pass. A second
-network is a random ViT-B/16 and its pass counts. Writes benchmarks/results/methods.json, a size at a time.
+loaded network, and both as ratios to one plain pass (maskclip); the time's is the median over the rounds, so that a
+noisy machine disturbs it less. A second network is a random ViT-B/16 and its pass counts. Writes
+benchmarks/results/methods.json, a size at a time.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
-import multiprocessing as mp
-import resource
 import shlex
 import statistics
 import sys
 import time
+from operator import truediv
 from pathlib import Path
 from typing import Any
 
@@ -46,39 +47,35 @@ def pixels_of(size: str) -> torch.Tensor:
     return torch.randn(1, 3, height_px, width_px, generator=torch.Generator().manual_seed(0))
 
 
-def milliseconds(encoders: dict[str, Any], size: str, rounds: int) -> dict[str, float]:
-    """Median time of each encoder; every round starts with another one."""
-    pixels, times = pixels_of(size), {name: [] for name in encoders}  # type: ignore[var-annotated]
+def milliseconds(encoders: dict[str, Any], size: str, rounds: int) -> dict[str, list[float]]:
+    """Time of each encoder in each round; every round starts with another one."""
+    pixels = pixels_of(size)
+    times: dict[str, list[float]] = {name: [] for name in encoders}
     order = list(encoders)
     with torch.inference_mode():
-        for turn in range(-1, rounds):  # the first round warms up
+        for turn in range(rounds):
             for name in order[turn % len(order) :] + order[: turn % len(order)]:
                 start = time.perf_counter()
                 encoders[name](pixels)
-                if turn >= 0:
-                    times[name].append(1000 * (time.perf_counter() - start))
-    return {name: statistics.median(values) for name, values in times.items()}
+                times[name].append(1000 * (time.perf_counter() - start))
+    return times
 
 
-def _measure_memory(name: str, size: str, threads: int, results: Any) -> None:
-    """Runs in a process of its own: peak megabytes of one pass over the loaded network."""
-    torch.set_num_threads(threads)
-    encoder, pixels = build([name])[name], pixels_of(size)
+def peak_mb(encoder: Any, size: str) -> float:
+    """Peak megabytes of one pass over what the process holds before it; Linux only."""
+    pixels = pixels_of(size)
     with torch.inference_mode():
-        encoder(pixels[:, :, :64, :64])  # libraries load and set up with the first pass
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        encoder(pixels[:, :, :64, :64])  # libraries set up with the first pass
+        ctypes.CDLL(None).malloc_trim(0)  # what earlier passes freed shall not be at hand
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        before = _memory_kb("VmRSS")
         encoder(pixels)
-    results.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    return (_memory_kb("VmHWM") - before) / 1024
 
 
-def peak_mb(name: str, size: str, threads: int) -> float:
-    context = mp.get_context("spawn")
-    results = context.Queue()
-    process = context.Process(target=_measure_memory, args=(name, size, threads, results))
-    process.start()
-    peak = results.get()
-    process.join()
-    return peak
+def _memory_kb(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -94,16 +91,17 @@ def main(argv: list[str] | None = None) -> None:
     encoders = build(names)
     rows: list[dict[str, Any]] = []
     for size in args.sizes:
+        peak_mb(encoders[REFERENCE], size)  # libraries keep some memory for each new size
+        peaks = {name: peak_mb(encoders[name], size) for name in names}
         times = milliseconds(encoders, size, args.rounds)
-        peaks = {name: peak_mb(name, size, args.threads) for name in names}
         for name in names:
             rows.append(
                 {
                     "method": name,
                     "size": size,
-                    "milliseconds": round(times[name], 1),
+                    "milliseconds": round(statistics.median(times[name]), 1),
                     "peak_mb": round(peaks[name]),
-                    "time_ratio": round(times[name] / times[REFERENCE], 2),
+                    "time_ratio": round(statistics.median(map(truediv, times[name], times[REFERENCE])), 2),
                     "memory_ratio": round(peaks[name] / peaks[REFERENCE], 2),
                 }
             )
