@@ -11,10 +11,10 @@ from torch import nn
 
 from .dense_spar import fit_to_patches
 from .encoder_spar import SparVisionOutput, check_pixels
-from .sliding_window import DenseEncoder
+from .sliding_window import Around, DenseEncoder
 
 
-class Resized(nn.Module):
+class Resized(Around, nn.Module):
     """Runs a dense encoder on the image resized to a shorter side of its own, and returns to the image's grid.
 
     A teacher sees best at some size: below it a thing has too few patches, above it a thing outgrows the window.
@@ -36,18 +36,6 @@ class Resized(nn.Module):
             raise ValueError(f"short_side_px is {short_side_px}; it must be a multiple of the patch ({patch_px} px).")
         self.encoder = encoder
         self.short_side_px = short_side_px
-
-    @property
-    def config(self) -> Any:
-        return self.encoder.config
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.encoder.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.encoder.device
 
     def extra_repr(self) -> str:
         return f"short_side_px={self.short_side_px}"

@@ -36,6 +36,24 @@ class DenseEncoder(Protocol):
     def __call__(self, pixel_values: torch.Tensor) -> Any: ...
 
 
+class Around:
+    """A dense encoder around another one is as large, as precise and where that one is."""
+
+    encoder: DenseEncoder
+
+    @property
+    def config(self) -> Any:
+        return self.encoder.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.encoder.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.encoder.device
+
+
 def window_starts(length_px: int, window_px: int, stride_px: int) -> list[int]:
     """Starts 0, s, 2s, ... and one more at the border when the grid does not end there."""
     last = max(length_px - window_px, 0)
@@ -43,7 +61,7 @@ def window_starts(length_px: int, window_px: int, stride_px: int) -> list[int]:
     return starts if starts[-1] == last else [*starts, last]
 
 
-class SlidingWindow(nn.Module):
+class SlidingWindow(Around, nn.Module):
     """Runs a dense encoder on every window of an image and averages the features; itself a dense encoder.
 
     Each window's (h, w, D) map is resized bilinearly by r, the smallest divisor of the patch size p such that the
@@ -84,18 +102,6 @@ class SlidingWindow(nn.Module):
         self.stride_px = stride_px
         self.batch_size = batch_size
         self.cell_px = math.gcd(stride_px, patch_px)
-
-    @property
-    def config(self) -> Any:
-        return self.encoder.config
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.encoder.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.encoder.device
 
     def extra_repr(self) -> str:
         return f"window_px={self.window_px}, stride_px={self.stride_px}"

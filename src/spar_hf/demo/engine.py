@@ -27,7 +27,7 @@ from ..methods_spar import METHODS
 from ..pipeline_spar import OpenVocabularySegmentationPipeline
 from ..processing_spar import Labels
 from ..segmentation_spar import axis_weights
-from ..sliding_window import DenseEncoder, SlidingWindow
+from ..sliding_window import Around, DenseEncoder, SlidingWindow
 from ..visualize import pca_picture
 from .settings import Settings
 
@@ -98,25 +98,13 @@ class Features:
     pca: Image.Image
 
 
-class Watched:
+class Watched(Around):
     """A dense encoder that reports what it has done and times itself."""
 
     def __init__(self, encoder: DenseEncoder, watch: Watch | None = None) -> None:
         self.encoder = encoder
         self.watch = watch
         self.seconds = 0.0
-
-    @property
-    def config(self) -> Any:
-        return self.encoder.config
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.encoder.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.encoder.device
 
     def __call__(self, pixel_values: torch.Tensor) -> Any:
         started = self._now()

@@ -16,14 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..encoder_spar import SparVisionOutput
-from ..sliding_window import DenseEncoder
+from ..sliding_window import Around, DenseEncoder
 from .tapped import covered_pixels
 
 LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601, as torchvision rounds it
@@ -69,7 +68,7 @@ FLIPS = (
 )
 
 
-class ViewEnsemble(nn.Module):
+class ViewEnsemble(Around, nn.Module):
     """Weighted mean of the L2-normalised features of an image and of views of it; itself a dense encoder.
 
     The plain image and the changed ones weigh the same; all flips together weigh 0.3 of the whole.
@@ -83,18 +82,6 @@ class ViewEnsemble(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.views = tuple(views)
-
-    @property
-    def config(self) -> Any:
-        return self.encoder.config
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.encoder.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.encoder.device
 
     def extra_repr(self) -> str:
         return f"views={', '.join(view.name for view in self.views)}"
