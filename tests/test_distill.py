@@ -179,19 +179,22 @@ def test_batches_accumulation_and_processes_split_alike(world, tmp_path):
     assert largest_difference(weights(one), weights(batched)) > 1e-4
 
 
-def test_fsdp_on_two_processes_trains_as_ddp(world, tmp_path):
-    """Sharded weights, gradients and optimiser state; `last:1` leaves frozen blocks in the same shards."""
+def test_fsdp_on_two_processes_trains_as_ddp_and_goes_on(world, tmp_path):
+    """Sharded weights, gradients and optimiser state; resumed from the checkpoint before the last one."""
     fsdp = (str(Path(__file__).with_name("fsdp_on_cpu.py")),)
-    learn = flags(world, tmp_path / "ddp", "--train", "all")
-    finish(start("distill.py", *learn, processes=2))
-    said = finish(start("distill.py", *flags(world, tmp_path / "fsdp", "--train", "all"), processes=2, through=fsdp))
+    finish(start("distill.py", *flags(world, tmp_path / "ddp", "--train", "all"), processes=2))
+    sharded = flags(world, tmp_path / "fsdp", "--train", "all", "--save-every", 3)
+    said = finish(start("distill.py", *sharded, processes=2, through=fsdp))
     assert json.loads((tmp_path / "fsdp/run.json").read_text())["distributed"] == "FSDP", said
-    ours, theirs = weights(tmp_path / "fsdp"), weights(tmp_path / "ddp")
-    assert largest_difference(ours, theirs) < 5e-6
-    assert largest_difference(ours, load_file(world[0] / "model.safetensors")) > 1e-3
-    # And it goes on from a sharded checkpoint.
-    checkpoints = sorted((tmp_path / "fsdp").glob("checkpoint-*"))
-    assert checkpoints
+    whole = weights(tmp_path / "fsdp")
+    assert largest_difference(whole, weights(tmp_path / "ddp")) < 5e-6
+    assert largest_difference(whole, load_file(world[0] / "model.safetensors")) > 1e-3
+
+    *_, last = sorted((tmp_path / "fsdp").glob("checkpoint-*"))
+    last.unlink()
+    said = finish(start("distill.py", *sharded, "--resume", processes=2, through=fsdp))
+    assert "going on after step 3" in said
+    assert largest_difference(weights(tmp_path / "fsdp"), whole) == 0
 
 
 def test_uneven_processes_cover_every_view_once(world):

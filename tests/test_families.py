@@ -122,11 +122,10 @@ def test_siglip_equals_the_stock_classes(pixels, tmp_path):
     )
 
 
+@pytest.mark.parametrize("family", ["dinov3"], indirect=True)
 @torch.no_grad()
 def test_dinov3_equals_the_stock_patch_tokens(family, pixels):
     """Settles that SPAR's image side is `DINOv3ViTModel`'s patch tokens after the final norm."""
-    if family.name != "dinov3":
-        pytest.skip("DINOv3's question")
     stock = DINOv3ViTModel.from_pretrained(family.folder).eval()
     for size in ("native", "larger", "same_count"):
         images = pixels(size, batch=2)
@@ -137,10 +136,9 @@ def test_dinov3_equals_the_stock_patch_tokens(family, pixels):
         torch.testing.assert_close(found.image_embeds, patches.mean(dim=(1, 2)), atol=5e-6, rtol=0)
 
 
+@pytest.mark.parametrize("family", ["dinov3"], indirect=True)
 @torch.no_grad()
 def test_dinov3_positions_stay_exact_in_half_precision(family, pixels):
-    if family.name != "dinov3":
-        pytest.skip("DINOv3's question")
     images, exact = pixels("larger"), family.tower(pixels("larger")).patch_embeds
 
     def error(model, output):
