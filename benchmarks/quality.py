@@ -5,9 +5,9 @@
     python benchmarks/quality.py "student=runs/seed0" "student=runs/seed1" "student=runs/seed2"
 
 A row is NAME=CHECKPOINT, with ",method=NAME" for another method (",network=ID" its second network), ",stride=N" for a
-native-size sliding window around it, ",window=own" for the window and stride of the method's authors. Rows of one name
-are one cell: their mean and, after the sign, their standard deviation. An interrupted run goes on where it was when it
-is started again with the same --state folder.
+native-size sliding window around it, ",window=own" for the window and stride of the method's authors, ",reach=window"
+for attention that reaches as far as the native window. Rows of one name are one cell: their mean and, after the sign,
+their standard deviation. An interrupted run goes on when it is started again with the same --state folder.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ class Row:
     method: str | None = None
     network: str | None = None
     window: str | None = None
+    reach: str | None = None
 
     @classmethod
     def parse(cls, spec: str) -> Row:
@@ -61,11 +62,11 @@ class Row:
         name, equals, rest = spec.partition("=")
         checkpoint, *options = rest.split(",")
         values = dict(option.partition("=")[::2] for option in options)
-        known = {"stride", "method", "network", "window"}
+        known = {"stride", "method", "network", "window", "reach"}
         if not (equals and name.strip() and checkpoint) or not values.keys() <= known:
             raise ValueError(
-                f"row is {spec!r}; a row is NAME=CHECKPOINT[,stride=N][,window=own][,method=NAME][,network=ID], "
-                f"as in {ROWS[1]!r}."
+                f"row is {spec!r}; a row is NAME=CHECKPOINT[,stride=N][,window=own][,method=NAME][,network=ID]"
+                f"[,reach=window], as in {ROWS[1]!r}."
             )
         stride, window = values.get("stride"), values.get("window")
         if stride is not None and not stride.isdecimal():
@@ -73,11 +74,13 @@ class Row:
         if window not in (None, "own", "native"):
             raise ValueError(f"window is {window!r} in {spec!r}; it must be own or native.")
         stride_px = None if stride is None else int(stride)
-        return cls(name.strip(), checkpoint, stride_px, values.get("method"), values.get("network"), window)
+        fields = (values.get(name) for name in ("method", "network", "window", "reach"))
+        return cls(name.strip(), checkpoint, stride_px, *fields)
 
     def encoder(self, model: spar_hf.SparModel, batch: int) -> DenseEncoder:
         """What the row evaluates: the model in one pass or in a sliding window, as its method runs."""
-        encoder = build_encoder(model.vision_model, self.method, self.network)
+        fields = {} if self.reach is None else {"attention_reach": self.reach}
+        encoder = build_encoder(model.vision_model, self.method, self.network, **fields)
         if self.stride_px is None and self.window is None:
             return encoder
         config = encoder.config

@@ -71,7 +71,7 @@ class Family:
     weights: dict[str, np.ndarray]
     tower: Any
 
-    def plain(self, images: torch.Tensor) -> torch.Tensor:
+    def plain(self, images: torch.Tensor, window: int | None = None) -> torch.Tensor:
         formula, more = {"siglip": (plain_siglip, "gelu_pytorch_tanh"), "dinov3": (plain_dinov3, 4)}[self.name]
-        features = [formula(self.weights, image.double().numpy(), 16, 3, 3, more) for image in images]
+        features = [formula(self.weights, image.double().numpy(), 16, 3, 3, more, window) for image in images]
         return torch.from_numpy(np.stack(features)).float()

@@ -76,6 +76,11 @@ class PlainClip:
             config.num_hidden_layers,
         )
         assert config.hidden_act == "quick_gelu"
+        self.reach: np.ndarray | None = None  # added to all scores, (1 + N, 1 + N)
+
+    def reach_of(self, tokens: int) -> np.ndarray | float:
+        """The reach between the last `tokens` tokens: all, or the patches alone."""
+        return 0.0 if self.reach is None else self.reach[-tokens:, -tokens:]
 
     def linear(self, name: str, x: np.ndarray) -> np.ndarray:
         return x @ self.weights[f"{name}.weight"].T + self.weights.get(f"{name}.bias", 0.0)
@@ -112,6 +117,7 @@ class PlainClip:
     def maps(self, block: int, x: np.ndarray, left: str, right: str, bias: np.ndarray | float = 0.0) -> np.ndarray:
         """softmax(d^-0.5 left rightᵀ + bias) of each head, (H, 1 + N, 1 + N)."""
         pairs = zip(self.heads(block, x, left), self.heads(block, x, right), strict=True)
+        bias = bias + self.reach_of(len(x))
         return np.stack([softmax(a @ b.T / math.sqrt(a.shape[-1]) + bias) for a, b in pairs])
 
     def attend(self, block: int, x: np.ndarray, maps: np.ndarray) -> np.ndarray:
@@ -237,8 +243,8 @@ def gem(net: PlainClip, inputs: Inputs, grid_hw: GridHW) -> np.ndarray:
             mixed = []
             for y in (q, k, v):
                 y = unit(y)
-                y = unit(softmax(temperature * y @ y.T) @ y)
-                mixed.append(softmax(temperature * y @ y.T) @ v)
+                y = unit(softmax(temperature * y @ y.T + net.reach_of(len(x))) @ y)
+                mixed.append(softmax(temperature * y @ y.T + net.reach_of(len(x))) @ v)
             heads.append((mixed[0] + mixed[1] + mixed[2]) / 3)
         name = f"vision_model.encoder.layers.{block}.self_attn.out_proj"
         path = path + net.linear(name, np.concatenate(heads, axis=-1))
@@ -361,10 +367,32 @@ PLAIN_METHODS = {
 }
 
 
-def plain_method(net: PlainClip, pixels: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Patch features (h, w, D) and the image's vector (D,) of one image (3, H, W), under the method's own rules."""
+def mean_window(grid_hw: GridHW, window: int, others: int = 1) -> np.ndarray:
+    """log of the share of the windows over patch i that are over patch k too; 0 for the `others` tokens, first.
+
+    A window of `window` patches (or the whole side, where that is shorter) is put at every place of the grid.
+    """
+    rows, columns = grid_hw
+    height, width = min(window, rows), min(window, columns)
+    both = np.zeros((rows * columns, rows * columns))
+    for top in range(rows - height + 1):
+        for left in range(columns - width + 1):
+            inside = [y * columns + x for y in range(top, top + height) for x in range(left, left + width)]
+            both[np.ix_(inside, inside)] += 1
+    with np.errstate(divide="ignore"):
+        return np.pad(np.log(both / both.diagonal()[:, None]), (others, 0))
+
+
+def plain_method(
+    net: PlainClip, pixels: np.ndarray, name: str, window: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Patch features (h, w, D) and the image's vector (D,) of one image (3, H, W), under the method's own rules.
+
+    With `window`, attention reaches as far as the mean window of so many patches.
+    """
     method, rule = PLAIN_METHODS[name]
     tokens, grid_hw = net.embed(pixels.astype(np.float64), rule)
+    net.reach = None if window is None else mean_window(grid_hw, window)
     inputs = net.inputs(tokens)
     patches = net.project(method(net, inputs, grid_hw)[1:])
     return patches.reshape(*grid_hw, -1), net.project(inputs[-1][:1])[0]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from plain_clip import plain_positions, sampling_matrix, softmax
+from plain_clip import mean_window, plain_positions, sampling_matrix, softmax
 
 Weights = dict[str, np.ndarray]
 _erf = np.vectorize(math.erf)
@@ -42,7 +42,13 @@ def patch_tokens(weights: Weights, name: str, pixels: np.ndarray, patch_px: int)
 
 
 def plain_siglip(
-    weights: Weights, pixels: np.ndarray, patch_px: int, num_layers: int, num_heads: int, activation: str
+    weights: Weights,
+    pixels: np.ndarray,
+    patch_px: int,
+    num_layers: int,
+    num_heads: int,
+    activation: str,
+    window: int | None = None,
 ) -> np.ndarray:
     """Patch features (h, w, C) of one image (3, H, W), from the weights of a stock `SiglipVisionModel`."""
     _, height, width = pixels.shape
@@ -51,11 +57,12 @@ def plain_siglip(
     x, grid_hw = patch_tokens(weights, "embeddings.patch_embedding", padded, patch_px)
     x = x + plain_positions(weights["embeddings.position_embedding.weight"], *grid_hw, "size")
     act = ACTIVATIONS[activation]
+    reach = 0.0 if window is None else mean_window(grid_hw, window, others=0)
     for block in range(num_layers):
         name = f"encoder.layers.{block}"
         y = norm(weights, f"{name}.layer_norm1", x, 1e-6)
         q, k, v = (np.split(linear(weights, f"{name}.self_attn.{part}_proj", y), num_heads, axis=-1) for part in "qkv")
-        mixed = [softmax(q[h] @ k[h].T / math.sqrt(q[h].shape[-1])) @ v[h] for h in range(num_heads)]
+        mixed = [softmax(q[h] @ k[h].T / math.sqrt(q[h].shape[-1]) + reach) @ v[h] for h in range(num_heads)]
         x = x + linear(weights, f"{name}.self_attn.out_proj", np.concatenate(mixed, axis=-1))
         y = norm(weights, f"{name}.layer_norm2", x, 1e-6)
         x = x + linear(weights, f"{name}.mlp.fc2", act(linear(weights, f"{name}.mlp.fc1", y)))
@@ -97,11 +104,18 @@ def turn(heads: np.ndarray, grid_hw: tuple[int, int], theta: float, num_prefix: 
 
 
 def plain_dinov3(
-    weights: Weights, pixels: np.ndarray, patch_px: int, num_layers: int, num_heads: int, num_registers: int
+    weights: Weights,
+    pixels: np.ndarray,
+    patch_px: int,
+    num_layers: int,
+    num_heads: int,
+    num_registers: int,
+    window: int | None = None,
 ) -> np.ndarray:
     """Patch features (h, w, C) of one image (3, H, W), from the weights of a stock `DINOv3ViTModel`."""
     patches, grid_hw = patch_tokens(weights, "embeddings.patch_embeddings", stretch(pixels, patch_px), patch_px)
     x = np.vstack([weights["embeddings.cls_token"][0], weights["embeddings.register_tokens"][0], patches])
+    reach = 0.0 if window is None else mean_window(grid_hw, window, others=1 + num_registers)
     for block in range(num_layers):
         name = f"model.layer.{block}"
         y = norm(weights, f"{name}.norm1", x, 1e-5)
@@ -109,7 +123,7 @@ def plain_dinov3(
         mixed = []
         for h in range(num_heads):
             query, key = (turn(heads[h], grid_hw, 100.0, 1 + num_registers) for heads in (q, k))
-            mixed.append(softmax(query @ key.T / math.sqrt(query.shape[-1])) @ v[h])
+            mixed.append(softmax(query @ key.T / math.sqrt(query.shape[-1]) + reach) @ v[h])
         y = linear(weights, f"{name}.attention.o_proj", np.concatenate(mixed, axis=-1))
         x = x + y * weights[f"{name}.layer_scale1.lambda1"]
         y = norm(weights, f"{name}.norm2", x, 1e-5)

@@ -44,6 +44,7 @@ from spar_hf import (
 from spar_hf.checkpoints import make_processor
 from spar_hf.data import load_benchmark, load_protocol
 from spar_hf.evaluation import evaluate
+from spar_hf.methods import reconfigured
 
 CLEAN = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
 EXACT = {"atol": 0, "rtol": 0}
@@ -93,6 +94,8 @@ def test_features_equal_the_plain_formulation(family, size, pixels):
     torch.testing.assert_close(found.patch_embeds, expected, **CLOSE)
     torch.testing.assert_close(family.tower(images[:1]).patch_embeds, expected[:1], **CLOSE)
     assert found.image_hw == tuple(images.shape[2:])
+    reaching = reconfigured(family.tower, attention_reach="window")
+    torch.testing.assert_close(reaching(images).patch_embeds, family.plain(images, window=64 // 16), **CLOSE)
     padded = tuple(-(-side // 16) * 16 for side in found.image_hw)
     assert found.extent_hw == (padded if family.name == "siglip" else found.image_hw)
     assert 0.3 < expected.std() < 30  # neither vanishing nor huge, so that the tolerance means something

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from spar_hf.distillation.batches import as_it_is
-from spar_hf.distillation.cache import FeatureStore, weights_hash
+from spar_hf.distillation.cache import FeatureStore
 from spar_hf.distillation.files import readable, require_disk
 from spar_hf.distillation.flags import (
     BadImages,
@@ -41,7 +41,8 @@ from spar_hf.distillation.sources import BadImage
 from spar_hf.distillation.teacher import (
     Student,
     build_teacher,
-    load_tower,
+    describe_trunk,
+    load_student,
     pixels_seen,
     teacher_features,
 )
@@ -84,9 +85,9 @@ def main() -> None:
     teacher.to(state.device)
     trunk, trunk_is = None, None
     if args.trunk_blocks:
-        vision = load_tower(args.student)[1].requires_grad_(False)
+        vision = load_student(args)[1].requires_grad_(False)
         trunk = Student(vision, vision.trunk_end(args.trunk_blocks)).to(state.device)
-        trunk_is = {"first_block": trunk.first_block, "weights": weights_hash(vision)}
+        trunk_is = describe_trunk(vision, trunk.first_block)
 
     with state.main_process_first():
         views = build_views(args, teacher.config.patch_size, args.draws)

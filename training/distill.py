@@ -63,6 +63,8 @@ from spar_hf.distillation.selection import first_trained_block, set_trainable
 from spar_hf.distillation.teacher import (
     Student,
     build_teacher,
+    describe_trunk,
+    load_student,
     load_tower,
     mean_feature,
     teacher_features,
@@ -152,7 +154,7 @@ def main() -> None:
     say, processes, device = accelerator.print, accelerator.num_processes, accelerator.device
 
     # Student, teacher, data.
-    _, vision, _ = load_tower(args.student)
+    _, vision, _ = load_student(args)
     start_weights = weights_hash(vision)
     student = Student(vision, vision.trunk_end(args.trunk_blocks) if args.trunk_blocks else 0)
     native_px = vision.config.image_size
@@ -164,7 +166,7 @@ def main() -> None:
     with accelerator.main_process_first():
         teacher, teacher_is = build_teacher(args)
         views = build_views(args, vision.config.patch_size, args.draws or (1 if args.cache else args.epochs))
-        trunk_is = {"first_block": student.first_block, "weights": start_weights} if args.trunk_blocks else None
+        trunk_is = describe_trunk(vision, student.first_block) if args.trunk_blocks else None
         made_from = {**views.describe(), "teacher": teacher_is, "trunk": trunk_is}
         store = FeatureStore.open(args.cache, made_from) if args.cache else None
     for field in ("patch_size", "projection_dim"):
@@ -187,7 +189,8 @@ def main() -> None:
     scheduler = get_scheduler(args.schedule, optimizer, args.warmup_steps, len(steps))
     learning = ("train", "loss", "learning_rate", "weight_decay", "schedule", "warmup_steps", "clip_norm")
     made_from |= {name: getattr(args, name) for name in (*learning, "batch_size", "seed")}
-    made_from |= {"student": start_weights, "batches_per_step": processes * args.accumulate, "steps": len(steps)}
+    made_from |= {"student": start_weights, "student_runs": vision.config.features_depend_on()}
+    made_from |= {"batches_per_step": processes * args.accumulate, "steps": len(steps)}
     student, stepper = accelerator.prepare(student, optimizer)
     first = load_checkpoint(args.output, accelerator, student, optimizer, scheduler, made_from)
     if first:
@@ -306,7 +309,7 @@ def describe_run(args: argparse.Namespace, accelerator: Accelerator) -> dict[str
 
 def finish(args: argparse.Namespace, weights: dict[str, torch.Tensor], run: dict[str, Any]) -> None:
     """Writes OUTPUT/model, the starting checkpoint with the new vision tower; evaluates; publishes."""
-    model, vision, processor = load_tower(args.student)
+    model, vision, processor = load_student(args)
     vision.load_state_dict(weights)
     made_from = run["made_from"]
     kept = ("data", "augmentation", "augmentation_seed", "draws", "train", "loss", "learning_rate", "steps", "seed")

@@ -78,6 +78,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="the second network of a method that needs one: a ViT (default: the one of its authors)",
     )
     group.add_argument(
+        "--attention-reach",
+        metavar="image|window",
+        help="how far attention reaches in one pass: over the whole image, or as far as the native windows around "
+        "each patch, for pictures far larger than the native size (default: the checkpoint's)",
+    )
+    group.add_argument(
         "--window-px",
         type=window_px,
         metavar="N|native|own",
@@ -155,9 +161,11 @@ def open_model(args: argparse.Namespace, refine: Sequence[str] = ()) -> Opened:
     if args.max_pixels is not None:
         image_processor.max_image_pixels = image_processor.max_input_pixels = args.max_pixels
 
-    encoder: Any = build_encoder(model.vision_model, args.method, args.network)
+    fields = {} if args.attention_reach is None else {"attention_reach": args.attention_reach}
+    encoder: Any = build_encoder(model.vision_model, args.method, args.network, **fields)
     config = encoder.config
-    facts = {"model": args.model, "method": config.method, "dtype": args.dtype, "device": str(device)}
+    facts = {"model": args.model, "method": config.method, "attention_reach": config.attention_reach}
+    facts |= {"dtype": args.dtype, "device": str(device)}
     if args.network is not None:
         facts["network"] = args.network
     refinement = None

@@ -10,6 +10,7 @@ from transformers.configuration_utils import SubConfigSpec
 
 from .dense_spar import POSITION_RULES, SIZE_RULES, Recipe, one_of
 from .methods_spar import find_method, find_recipe
+from .reach_spar import REACHES
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -24,6 +25,8 @@ class DenseVisionConfig(PreTrainedConfig):
         position_interpolation: `size`, `offset`, `antialias` or `bilinear`; see `resize_positions`. None is the
             family's or method's own rule.
         size_rule: `floor`, `pad` or `stretch`, for sides that are no multiple of the patch; see `fit_to_patches`.
+        attention_reach: `image`, over the whole image (the stock model); or `window`, as far as the native windows
+            around a patch (`WindowReach`; beyond SPAR). The same up to the native size.
         image_mean, image_std: normalisation the weights were trained with, RGB.
         window_px: side of the teacher's window; None is the native `image_size`.
         stride_px: step of the teacher's window (SPAR, section 4: 24, which is no multiple of the patch).
@@ -40,6 +43,7 @@ class DenseVisionConfig(PreTrainedConfig):
     method: str = ""
     position_interpolation: str | None = None
     size_rule: str = "floor"
+    attention_reach: str = "image"
     image_mean: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5)
     image_std: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5)
     window_px: int | None = None
@@ -63,13 +67,15 @@ class DenseVisionConfig(PreTrainedConfig):
 
     def features_depend_on(self) -> dict[str, Any]:
         """The fields that change the features of given weights, as JSON."""
-        return {name: getattr(self, name) for name in ("method", "position_interpolation", "size_rule")}
+        names = ("method", "position_interpolation", "size_rule", "attention_reach")
+        return {name: getattr(self, name) for name in names}
 
     def validate_spar(self) -> None:
         """Checks the fields that the family's stock configuration does not know."""
         if self.position_interpolation is not None:
             one_of("position_interpolation", self.position_interpolation, POSITION_RULES)
         one_of("size_rule", self.size_rule, SIZE_RULES)
+        one_of("attention_reach", self.attention_reach, REACHES)
         window_px = self.image_size if self.window_px is None else self.window_px
         sides_px = {"image_size": self.image_size, "patch_size": self.patch_size, "window_px": window_px}
         for name, value in {**sides_px, "stride_px": self.stride_px}.items():

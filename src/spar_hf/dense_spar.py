@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .reach_spar import WindowReach
+
 POSITION_RULES = ("size", "offset", "antialias", "bilinear")
 SIZE_RULES = ("floor", "pad", "stretch")
 SCORES = ("identity", "qk", "qq", "kk", "vv")
@@ -197,9 +199,19 @@ def locality_bias(grid_hw: tuple[int, int], sigma_patches: float, like: torch.Te
 
 
 def attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None = None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    reach: WindowReach | None = None,
 ) -> torch.Tensor:
-    """softmax(d^-0.5 query keyᵀ + bias) value, without an N x N matrix: (B, H, M, d), (B, H, N, d) -> (B, H, M, d)."""
+    """softmax(d^-0.5 query keyᵀ + bias) value, without an N x N matrix: (B, H, M, d), (B, H, N, d) -> (B, H, M, d).
+
+    `reach` adds its own bias; None reaches everything.
+    """
+    if reach is not None and bias is None:
+        return reach.attend(query, key, value)
+    bias = _with_reach(bias, reach, query, key)
     in_rows = query.device.type == "cpu" and query.dtype == torch.bfloat16 and key.shape[2] >= MIN_KEYS_IN_ROWS
     if in_rows and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return _attend_in_rows(query, key, value, bias)
@@ -231,8 +243,20 @@ def _attend_in_rows(
     return out
 
 
-def attention_map(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def _with_reach(
+    bias: torch.Tensor | None, reach: WindowReach | None, query: torch.Tensor, key: torch.Tensor
+) -> torch.Tensor | None:
+    if reach is None:
+        return bias
+    ours = reach.bias(query.shape[2], key.shape[2]).to(query.dtype)
+    return ours if bias is None else bias + ours
+
+
+def attention_map(
+    query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None = None, reach: WindowReach | None = None
+) -> torch.Tensor:
     """softmax(d^-0.5 query keyᵀ + bias) itself, (B, H, M, N): only for those who ask to see it."""
+    bias = _with_reach(bias, reach, query, key)
     scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
     return (scores if bias is None else scores + bias).softmax(dim=-1, dtype=torch.float32).to(query.dtype)
 
@@ -259,7 +283,7 @@ def mean_length(tokens: torch.Tensor) -> torch.Tensor:
 
 
 def _operands(
-    term: Term, projected: dict[str, torch.Tensor], grid_hw: tuple[int, int]
+    term: Term, projected: dict[str, torch.Tensor], grid_hw: tuple[int, int], reach: WindowReach | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Patch queries (B, H, N, d), keys (B, H, 1 + N, d) and bias (N, 1 + N) or None of a term's map."""
     query, key = projected[term.scores[0]], projected[term.scores[1]]
@@ -267,14 +291,18 @@ def _operands(
         key = nn.functional.normalize(key, dim=-1)
         for _ in range(term.iterations):
             # The scores' d^-0.5 is attend's; the rest of the temperature goes with the query.
-            key = nn.functional.normalize(attend(key * projected["length"], key, key), dim=-1)
+            key = nn.functional.normalize(attend(key * projected["length"], key, key, reach=reach), dim=-1)
         query = key * projected["length"]
     query = query[:, :, 1:]
     return query, key, None if term.sigma_patches is None else locality_bias(grid_hw, term.sigma_patches, query)
 
 
 def mix_patches(
-    terms: tuple[Term, ...], heads: list[dict[str, torch.Tensor]], values: torch.Tensor, grid_hw: tuple[int, int]
+    terms: tuple[Term, ...],
+    heads: list[dict[str, torch.Tensor]],
+    values: torch.Tensor,
+    grid_hw: tuple[int, int],
+    reach: WindowReach | None = None,
 ) -> torch.Tensor:
     """Sum over terms of attention map times values, for the patches.
 
@@ -284,6 +312,7 @@ def mix_patches(
             also `length` (B, 1, 1, 1), see `mean_length`.
         values: the last block's values, (B, H, 1 + N, d).
         grid_hw: rows and columns of patches.
+        reach: how far the maps reach; None is everywhere.
 
     Returns:
         (B, H, N, d).
@@ -293,14 +322,18 @@ def mix_patches(
         if term.scores == "identity":
             part = values[:, :, 1:]
         else:
-            query, key, bias = _operands(term, projected, grid_hw)
-            part = attend(query, key, values, bias)
+            query, key, bias = _operands(term, projected, grid_hw, reach)
+            part = attend(query, key, values, bias, reach)
         mixed = torch.add(mixed, part, alpha=term.weight)
     return mixed
 
 
 def mix_maps(
-    terms: tuple[Term, ...], heads: list[dict[str, torch.Tensor]], like: torch.Tensor, grid_hw: tuple[int, int]
+    terms: tuple[Term, ...],
+    heads: list[dict[str, torch.Tensor]],
+    like: torch.Tensor,
+    grid_hw: tuple[int, int],
+    reach: WindowReach | None = None,
 ) -> torch.Tensor:
     """The map that `mix_patches` applies, written out: (B, H, N, 1 + N). `like` is any (B, H, 1 + N, d) tensor."""
     batch, num_heads, tokens, _ = like.shape
@@ -309,7 +342,7 @@ def mix_maps(
         if term.scores == "identity":
             part = torch.eye(tokens, dtype=like.dtype, device=like.device)[1:]
         else:
-            part = attention_map(*_operands(term, projected, grid_hw))
+            part = attention_map(*_operands(term, projected, grid_hw, reach), reach)
         total = total + term.weight * part
     return total
 

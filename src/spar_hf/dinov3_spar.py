@@ -24,6 +24,7 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_spar import DenseConfig, DenseVisionConfig
 from .dense_spar import attend, attention_map, merge_heads, project_heads
 from .encoder_spar import DenseModel, DenseVisionModel
+from .reach_spar import WindowReach
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -139,12 +140,12 @@ def rotate(heads: torch.Tensor, cosine: torch.Tensor, signed_sine: torch.Tensor)
 
 
 class SparDinov3Attention(DINOv3ViTAttention):  # differs in fp32 rotation, arithmetic on the CPU, and shows its map
-    def forward(self, hidden_states, positions, need_weights: bool = False):
+    def forward(self, hidden_states, positions, need_weights: bool = False, reach: WindowReach | None = None):
         heads = project_heads(self, hidden_states, "qkv")
         query, key = rotate(heads["q"], *positions), rotate(heads["k"], *positions)
         if not need_weights:
-            return self.o_proj(merge_heads(attend(query, key, heads["v"]))), None
-        weights = attention_map(query, key)
+            return self.o_proj(merge_heads(attend(query, key, heads["v"], reach=reach))), None
+        weights = attention_map(query, key, reach=reach)
         return self.o_proj(merge_heads(weights @ heads["v"])), weights
 
 
@@ -153,8 +154,8 @@ class SparDinov3Layer(DINOv3ViTLayer):
         super().__init__(config)
         self.attention = SparDinov3Attention(config)
 
-    def forward(self, hidden_states, positions, need_weights: bool = False):
-        attended, weights = self.attention(self.norm1(hidden_states), positions, need_weights)
+    def forward(self, hidden_states, positions, need_weights: bool = False, reach: WindowReach | None = None):
+        attended, weights = self.attention(self.norm1(hidden_states), positions, need_weights, reach)
         hidden_states = hidden_states + self.layer_scale1(attended)
         return hidden_states + self.layer_scale2(self.mlp(self.norm2(hidden_states))), weights
 
@@ -198,9 +199,10 @@ class SparDinov3VisionModel(DenseVisionModel, DINOv3ViTModel):
         config, inputs, maps = self.config, [], []
         head_dim = config.hidden_size // config.num_attention_heads
         positions = rotary_angles(grid_hw, head_dim, config.rope_theta, self.num_prefix_tokens, tokens.device)
+        reach = self.reach(grid_hw, tokens.device)
         for layer in self.blocks[first_block:]:
             inputs.append(tokens)
-            tokens, weights = layer(tokens, positions, need_weights)
+            tokens, weights = layer(tokens, positions, need_weights, reach)
             maps.append(weights)
         return tokens, inputs, maps
 

@@ -15,6 +15,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_spar import DenseConfig, DenseVisionConfig
 from .dense_spar import attend, attention_map, fit_to_patches, merge_heads, project_heads
+from .reach_spar import WindowReach
 
 
 @dataclass
@@ -88,6 +89,14 @@ class DenseVisionModel(PreTrainedModel):
             of each (None unless asked for).
         """
         raise NotImplementedError
+
+    def reach(self, grid_hw: tuple[int, int], device: torch.device) -> WindowReach | None:
+        """How far attention reaches on a grid of patches, by `attention_reach`; None is everywhere."""
+        config = self.config
+        window = config.image_size // config.patch_size
+        if config.attention_reach == "image" or max(grid_hw) <= window:
+            return None
+        return WindowReach(grid_hw, window, device)
 
     def project(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
         """Tokens after the last block -> `patch_embeds` (B, h * w, D) and the other fields of the output."""
@@ -167,13 +176,20 @@ class DenseAttention(nn.Module):
 
     out_proj: nn.Linear
 
-    def forward(self, hidden_states, attention_mask=None, need_weights: bool = False, **kwargs):
-        if self.config._attn_implementation != "sdpa" and not need_weights:
+    def forward(
+        self,
+        hidden_states,
+        attention_mask=None,
+        need_weights: bool = False,
+        reach: WindowReach | None = None,
+        **kwargs,
+    ):
+        if self.config._attn_implementation != "sdpa" and not need_weights and reach is None:
             return super().forward(hidden_states, attention_mask, **kwargs)
         heads = project_heads(self, hidden_states, "qkv")
         if not need_weights:
-            return self.out_proj(merge_heads(attend(heads["q"], heads["k"], heads["v"]))), None
-        weights = attention_map(heads["q"], heads["k"])
+            return self.out_proj(merge_heads(attend(heads["q"], heads["k"], heads["v"], reach=reach))), None
+        weights = attention_map(heads["q"], heads["k"], reach=reach)
         return self.out_proj(merge_heads(weights @ heads["v"])), weights
 
 
@@ -190,15 +206,22 @@ class DenseEncoderLayer(nn.Module):
     layer_norm2: nn.LayerNorm
     mlp: Any
 
-    def forward(self, hidden_states, attention_mask=None, inside: Callable | None = None, **kwargs):
+    def forward(
+        self,
+        hidden_states,
+        attention_mask=None,
+        inside: Callable | None = None,
+        reach: WindowReach | None = None,
+        **kwargs,
+    ):
         normed = self.layer_norm1(hidden_states)
         if inside is not None:
             return inside(self, hidden_states, normed)
-        return self.update(hidden_states, normed)[0]
+        return self.update(hidden_states, normed, reach=reach)[0]
 
-    def update(self, x: torch.Tensor, y: torch.Tensor, need_weights: bool = False):
+    def update(self, x: torch.Tensor, y: torch.Tensor, need_weights: bool = False, reach: WindowReach | None = None):
         """The block as it is, given its input x and y = ln_1(x); returns its output and its map or None."""
-        attended, weights = self.self_attn(y, need_weights=need_weights)
+        attended, weights = self.self_attn(y, need_weights=need_weights, reach=reach)
         return self.feed_forward(x + attended), weights
 
     def feed_forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -24,6 +24,7 @@ from .dense_spar import (
     resize_positions,
 )
 from .encoder_spar import DenseAttention, DenseEncoderLayer, DenseModel, DenseVisionModel, embed_patches
+from .reach_spar import WindowReach
 
 WEIGHTS_NEEDED = (
     "a CLIP checkpoint with its projection (CLIPModel or CLIPVisionModelWithProjection), or projection_dim=0 for "
@@ -51,7 +52,12 @@ class SparEncoderLayer(DenseEncoderLayer, CLIPEncoderLayer):
 
 
 def run_recipe(
-    layers: nn.ModuleList, x: torch.Tensor, recipe: Recipe, grid_hw: tuple[int, int], need_weights: bool = False
+    layers: nn.ModuleList,
+    x: torch.Tensor,
+    recipe: Recipe,
+    grid_hw: tuple[int, int],
+    need_weights: bool = False,
+    reach: WindowReach | None = None,
 ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor | None]]:
     """Runs the blocks, with the recipe for the patches in the last one (or the last `recipe.blocks`).
 
@@ -63,6 +69,7 @@ def run_recipe(
         recipe: the last block.
         grid_hw: rows and columns of patches.
         need_weights: also return the attention maps.
+        reach: how far the patches' attention reaches, in every block; None is everywhere.
 
     Returns:
         The tokens (B, 1 + N, C) after the last block, the input of each block, and the attention map of each block
@@ -84,17 +91,18 @@ def run_recipe(
             heads["length"] = mean_length(y)
         if index >= first:
             term_heads = [tapped.get(source(term, index), heads) for term in recipe.terms]
-            mixed = mix_patches(recipe.terms, term_heads, heads["v"], grid_hw)
+            mixed = mix_patches(recipe.terms, term_heads, heads["v"], grid_hw, reach)
             path = path + layer.self_attn.out_proj(merge_heads(mixed))
         if index < last:
-            x, weights = layer.update(x, y, need_weights)
+            x, weights = layer.update(x, y, need_weights, reach)
             return x, path, heads, weights
         attended, weights = class_token_attention(layer.self_attn, y, heads["v"])
         class_token = layer.feed_forward(x[:, :1] + layer.self_attn.out_proj(merge_heads(attended)))
         if recipe.feed_forward:
             path = layer.feed_forward(path)
         if need_weights:
-            weights = torch.cat([weights, mix_maps(recipe.terms, term_heads, heads["v"], grid_hw)], dim=2)
+            patch_maps = mix_maps(recipe.terms, term_heads, heads["v"], grid_hw, reach)
+            weights = torch.cat([weights, patch_maps], dim=2)
         return torch.cat([class_token, path], dim=1), path, heads, weights if need_weights else None
 
     for index, layer in enumerate(layers):
@@ -158,7 +166,8 @@ class SparVisionModel(DenseVisionModel, CLIPVisionModel):
         return self.pre_layrnorm(tokens), grid_hw
 
     def run_blocks(self, tokens, grid_hw, first_block=0, need_weights=False):
-        return run_recipe(self.blocks[first_block:], tokens, self.recipe, grid_hw, need_weights)
+        reach = self.reach(grid_hw, tokens.device)
+        return run_recipe(self.blocks[first_block:], tokens, self.recipe, grid_hw, need_weights, reach)
 
     def project(self, tokens):
         normed = self.post_layernorm(tokens)

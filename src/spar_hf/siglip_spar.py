@@ -166,9 +166,10 @@ class SparSiglipVisionModel(DenseVisionModel, SiglipVisionModel):
 
     def run_blocks(self, tokens, grid_hw, first_block=0, need_weights=False):
         inputs, maps = [], []
+        reach = self.reach(grid_hw, tokens.device)
         for layer in self.blocks[first_block:]:
             inputs.append(tokens)
-            tokens, weights = layer(tokens, inside=lambda layer, x, y: layer.update(x, y, need_weights))
+            tokens, weights = layer(tokens, inside=lambda layer, x, y: layer.update(x, y, need_weights, reach))
             maps.append(weights)
         return tokens, inputs, maps
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from ..reach_spar import REACHES
 from .sources import PictureBookScenes, Source, hub_dataset, image_folder, tar_files
 from .views import EXTENDED, SCALE_LAWS, Augmentation, Views
 
@@ -61,6 +62,13 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
 def add_teacher_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("teacher (default: the student's starting weights in a sliding window)")
     group.add_argument("--student", required=True, help="checkpoint to start from: tiny, a folder, a Hub id")
+    group.add_argument("--student-method", metavar="NAME", help="last block of the student, a row of `spar methods`")
+    group.add_argument(
+        "--student-reach",
+        choices=REACHES,
+        help="how far the student's attention reaches: image, or window, not in SPAR (default: the checkpoint's)",
+    )
+    group.add_argument("--teacher-reach", choices=REACHES, help="the same of the teacher")
     group.add_argument("--teacher-model", help="checkpoint of the teacher; the student's when not given")
     group.add_argument(
         "--teacher-method",
@@ -77,7 +85,7 @@ def add_teacher_flags(parser: argparse.ArgumentParser) -> None:
         type=int,
         nargs="+",
         metavar="N",
-        help="sizes at which the teacher sees every picture; several: their mean; the student's size when not given",
+        help="sizes at which the teacher sees every picture, 0 the student's; several: their mean (default: 0)",
     )
     group.add_argument("--window-batch", type=int, default=64, help="windows at once; bounds the memory")
     group.add_argument("--teacher-dtype", choices=("float32", "bfloat16", "float16"), default="float32")

@@ -44,6 +44,17 @@ def load_tower(name: str, **overrides: Any) -> tuple[Any, Any, ProcessorMixin | 
     return model, model.vision_model, processor
 
 
+def load_student(args: argparse.Namespace) -> tuple[Any, Any, ProcessorMixin | None]:
+    """`load_tower` of the network that learns, as the flags of the student have it."""
+    wanted = {"method": args.student_method, "attention_reach": args.student_reach}
+    return load_tower(args.student, **{field: value for field, value in wanted.items() if value is not None})
+
+
+def describe_trunk(vision: DenseVisionModel, first_block: int) -> dict[str, Any]:
+    """What the tokens that enter a block depend on, as JSON."""
+    return {"first_block": first_block, "weights": weights_hash(vision), **vision.config.features_depend_on()}
+
+
 def build_teacher(args: argparse.Namespace) -> tuple[DenseEncoder, dict[str, Any]]:
     """The dense encoder that the flags ask for, without gradients, and what its features depend on.
 
@@ -60,7 +71,8 @@ def build_teacher(args: argparse.Namespace) -> tuple[DenseEncoder, dict[str, Any
     teachers: list[DenseEncoder] = []
     depend_on = []
     for method, needed in zip(methods, needs_network, strict=True):
-        encoder: Any = build_encoder(vision, method, args.teacher_network if needed else None)
+        fields = {} if args.teacher_reach is None else {"attention_reach": args.teacher_reach}
+        encoder: Any = build_encoder(vision, method, args.teacher_network if needed else None, **fields)
         encoder.requires_grad_(False)
         config = encoder.config
         fields = {
@@ -80,7 +92,7 @@ def build_teacher(args: argparse.Namespace) -> tuple[DenseEncoder, dict[str, Any
         if config.patch_size != patch_px:
             windows = [OtherGrid(window, patch_px) for window in windows]
         sides = args.teacher_short_side_px
-        teachers += [Resized(window, side) for window in windows for side in sides] if sides else windows
+        teachers += [Resized(window, side) if side else window for window in windows for side in sides or [0]]
         depend_on.append(fields)
     described = {
         "model": Path(name).name if Path(name).is_dir() else name,  # no path of this machine in the weights

@@ -23,6 +23,7 @@ import torch
 from ..dense_spar import attend, attention_map, merge_heads, project_heads
 from ..encoder_spar import SparVisionOutput
 from ..modeling_spar import SparVisionModel
+from ..reach_spar import WindowReach
 from .encoder import ROW_NUMBERS, MethodEncoder
 
 # Numbers of the heads' matrices that are held at once, 128 MB in fp32; a single head may take more.
@@ -39,12 +40,13 @@ class Encoder(MethodEncoder):
     def forward(self, pixel_values: torch.Tensor) -> SparVisionOutput:
         """(B, 3, H, W) -> `patch_embeds` (B, h, w, D)."""
         x, grid_hw, extent_hw = self.embed(pixel_values)
+        reach = self.vision.reach(grid_hw, x.device)
         pairs = []  # queries and keys of each block but the last, (B, H, 1 + N, d)
 
         def visit(layer: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
             heads = project_heads(layer.self_attn, y, "qkv")
             pairs.append((heads["q"], heads["k"]))
-            attended = merge_heads(attend(heads["q"], heads["k"], heads["v"]))
+            attended = merge_heads(attend(heads["q"], heads["k"], heads["v"], reach=reach))
             return layer.feed_forward(x + layer.self_attn.out_proj(attended))
 
         for layer in self.vision.blocks[:-1]:
@@ -57,22 +59,23 @@ class Encoder(MethodEncoder):
         step = max(HEAD_NUMBERS // (batch * count**2), 1)
         for first in range(0, num_heads, step):
             heads = slice(first, first + step)
-            total = sum_of_maps([(query[:, heads], key[:, heads]) for query, key in pairs])
+            total = sum_of_maps([(query[:, heads], key[:, heads]) for query, key in pairs], reach)
             mixed[:, heads] = balanced(total, values[:, heads].float(), rounds=len(pairs) + 1).to(values.dtype)
         patches = layer.self_attn.out_proj(merge_heads(mixed[:, :, 1:]))
         return self.output(patches, x, grid_hw, extent_hw, pixel_values)
 
 
-def sum_of_maps(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-    """Sum of softmax(d^-0.5 query keyᵀ) over blocks, (B, H, N, N) in fp32."""
+def sum_of_maps(pairs: list[tuple[torch.Tensor, torch.Tensor]], reach: WindowReach | None) -> torch.Tensor:
+    """Sum of softmax(d^-0.5 query keyᵀ) over blocks, as far as they reach: (B, H, N, N) in fp32."""
     query, key = pairs[0]
     batch, num_heads, count, _ = query.shape
     total = torch.zeros(batch, num_heads, count, count, device=query.device)
+    bias = None if reach is None else reach.bias(count, count).to(query.dtype)
     step = max(ROW_NUMBERS // (batch * num_heads * count), 1)
     for first in range(0, count, step):
         rows = slice(first, first + step)
         for query, key in pairs:
-            total[:, :, rows] += attention_map(query[:, :, rows], key)
+            total[:, :, rows] += attention_map(query[:, :, rows], key, None if bias is None else bias[rows])
     return total
 
 

@@ -75,8 +75,9 @@ class Encoder(MethodEncoder):
     def forward(self, pixel_values: torch.Tensor) -> SparVisionOutput:
         """(B, 3, H, W) -> `patch_embeds` (B, h, w, D) on the second network's grid."""
         x, clip_grid_hw, clip_extent_hw = self.embed(pixel_values)
+        reach = self.vision.reach(clip_grid_hw, x.device)
         for layer in self.vision.blocks[:-1]:
-            x = layer(x)
+            x = layer(x, reach=reach)
         layer = self.last_layer
         values = merge_heads(project_heads(layer.self_attn, layer.layer_norm1(x), "v")["v"])[:, 1:]
 

@@ -27,6 +27,7 @@ from torch import nn
 from ..dense_spar import attend, block_index, merge_heads, project_heads
 from ..encoder_spar import SparVisionOutput
 from ..modeling_spar import SparVisionModel
+from ..reach_spar import WindowReach
 from .encoder import ROW_NUMBERS, MethodEncoder, above_mean, attend_by_similarity, mean_similarity
 
 NEIGHBOURS, OUTLIER_SHARE = 30, 0.05
@@ -95,8 +96,9 @@ class Encoder(MethodEncoder):
         """(B, 3, H, W) -> `patch_embeds` (B, h, w, D)."""
         x, grid_hw, extent_hw = self.embed(pixel_values)
         outputs = []
+        reach = self.vision.reach(grid_hw, x.device)
         for layer in self.vision.blocks[:-1]:
-            x = layer(x)
+            x = layer(x, reach=reach)
             outputs.append(x)
         outliers = outlier_factor(x[:, 1:])
         # Two patches that are each other's farthest tie; rounding shall not make one of them an outlier.
@@ -109,11 +111,11 @@ class Encoder(MethodEncoder):
             many += outputs[index]
 
         # The two paths meet here already: all that follows their soft-maxes is linear.
-        attended = self.attend([patches, many[:, 1:]], late) + CLASS_WEIGHT * (x[:, :1] + many[:, :1])
+        attended = self.attend([patches, many[:, 1:]], late, reach) + CLASS_WEIGHT * (x[:, :1] + many[:, :1])
         patches = attend_by_similarity(unit(outputs[self.first][:, 1:]), attended, shares)
         return self.output(patches, x, grid_hw, extent_hw, pixel_values)
 
-    def attend(self, paths: list[torch.Tensor], late: torch.Tensor) -> torch.Tensor:
+    def attend(self, paths: list[torch.Tensor], late: torch.Tensor, reach: WindowReach | None) -> torch.Tensor:
         """Sum over the paths of the last block's projected attention, patches only, (B, N, C)."""
         layer = self.last_layer
         heads = [project_heads(layer.self_attn, layer.layer_norm1(path), "kv") for path in paths]
@@ -122,7 +124,7 @@ class Encoder(MethodEncoder):
             mixed += merge_heads(each["v"])
         mixed = attend_by_similarity(late, mixed, above_mean(mean_similarity(late), SHARPNESS))
         for each in heads:
-            mixed += merge_heads(attend(each["k"], each["k"], each["v"]))
+            mixed += merge_heads(attend(each["k"], each["k"], each["v"], reach=reach))
         return layer.self_attn.out_proj(mixed / 2) + (len(paths) - 1) * layer.self_attn.out_proj.bias  # once a path
 
 

@@ -89,9 +89,11 @@ class TappedImage:
         layer = self.network.encoder.layers[index]
         with torch.no_grad():
             heads = project_heads(layer.self_attn, layer.layer_norm1(self._outputs.hidden_states[index]), "qk")
+        reach = self.network.reach(self.grid_hw, self.network.device)
+        bias = 0.0 if reach is None else reach.bias(*(heads["q"].shape[2],) * 2)
         total = torch.zeros(())
         for query, key in zip(heads["q"][0].float(), heads["k"][0].float(), strict=True):  # one head's map at a time
-            scores = (query @ key.T * query.shape[-1] ** -0.5).softmax(dim=-1)
+            scores = (query @ key.T * query.shape[-1] ** -0.5 + bias).softmax(dim=-1)
             total = scores if total.ndim == 0 else total.add_(scores)
         return total[1:, 1:] / len(heads["q"][0])
 
@@ -103,13 +105,14 @@ class TappedImage:
             crop: (1, 3, H, W).
             patch_mask: (N) bool. The class token's scores towards the others are lowered by 1000, in every block.
         """
-        tokens, _ = self.network.embeddings(crop)
+        tokens, grid_hw = self.network.embeddings(crop)
         x = self.network.pre_layrnorm(tokens)
+        reach = self.network.reach(grid_hw, x.device)
         bias = x.new_zeros(x.shape[1], x.shape[1])
         bias[0, 1:][~patch_mask] = -1000
         for layer in self.network.encoder.layers:
             heads = project_heads(layer.self_attn, layer.layer_norm1(x), "qkv")
-            attended = merge_heads(attend(heads["q"], heads["k"], heads["v"], bias))
+            attended = merge_heads(attend(heads["q"], heads["k"], heads["v"], bias, reach))
             x = layer.feed_forward(x + layer.self_attn.out_proj(attended))
         embed = self.network.visual_projection(self.network.post_layernorm(x[:, 0]))
         return F.normalize(embed[0].float(), dim=-1)
