@@ -3,9 +3,9 @@
     python benchmarks/methods.py                                  # 448, 672 x 896 and 1024 x 1024 px
     python benchmarks/methods.py --sizes 448x448 --methods naclip gem
 
-For each size: milliseconds (median; the methods share one network and take turns in every round), peak memory over the
-loaded network, and both as ratios to one plain pass (maskclip); the time's is the median over the rounds, so that a
-noisy machine disturbs it less. A second network is a random ViT-B/16 and its pass counts. Writes
+For each size: milliseconds of the processor (median; the methods share one network and take turns in every round), peak
+memory over the loaded network, and both as ratios to one plain pass (maskclip); the time's is the median over the
+rounds. With one thread (--threads 1) other work on the machine disturbs it little. A second network is a random ViT-B/16 and its pass counts. Writes
 benchmarks/results/methods.json, a size at a time.
 """
 
@@ -48,16 +48,16 @@ def pixels_of(size: str) -> torch.Tensor:
 
 
 def milliseconds(encoders: dict[str, Any], size: str, rounds: int) -> dict[str, list[float]]:
-    """Time of each encoder in each round; every round starts with another one."""
+    """CPU time of each encoder in each round; every round starts with another one."""
     pixels = pixels_of(size)
     times: dict[str, list[float]] = {name: [] for name in encoders}
     order = list(encoders)
     with torch.inference_mode():
         for turn in range(rounds):
             for name in order[turn % len(order) :] + order[: turn % len(order)]:
-                start = time.perf_counter()
+                start = time.process_time()
                 encoders[name](pixels)
-                times[name].append(1000 * (time.perf_counter() - start))
+                times[name].append(1000 * (time.process_time() - start))
     return times
 
 

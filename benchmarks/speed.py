@@ -1,6 +1,6 @@
 """Times one forward pass of ViT-B/16 (random weights) against the obvious alternatives, on this machine.
 
-    python benchmarks/speed.py                         # ours and stock transformers
+    python benchmarks/speed.py                         # ours, ours within the window's reach, stock transformers
     pip install open_clip_torch && python benchmarks/speed.py --models ours stock open_clip
 
 For each size and type: seconds (median), ratio to ours in the same run, peak memory over the loaded model, and the
@@ -30,12 +30,17 @@ SIZES = ("224x224", "448x448", "672x896", "1024x1024")
 WIDTH, LAYERS, MLP, PROJECTION, PATCH = 768, 12, 3072, 512, 16
 
 
-def ours(height_px: int, width_px: int, dtype: torch.dtype) -> Callable:
+def ours(height_px: int, width_px: int, dtype: torch.dtype, reach: str = "image") -> Callable:
     from spar_hf import SparVisionConfig, SparVisionModel
 
-    config = SparVisionConfig(hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=12, hidden_act="gelu")
+    sizes = {"hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": 12}
+    config = SparVisionConfig(**sizes, hidden_act="gelu", attention_reach=reach)
     model = SparVisionModel(config).eval().to(dtype)
     return lambda pixels: model(pixels).patch_embeds
+
+
+def window(height_px: int, width_px: int, dtype: torch.dtype) -> Callable:
+    return ours(height_px, width_px, dtype, reach="window")
 
 
 def stock(height_px: int, width_px: int, dtype: torch.dtype) -> Callable:
@@ -66,19 +71,31 @@ def declare_torchvision_operators() -> None:
             torch.library.define(f"torchvision::{operator}", schema)
 
 
-MODELS = {"ours": ours, "stock": stock, "open_clip": open_clip}
+MODELS = {"ours": ours, "window": window, "stock": stock, "open_clip": open_clip}
 
 
-def forward_flops(height_px: int, width_px: int, last_block: str) -> float:
+def pairs(height_px: int, width_px: int, model: str) -> int:
+    """How many pairs of patches a model's attention scores."""
+    from spar_hf.reach_spar import WindowReach
+
+    grid_hw = (height_px // PATCH, width_px // PATCH)
+    if model != "window" or max(grid_hw) <= 224 // PATCH:
+        return (grid_hw[0] * grid_hw[1]) ** 2
+    tiles = WindowReach(grid_hw, 224 // PATCH, torch.device("cpu")).tiles
+    return sum(tile.bias.numel() for row in tiles for tile in row)
+
+
+def forward_flops(height_px: int, width_px: int, model: str) -> float:
     """Floating-point operations of one pass: products of matrices only, two operations a multiply-add."""
     patches = (height_px // PATCH) * (width_px // PATCH)
     tokens = patches + 1
     projection = 2 * tokens * WIDTH * WIDTH
-    attention = 4 * tokens * tokens * WIDTH
+    attention = 4 * (pairs(height_px, width_px, model) + 2 * patches + 1) * WIDTH
     mlp = 4 * tokens * WIDTH * MLP
     block = 4 * projection + attention + mlp
-    last = 2 * projection + mlp if last_block == "values" else block  # values and output projection alone (MaskCLIP)
-    head = 2 * tokens * WIDTH * PROJECTION if last_block == "values" else 0
+    values_alone = model in ("ours", "window")  # in the last block (MaskCLIP): values and output projection
+    last = 2 * projection + mlp if values_alone else block
+    head = 2 * tokens * WIDTH * PROJECTION if values_alone else 0
     return 2 * patches * 3 * PATCH**2 * WIDTH + (LAYERS - 1) * block + last + head
 
 
@@ -149,7 +166,7 @@ def bf16_error(height_px: int, width_px: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=["ours", "stock"])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["ours", "window", "stock"])
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), help="height x width in pixels, such as 672x896")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=5)
@@ -172,7 +189,7 @@ def main() -> None:
             rows = compare(args.models, size, dtype, args.rounds, args.threads)
             rate = max(rate, matrix_rate(getattr(torch, dtype)))
             for name, row in rows.items():
-                flops = forward_flops(height_px, width_px, "values" if name == "ours" else "attention")
+                flops = forward_flops(height_px, width_px, name)
                 row |= {"size": size, "dtype": dtype, "model": name, "flops": flops}
                 row |= {"of_matrix_rate": flops / row["seconds"] / rate, "matrix_gflops": rate / 1e9}
                 row["ratio_to_ours"] = row["seconds"] / rows[args.models[0]]["seconds"]

@@ -120,6 +120,7 @@ def test_model_options_reach_the_model(here, capsys, model_folder):
         "plain": [],
         "short": ["--short-side", "48"],
         "method": ["--method", "naclip"],
+        "reach": ["--attention-reach", "window"],
         "bf16": ["--dtype", "bfloat16", "--device", "cpu"],
     }.items():
         assert main([*words, "--output", name, *options]) == 0
@@ -136,6 +137,12 @@ def test_model_options_reach_the_model(here, capsys, model_folder):
     with torch.inference_mode():
         expected = model.vision_model(pixel_values).patch_embeds[0]
     assert torch.equal(stored["method"], expected) and not torch.allclose(expected, stored["plain"], rtol=0.1)
+
+    assert (facts["plain"]["attention_reach"], facts["reach"]["attention_reach"]) == ("image", "window")
+    model, _ = spar_hf.load(model_folder, attention_reach="window")
+    with torch.inference_mode():
+        expected = model.vision_model(pixel_values).patch_embeds[0]
+    assert torch.equal(stored["reach"], expected) and not torch.allclose(expected, stored["plain"], rtol=0.01)
 
 
 def test_several_images_of_one_name_and_odd_names(here, capsys, model_folder):

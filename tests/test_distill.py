@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import importlib
 import io
@@ -18,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from spar_hf import SlidingWindow, SparVisionModel
+from spar_hf.composition import Resized
 from spar_hf.distillation import files
 from spar_hf.distillation.batches import plan_steps, share_of
 from spar_hf.distillation.flags import RunStopped
@@ -29,6 +31,7 @@ from spar_hf.distillation.sources import (
     image_folder,
     tar_files,
 )
+from spar_hf.distillation.teacher import build_teacher, normalise
 from spar_hf.distillation.views import EXTENDED, Augmentation, Views, plan_batches
 
 LEARNING = ("--learning-rate", "1e-3", "--epochs", 2)
@@ -240,6 +243,45 @@ def test_stored_features_and_trunk_train_as_on_line(world, tmp_path):
     with pytest.raises(ValueError, match="needs a frozen trunk"):
         run("distill.py", *flags(world, tmp_path / "x", *one_draw, "--cache", tmp_path / "c", "--trunk-blocks", 2,
                                  "--train", "last:2,positions"))  # fmt: skip
+
+
+def test_student_keeps_the_last_block_and_the_reach_it_was_given(world, tmp_path):
+    cached = ("--student", world[0], "--images", world[1], "--stride-px", 12, "--workers", 0, *SIZES)
+    runs = ("--student-method", "sclip", "--student-reach", "window")
+    run("cache_teacher.py", *cached, *runs, "--cache", tmp_path / "c", "--trunk-blocks", 2)
+    trunk = ("--cache", tmp_path / "c", "--trunk-blocks", 2)
+    run("distill.py", *flags(world, tmp_path / "run", *runs, *trunk, "--max-steps", 1))
+    student = SparVisionModel.from_pretrained(tmp_path / "run" / "model")
+    config = student.config
+    assert (config.method, config.attention_reach, len(config.recipe["terms"])) == ("sclip", "window", 2)
+    # The teacher is the starting checkpoint as it is, and the loss is that of a student that runs as it says.
+    assert config.teacher["method"] == "maskclip" and config.teacher["attention_reach"] == "image"
+    start = SparVisionModel.from_pretrained(world[0], method="sclip", attention_reach="window").eval()
+    teacher = SlidingWindow(SparVisionModel.from_pretrained(world[0]).eval(), 32, 12)
+    views = Views(image_folder(world[1]), SMALL, draws=1, seed=0)
+    (((number,),), *_) = plan_steps(views, None, epochs=1, batch_size=1, batches_per_step=1, seed=0)
+    pixels = normalise(torch.from_numpy(views.pixels(number))[None], start.config)
+    with torch.no_grad():
+        expected = (start(pixels).patch_embeds - teacher(pixels).patch_embeds).square().mean().item()
+    (logged,) = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert logged["loss"] == pytest.approx(expected, rel=2e-3)  # stored in fp16
+    with pytest.raises(ValueError, match=r"trunk\.attention_reach is 'window' there and 'image' here"):
+        run("distill.py", *flags(world, tmp_path / "x", "--student-method", "sclip", *trunk))
+
+
+def test_a_teacher_may_see_pictures_at_their_own_size_too(world):
+    args = argparse.Namespace(
+        student=str(world[0]), teacher_model=None, teacher_method=None, teacher_network=None, teacher_dtype="float32",
+        teacher_reach="window", window_px=0, stride_px=None, window_batch=4, teacher_short_side_px=[0, 64],
+    )  # fmt: skip
+    teacher, described = build_teacher(args)
+    assert (described["short_side_px"], described["mean"]) == ([0, 64], "features")
+    assert described["attention_reach"] == "window"
+    vision = SparVisionModel.from_pretrained(world[0], attention_reach="window").eval()
+    pixels = torch.randn(1, 3, 48, 96)
+    with torch.no_grad():
+        expected = (vision(pixels).patch_embeds + Resized(vision, 64)(pixels).patch_embeds) / 2
+        torch.testing.assert_close(teacher(pixels).patch_embeds, expected, atol=1e-5, rtol=0)
 
 
 def test_losses_against_numpy(monkeypatch):

@@ -18,7 +18,15 @@ import torch
 from PIL import Image
 from torch import nn
 
-from spar_hf import SlidingWindow, SparImageProcessor, SparModel, SparProcessor, SparVisionConfig, SparVisionOutput
+from spar_hf import (
+    SlidingWindow,
+    SparImageProcessor,
+    SparModel,
+    SparProcessor,
+    SparVisionConfig,
+    SparVisionOutput,
+    load,
+)
 from spar_hf.data import (
     PROTOCOLS,
     BenchmarkData,
@@ -376,6 +384,8 @@ def quality() -> ModuleType:
 def test_rows_of_the_quality_table(quality: ModuleType) -> None:
     assert quality.Row.parse("teacher, stride 24=tiny,stride=24") == quality.Row("teacher, stride 24", "tiny", 24)
     assert quality.Row.parse("a=me/model,method=naclip") == quality.Row("a", "me/model", None, "naclip")
+    reaching = quality.Row.parse("a=tiny,reach=window")
+    assert reaching.encoder(load("tiny")[0], 1).config.attention_reach == "window"
     for spec in ("tiny", "=tiny", "a=", "a=tiny,windows=3"):
         with pytest.raises(ValueError, match=r"a row is NAME=CHECKPOINT\[,stride=N\]"):
             quality.Row.parse(spec)
