@@ -4,13 +4,16 @@
 
 `stock` is the vision model of transformers: for SigLIP it gives one vector per image and none of the text space per
 patch. `stock+head` is the same and the pooling head's value, projection and MLP on each patch, written plainly: what
-`ours` gives. Models take turns in every round. Figures are CPU seconds of the process, which other work on the machine
-changes little, the least of the rounds. Writes benchmarks/results/families.json with the command.
+`ours` gives. Models take turns in every round, every other round in reverse. Figures are CPU seconds of the process,
+which other work on the machine changes little, the least of the rounds. On Linux the heap keeps what it has, for all
+models alike: left alone, glibc gives a model's largest buffers back after each block or not, as the heap happens to
+lie, and taking them again costs up to 6 % of a pass. Writes benchmarks/results/families.json with the command.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import sys
 import time
@@ -75,16 +78,25 @@ FAMILIES = {
 }
 
 
+def keep_heap() -> None:
+    """Memory once taken from the system stays with the process; glibc only."""
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
+    libc = ctypes.CDLL(None)
+    libc.mallopt(trim_threshold, 2**31 - 1)
+    libc.mallopt(mmap_max, 0)
+
+
 def compare(models: dict[str, Callable], size: str, dtype: torch.dtype, rounds: int) -> dict[str, float]:
     """CPU seconds of each model at one size and type, after a pass that is not counted."""
     height_px, width_px = map(int, size.split("x"))
     pixels = torch.randn(1, 3, height_px, width_px, dtype=dtype)
     runs = {name: build(height_px, width_px, dtype) for name, build in models.items()}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
+    names = list(runs)
     for turn in range(rounds + 1):
-        for name, run in runs.items():
+        for name in names[:: -1 if turn % 2 else 1]:
             started = time.process_time()
-            run(pixels)
+            runs[name](pixels)
             if turn:
                 seconds[name].append(time.process_time() - started)
     return {name: min(values) for name, values in seconds.items()}
@@ -99,6 +111,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if sys.platform == "linux":
+        keep_heap()
     table = []
     print(f"{'size':>10} {'type':>9} {'family':>8} {'model':>11} {'CPU s':>8} {'vs ours':>8}")
     for size in args.sizes:

@@ -52,7 +52,10 @@ def load_student(args: argparse.Namespace) -> tuple[Any, Any, ProcessorMixin | N
 
 def describe_trunk(vision: DenseVisionModel, first_block: int) -> dict[str, Any]:
     """What the tokens that enter a block depend on, as JSON."""
-    return {"first_block": first_block, "weights": weights_hash(vision), **vision.config.features_depend_on()}
+    # Not on the method and its last block, which come after it.
+    fields = ("position_interpolation", "size_rule", "attention_reach")
+    runs = {field: getattr(vision.config, field) for field in fields}
+    return {"first_block": first_block, "weights": weights_hash(vision), **runs}
 
 
 def build_teacher(args: argparse.Namespace) -> tuple[DenseEncoder, dict[str, Any]]:
