@@ -3,10 +3,10 @@
     python benchmarks/methods.py                                  # 448, 672 x 896 and 1024 x 1024 px
     python benchmarks/methods.py --sizes 448x448 --methods naclip gem
 
-For each size: milliseconds of the processor (median; the methods share one network and take turns in every round), peak
-memory over the loaded network, and both as ratios to one plain pass (maskclip); the time's is the median over the
-rounds. With one thread (--threads 1) other work on the machine disturbs it little. A second network is a random ViT-B/16 and its pass counts. Writes
-benchmarks/results/methods.json, a size at a time.
+For each size: milliseconds of the processor (median; the methods share one network and take turns in every round),
+peak memory over the loaded network, and both as ratios to one plain pass (maskclip); the time's is the median over the
+rounds. With one thread (--threads 1) other work on the machine disturbs it little. A second network is a random
+ViT-B/16 and its pass counts. Writes benchmarks/results/methods.json, a size at a time.
 """
 
 from __future__ import annotations

@@ -37,6 +37,7 @@ from spar_hf.sliding_window import DenseEncoder, SlidingWindow
 RESULTS = Path(__file__).parent / "results" / "quality.json"
 ROWS = (
     "single pass=tiny",
+    "the same, window's reach=tiny,reach=window",
     "teacher, stride 24=tiny,stride=24",
     "teacher, stride 40=tiny,stride=40",
     "teacher, stride 56=tiny,stride=56",

@@ -14,20 +14,17 @@ is reported is of the test split. Every step goes on where it was when the comma
 from __future__ import annotations
 
 import argparse
-import io
 import json
-import math
 import multiprocessing
 import os
 import platform
 import shlex
 import signal
-import statistics
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,23 +32,21 @@ from typing import Any
 
 import torch
 import transformers
-from PIL import Image, ImageDraw, ImageFont
 from quality import Row, load
+from teachers_report import PAPERS, chapter, mean, plot
 
 import spar_hf
 from spar_cli.methods import renew
 from spar_hf.checkpoints import resolve
 from spar_hf.composition import MeanOf
 from spar_hf.data import load_benchmark
-from spar_hf.evaluation import evaluate, markdown_table, write_atomically
+from spar_hf.evaluation import evaluate, write_atomically
 from spar_hf.methods_spar import METHODS
 from spar_hf.reach_spar import REACHES
-from spar_hf.visualize import FRAME, INK, OKABE_ITO, PAPER
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "teachers.json"
-FONT = Path(spar_hf.__file__).parent / "assets" / "fonts" / "DejaVuSans.ttf"
-CHECKPOINT, PAPERS = "tiny", "maskclip"  # who learns, and the paper's teacher
+CHECKPOINT = "tiny"  # who learns
 NAMES = [name for name, row in METHODS.items() if row.kind == "feature" and not row.needs]
 # Up to four times the native side, the largest scale that is measured by default.
 DATA = (
@@ -276,10 +271,10 @@ def main(argv: list[str] | None = None) -> int:
     if code:
         return code
     document = json.loads(args.output.read_text())
-    print("\n" + block(document))
+    print("\n" + chapter(document))
     if args.markdown is not None:
-        write_atomically(args.markdown.with_name("teachers.png"), png(plot(document)))
-        renew(args.markdown, "teachers", block(document))
+        write_atomically(args.markdown.with_name("teachers.png"), plot(document))
+        renew(args.markdown, "teachers", chapter(document))
     return 0
 
 
@@ -304,361 +299,6 @@ def run(args: argparse.Namespace) -> int:
         benchmark.stop()
         threads.shutdown(cancel_futures=True)
         workers.shutdown()
-
-
-# --- report -------------------------------------------------------------------------------------------------------
-
-Document = dict[str, Any]
-NAN = float("nan")
-
-
-def scores(document: Document, teacher: str, what: str, scale: float, split: str = "test") -> dict[int | None, float]:
-    """Seed (None of what has none) -> mean IoU in per cent, of what was measured."""
-    wanted = {"teacher": teacher, "what": what, "scale": scale, "split": split}
-    found = (entry for entry in document["results"] if wanted.items() <= entry.items())
-    return {entry["seed"]: 100 * entry["mean_iou"] for entry in found}
-
-
-def mean(document: Document, teacher: str, what: str, scale: float, split: str = "test") -> float:
-    """Mean of the `scores`, nan where there are none."""
-    found = scores(document, teacher, what, scale, split).values()
-    return statistics.fmean(found) if found else NAN
-
-
-def spread(document: Document, teacher: str, scale: float) -> float:
-    """Standard deviation over the seeds of the students with their own last block; nan of fewer than two."""
-    found = scores(document, teacher, "own", scale).values()
-    return statistics.stdev(found) if len(found) > 1 else NAN
-
-
-def gain_of_block(document: Document, teacher: str, scale: float) -> float:
-    """What the student gains by the teacher's last block in place of its own, both of one seed; nan where unknown."""
-    own, other = (scores(document, teacher, block, scale) for block in ("own", "teacher"))
-    gains = [other[seed] - own[seed] for seed in other.keys() & own.keys()]
-    return statistics.fmean(gains) if gains else NAN
-
-
-def by_teacher(document: Document) -> list[str]:
-    """The teachers, the best sliding window at the largest scale first."""
-    known = {name: mean(document, name, "sliding", max(document["scales"])) for name in document["teachers"]}
-    return sorted(known, key=lambda name: (math.isnan(known[name]), -known[name]))
-
-
-def number(value: float, spread: float = NAN) -> str:
-    return "" if math.isnan(value) else f"{value:.1f}" + ("" if math.isnan(spread) else f" ± {spread:.1f}")
-
-
-def signed(value: float) -> str:
-    return "" if math.isnan(value) else f"{round(value, 1) + 0.0:+.1f}".replace("-", "−")  # no -0.0
-
-
-def title(document: Document, teacher: str) -> str:
-    return " + ".join(f"`{method}`" for method in document["teachers"][teacher])
-
-
-def table(document: Document) -> list[str]:
-    """The table, the best teacher first."""
-
-    def student(name: str, scale: float) -> str:
-        return number(mean(document, name, "own", scale), spread(document, name, scale))
-
-    def difference(name: str, scale: float) -> str:
-        return signed(mean(document, name, "own", scale) - mean(document, name, "sliding", scale))
-
-    def other_block(name: str, scale: float) -> str:
-        if document["teachers"][name] == [document["own_block"]]:
-            return "the same"
-        gain = signed(gain_of_block(document, name, scale))
-        return number(mean(document, name, "teacher", scale)) + (f" ({gain})" if gain else "")
-
-    columns: dict[str, Callable[[str, float], str]] = {
-        "sliding": lambda name, scale: number(mean(document, name, "sliding", scale)),
-        "single pass": lambda name, scale: number(mean(document, name, "single pass", scale)),
-        "student": student,
-        "student − teacher": difference,
-        "student with the teacher's block": other_block,
-    }
-    scales = document["scales"]
-    heads = ["teacher", *(f"{head}, {scale:g}x" for head in columns for scale in scales)]
-    rows = [
-        [title(document, name), *(cell(name, scale) for cell in columns.values() for scale in scales)]
-        for name in by_teacher(document)
-    ]
-    return markdown_table(heads, rows)
-
-
-def findings(document: Document, scale: float) -> list[str]:
-    """What the numbers say at a scale, as a list in Markdown."""
-    taught = {name: mean(document, name, "own", scale) for name in by_teacher(document)}
-    taught = {name: value for name, value in taught.items() if not math.isnan(value)}
-    if not taught:
-        return []
-    windows = {name: mean(document, name, "sliding", scale) for name in taught}
-    start = mean(document, "start", "single pass", scale)
-    best, teacher = (max(values, key=values.__getitem__) for values in (taught, windows))
-
-    def named(names: Iterable[str], values: dict[str, float]) -> str:
-        return ", ".join(f"{title(document, name)} ({signed(values[name])})" for name in names) or "none"
-
-    lines = [
-        f"- The best teacher is {title(document, teacher)} ({number(windows[teacher])}), the best student that of "
-        f"{title(document, best)} ({number(taught[best], spread(document, best, scale))}).",
-        f"- Better than before distillation ({number(start)}): {sum(value > start for value in taught.values())} of "
-        f"{len(taught)} students.",
-    ]
-    if PAPERS in taught:
-        over = {name: value - taught[PAPERS] for name, value in taught.items()}
-        ahead = sorted((name for name in over if over[name] > 0), key=lambda name: -over[name])
-        lines.append(
-            f"- Better than the student of {title(document, PAPERS)}, the paper's teacher: {named(ahead, over)}."
-        )
-    above = {name: value - windows[name] for name, value in taught.items() if value > windows[name]}
-    lines.append(f"- Students above their teacher's sliding window: {named(above, above)}.")
-    if len(taught) > 2:
-        correlation = statistics.correlation(list(windows.values()), list(taught.values()))
-        shown = f"{correlation:.2f}".replace("-", "−")
-        lines.append(f"- Correlation of teacher and student over the {len(taught)} teachers: {shown}.")
-    for name, methods in document["teachers"].items():
-        if len(methods) > 1 and {name, *methods} <= taught.keys():
-            gains = [signed(values[name] - max(values[part] for part in methods)) for values in (windows, taught)]
-            lines.append(
-                f"- {title(document, name)} against the best of its parts: teacher {gains[0]}, student {gains[1]}."
-            )
-    return lines + _advice(document, scale)
-
-
-def _advice(document: Document, scale: float) -> list[str]:
-    """Which last block the student should have, by teacher; a difference of two runs needs two standard deviations."""
-    gains = {name: gain_of_block(document, name, scale) for name in by_teacher(document)}
-    gains = {name: gain for name, gain in gains.items() if not math.isnan(gain)}
-    variances = [value**2 for name in document["teachers"] if not math.isnan(value := spread(document, name, scale))]
-    if not gains:
-        return []
-    least = 2 * math.sqrt(2 * statistics.fmean(variances)) if variances else 0.0
-    groups = {
-        "The student should take the teacher's last block for": [name for name, gain in gains.items() if gain > least],
-        f"keep its own (`{document['own_block']}`) for": [name for name, gain in gains.items() if gain < -least],
-    }
-    if variances:
-        groups[f"and it makes no difference beyond that of two seeds (±{least:.1f}) for"] = [
-            name for name, gain in gains.items() if abs(gain) <= least
-        ]
-    parts = [
-        f"{words} {', '.join(f'{title(document, name)} ({signed(gains[name])})' for name in names) or 'none'}"
-        for words, names in groups.items()
-    ]
-    return [f"- {'; '.join(parts)}."]
-
-
-def block(document: Document) -> str:
-    """What stands in the documentation between the marks."""
-    scales, seeds = document["scales"], document["seeds"]
-    start = [f"{number(mean(document, 'start', 'single pass', scale))} at {scale:g}x" for scale in scales]
-    count = next(entry["num_images"] for entry in document["results"] if entry["split"] == "test")
-    reach = {
-        "window": "Their attention reaches as far as the native window; the teachers', as published, everywhere.",
-        "image": "Attention reaches over the whole image.",
-    }[document["reach"]]
-    return "\n".join(
-        [
-            f"Made by `{document['command']}`. Mean IoU in % on the picture book's test split, {count} scenes, at "
-            f"{' and '.join(f'{scale:g}x' for scale in scales)} the native side. Teachers: `{document['checkpoint']}` "
-            "as the method runs it, in its own sliding window and in a single pass. Students: a single pass of "
-            f"`{document['checkpoint']}` with its last two blocks trained on {document['scenes']} scenes for "
-            f"{document['epochs']} epochs, mean ± standard deviation of seeds {', '.join(map(str, seeds))}. {reach} "
-            f"Before distillation the same student has {', '.join(start)}. Last columns: seed {seeds[0]} with the "
-            "teacher's last block, and what it gains over the same seed with its own; empty where the method is more "
-            "than a last block. A sum of names is the mean of their normalised features, chosen by the validation "
-            "split.",
-            "",
-            *table(document),
-            "",
-            *(line for scale in scales for line in (f"At {scale:g}x:", "", *findings(document, scale), "")),
-            f"![Student against teacher, mean IoU at {max(scales):g}x](teachers.png)",
-        ]
-    )
-
-
-# --- picture ------------------------------------------------------------------------------------------------------
-
-SIZE_PX, SUPERSAMPLED = (960, 720), 2
-MARGINS_PX = (76, 76, 28, 64)  # left, top, right, bottom
-GRID = (228, 228, 228)
-TAUGHT, BLOCK, BEFORE = OKABE_ITO[6], OKABE_ITO[5], OKABE_ITO[2]
-
-Box = tuple[float, float, float, float]
-
-
-def plot(document: Document) -> Image.Image:
-    """Student against teacher at the largest scale: dots with bars are means over the seeds, rings one seed with the
-    teacher's last block."""
-    scale = max(document["scales"])
-    points = [
-        (name, mean(document, name, "sliding", scale), mean(document, name, "own", scale))
-        for name in by_teacher(document)
-    ]
-    points = [point for point in points if not math.isnan(point[1] + point[2])]
-    start = mean(document, "start", "single pass", scale)
-    rings = {name: mean(document, name, "teacher", scale) for name, *_ in points}
-    bars = {name: spread(document, name, scale) for name, *_ in points}
-    heights = [
-        start,
-        *rings.values(),
-        *(y + d * bars[n] for n, _, y in points for d in (-1, 1)),
-        *(p[2] for p in points),
-    ]
-    across, up = _range(point[1] for point in points), _range(heights)
-    left, top, right, bottom = MARGINS_PX
-    right, bottom = SIZE_PX[0] - right, SIZE_PX[1] - bottom
-
-    def x(value: float) -> float:
-        return left + (value - across[0]) / (across[1] - across[0]) * (right - left)
-
-    def y(value: float) -> float:
-        return bottom - (value - up[0]) / (up[1] - up[0]) * (bottom - top)
-
-    pen = Pen()
-    for value in _ticks(across):
-        pen.line([(x(value), top), (x(value), bottom)], GRID)
-        pen.text((x(value), bottom + 8), f"{value:g}", "ma")
-    for value in _ticks(up):
-        pen.line([(left, y(value)), (right, y(value))], GRID)
-        pen.text((left - 8, y(value)), f"{value:g}", "rm")
-    pen.line([(left, top), (left, bottom), (right, bottom)], FRAME)
-    pen.text(((left + right) / 2, SIZE_PX[1] - 14), f"teacher, sliding window: mean IoU at {scale:g}x, %", "ms", 16)
-    pen.text((left, 14), f"student, one pass: mean IoU at {scale:g}x, %", "la", 16)
-    low, high = max(across[0], up[0]), min(across[1], up[1])
-    if low < high:
-        pen.line([(x(low), y(low)), (x(high), y(high))], FRAME, dashed=True)
-        pen.text((x(low) + 14, y(low) - 6), "student = teacher", "ls", ink=FRAME)
-    if not math.isnan(start):
-        pen.line([(left, y(start)), (right, y(start))], BEFORE, dashed=True)
-        pen.line([(left + 482, 54), (left + 512, 54)], BEFORE, dashed=True)
-        pen.text((left + 520, 54), "student before distillation", "lm")
-
-    pen.dot((left + 5, 54), TAUGHT)
-    pen.text((left + 16, 54), "own last block, all seeds", "lm")
-    pen.ring((left + 225, 54), BLOCK)
-    pen.text((left + 236, 54), "teacher's last block, one seed", "lm")
-    taken: list[Box] = []
-    for name, teacher, student in points:
-        place = (x(teacher), y(student))
-        if not math.isnan(rings[name]):
-            ring = (place[0], y(rings[name]))
-            pen.line([place, ring], BLOCK)
-            pen.ring(ring, BLOCK)
-            taken += [_around(ring, 6), _upright(place, ring)]
-        if not math.isnan(bars[name]):
-            bar = [(place[0], y(student + sign * bars[name])) for sign in (1, -1)]
-            pen.line(bar, TAUGHT, 2)
-            taken.append(_upright(*bar))
-        taken.append(_around(place, 6))
-    for name, teacher, student in points:
-        text = " + ".join(document["teachers"][name])
-        place = (x(teacher), y(student))
-        spot = _free_spot(place, pen.width_of(text), taken, (left, top, right, bottom))
-        taken.append(spot)
-        nearest = (min(max(place[0], spot[0]), spot[2]), min(max(place[1], spot[1]), spot[3]))
-        if math.dist(place, nearest) > 14:
-            pen.line([place, nearest], FRAME)
-        pen.text((spot[0], (spot[1] + spot[3]) / 2), text, "lm")
-    for _, teacher, student in points:  # over all lines
-        pen.dot((x(teacher), y(student)), TAUGHT)
-    return pen.picture()
-
-
-class Pen:
-    """Draws in pixels of the finished picture, on a larger one that is reduced at the end."""
-
-    def __init__(self) -> None:
-        self.image = Image.new("RGB", (SIZE_PX[0] * SUPERSAMPLED, SIZE_PX[1] * SUPERSAMPLED), PAPER)
-        self.draw = ImageDraw.Draw(self.image)
-
-    def font(self, size_px: int) -> ImageFont.FreeTypeFont:
-        return ImageFont.truetype(str(FONT), size_px * SUPERSAMPLED)
-
-    def width_of(self, text: str, size_px: int = 14) -> float:
-        return self.font(size_px).getlength(text) / SUPERSAMPLED
-
-    def line(self, points: list[tuple[float, float]], ink: Any, width_px: int = 1, dashed: bool = False) -> None:
-        if dashed:
-            (x0, y0), (x1, y1) = points
-            length = math.dist(*points)
-            for begin in range(0, int(length), 10):
-                parts = begin / length, min(begin + 6, length) / length
-                self.line([(x0 + part * (x1 - x0), y0 + part * (y1 - y0)) for part in parts], ink, width_px)
-            return
-        self.draw.line([(x * SUPERSAMPLED, y * SUPERSAMPLED) for x, y in points], ink, width_px * SUPERSAMPLED)
-
-    def dot(self, place: tuple[float, float], ink: Any) -> None:
-        self.draw.ellipse([side * SUPERSAMPLED for side in _around(place, 5)], ink)
-
-    def ring(self, place: tuple[float, float], ink: Any) -> None:
-        self.draw.ellipse([side * SUPERSAMPLED for side in _around(place, 5)], PAPER, ink, 2 * SUPERSAMPLED)
-
-    def text(self, place: tuple[float, float], text: str, anchor: str, size_px: int = 14, ink: Any = INK) -> None:
-        """With a margin of paper, so that lines under it do not cross it."""
-        x, y = place
-        self.draw.text(
-            (x * SUPERSAMPLED, y * SUPERSAMPLED),
-            text,
-            ink,
-            self.font(size_px),
-            anchor,
-            stroke_width=2 * SUPERSAMPLED,
-            stroke_fill=PAPER,
-        )
-
-    def picture(self) -> Image.Image:
-        return self.image.resize(SIZE_PX, Image.Resampling.LANCZOS)
-
-
-def _around(place: tuple[float, float], radius: float) -> Box:
-    return (place[0] - radius, place[1] - radius, place[0] + radius, place[1] + radius)
-
-
-def _upright(one: tuple[float, float], other: tuple[float, float]) -> Box:
-    """The box of an upright line."""
-    return (one[0] - 3, min(one[1], other[1]), one[0] + 3, max(one[1], other[1]))
-
-
-def _range(values: Iterable[float]) -> tuple[float, float]:
-    """The multiples of five around the values, with some room."""
-    known = [value for value in values if not math.isnan(value)]
-    return 5 * math.floor((min(known) - 1) / 5), 5 * math.ceil((max(known) + 1) / 5)
-
-
-def _ticks(ends: tuple[float, float]) -> range:
-    step = next(step for step in (1, 2, 5, 10, 20) if (ends[1] - ends[0]) / step <= 10)
-    return range(int(-(-ends[0] // step) * step), int(ends[1]) + 1, step)
-
-
-def _free_spot(place: tuple[float, float], width: float, taken: list[Box], within: Box, height: float = 18) -> Box:
-    """Where a label covers least of what is there already, near its point."""
-
-    def candidates() -> Iterable[tuple[float, Box]]:
-        for ring in range(5):
-            away = 9 + 14 * ring
-            for angle in range(0, 360, 30):
-                dx, dy = math.cos(math.radians(angle)), math.sin(math.radians(angle))
-                middle_x = place[0] + dx * (away + width / 2)
-                middle_y = place[1] + dy * (away + height / 2)
-                box = (middle_x - width / 2, middle_y - height / 2, middle_x + width / 2, middle_y + height / 2)
-                outside = width * height - _overlap(box, within)
-                yield sum(_overlap(box, other) for other in taken) + 3 * outside + 8 * ring, box
-
-    return min(candidates())[1]
-
-
-def _overlap(one: Box, other: Box) -> float:
-    across, up = min(one[2], other[2]) - max(one[0], other[0]), min(one[3], other[3]) - max(one[1], other[1])
-    return across * up if across > 0 and up > 0 else 0.0
-
-
-def png(picture: Image.Image) -> bytes:
-    content = io.BytesIO()
-    picture.save(content, "PNG", optimize=True)
-    return content.getvalue()
 
 
 if __name__ == "__main__":
