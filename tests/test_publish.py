@@ -178,9 +178,10 @@ def test_card_holds_what_was_measured_and_leaves_out_the_rest(hub, trained, make
 
     bare, out = tmp_path / "bare", tmp_path / "out"
     out.mkdir()
-    make_spar(num_hidden_layers=2).vision_model.save_pretrained(bare)
+    make_spar(num_hidden_layers=2, attention_reach="window").vision_model.save_pretrained(bare)
     prepare(bare, out, "you/tower")
     card = ModelCard.load(out / "README.md")
+    assert "Attention reaches: `window`." in card.text
     known = card.data.to_dict()
     assert not {"license", "base_model", "datasets", "model-index"} & set(known), known
     assert "## Training" not in card.text and "## Results" not in card.text and "None" not in card.text
