@@ -440,6 +440,25 @@ def test_augmentation_keeps_the_papers_bounds(size_hw):
     assert sizes.min() >= 512 and 2048 < sizes.max() <= 2560
 
 
+@pytest.mark.parametrize(
+    ("law", "weigh"),
+    [
+        ("uniform", lambda side: 1 / side),
+        ("log-uniform", lambda side: np.ones_like(side)),
+        ("equal-pixels", lambda side: side**2),
+    ],
+)
+def test_scale_laws_share_out_what_they_say(law, weigh):
+    """Of what a law gives each octave the same of, views from 1 to 2 times have as much as those from 2 to 4."""
+    sizes = {"long_side_px": 4096, "short_side_px": 4096, "min_side_px": 1024, "multiple_px": 1}
+    augmentation = Augmentation(**sizes, scale_range=(0.25, 1.0), crop_probability=0, scale_law=law)
+    rng = np.random.default_rng(0)
+    sides = np.array([augmentation.draw((500, 500), rng).size_hw[0] for _ in range(20_000)], dtype=float)
+    assert 1024 <= sides.min() < 1030 and 4090 < sides.max() <= 4096
+    small, large = (weigh(part).sum() for part in (sides[sides < 2048], sides[sides >= 2048]))
+    assert small == pytest.approx(large, rel=0.05)
+
+
 def test_views_depend_on_seed_draw_and_image_only(world):
     source = image_folder(world[1])
     views = Views(source, SMALL, draws=3, seed=0)

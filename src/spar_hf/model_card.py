@@ -184,6 +184,8 @@ def _training(teacher: dict[str, Any] | None, run: dict[str, Any]) -> list[tuple
     versions = run.get("versions") or {}
     lines = {
         "teacher": f"{teacher['model']}, method {teacher['method']}{window}" if teacher.get("model") else None,
+        "the teacher's attention reaches": teacher.get("attention_reach"),
+        "the teacher sees pictures at a short side, px (0: their own)": teacher.get("short_side_px"),
         "teacher's revision": teacher.get("revision"),
         "data, without labels": f"{described}, {data['images']} images" if data.get("images") else described or None,
         "trained weights": teacher.get("train"),

@@ -12,7 +12,7 @@ import numpy as np
 from ..dense_spar import one_of
 from .sources import BadImage, Source
 
-SCALE_LAWS = ("uniform", "log-uniform")
+SCALE_LAWS = ("uniform", "log-uniform", "equal-pixels")
 
 
 class View(NamedTuple):
@@ -37,7 +37,9 @@ class Augmentation:
     Attributes:
         long_side_px, short_side_px: size at scale 1.
         scale_range: the scale is drawn from it.
-        scale_law: `uniform`, as the paper does, or `log-uniform`: as many views from 1 to 2 times as from 2 to 4.
+        scale_law: `uniform`, as the paper does; `log-uniform`: as many views from 1 to 2 times as from 2 to 4; or
+            `equal-pixels`: as many pixels in views from 1 to 2 times as in those from 2 to 4, so that small ones, which
+            are cheap, are many.
         crop_probability: how often to crop.
         crop_range: part of a side that a crop keeps, drawn uniformly for each side.
         min_side_px: lower bound of both sides.
@@ -75,7 +77,12 @@ class Augmentation:
         # All random numbers are drawn always, so that one choice does not shift the next.
         scale, crop, part_y, part_x, top, left, flip = rng.random(7)
         low, high = self.scale_range
-        scale = low + scale * (high - low) if self.scale_law == "uniform" else low * (high / low) ** scale
+        if self.scale_law == "uniform":
+            scale = low + scale * (high - low)
+        elif self.scale_law == "log-uniform":
+            scale = low * (high / low) ** scale
+        else:  # density of s^-3: views of s^2 pixels, and equal steps of the logarithm
+            scale = (low**-2 - scale * (low**-2 - high**-2)) ** -0.5
         long_px, short_px = max(size_hw), min(size_hw)
         factor = min(scale * self.long_side_px / long_px, scale * self.short_side_px / short_px)
         factor = max(factor, self.min_side_px / short_px)
