@@ -38,8 +38,8 @@ class Augmentation:
         long_side_px, short_side_px: size at scale 1.
         scale_range: the scale is drawn from it.
         scale_law: `uniform`, as the paper does; `log-uniform`: as many views from 1 to 2 times as from 2 to 4; or
-            `equal-pixels`: as many pixels in views from 1 to 2 times as in those from 2 to 4, so that small ones, which
-            are cheap, are many.
+            `equal-pixels`: as many pixels in all views from 1 to 2 times as in those from 2 to 4, hence many small
+            views, which are cheap.
         crop_probability: how often to crop.
         crop_range: part of a side that a crop keeps, drawn uniformly for each side.
         min_side_px: lower bound of both sides.
