@@ -285,6 +285,36 @@ def test_a_teacher_may_see_pictures_at_their_own_size_too(world):
         torch.testing.assert_close(teacher(pixels).patch_embeds, expected, atol=1e-5, rtol=0)
 
 
+def test_the_linear_head_is_least_squares_and_goes_between(world, tmp_path):
+    cached = ("--student", world[0], "--images", world[1], "--stride-px", 12, "--workers", 0, *SIZES)
+    run("cache_teacher.py", *cached, "--cache", tmp_path / "c", "--trunk-blocks", 2)
+    common = ("--head", "linear", "--draws", 1, "--cache", tmp_path / "c", "--max-steps", 1)
+    run("distill.py", *flags(world, tmp_path / "pixels", *common))
+    run("distill.py", *flags(world, tmp_path / "trunk", *common, "--trunk-blocks", 2))
+
+    # In NumPy, over all patches of all views: these have no more than 64 each.
+    start = SparVisionModel.from_pretrained(world[0]).eval()
+    teacher = SlidingWindow(SparVisionModel.from_pretrained(world[0]).eval(), 32, 12)
+    views = Views(image_folder(world[1]), SMALL, draws=1, seed=0)
+    pairs = []
+    for number in range(6):
+        pixels = normalise(torch.from_numpy(views.pixels(number))[None], start.config)
+        with torch.no_grad():
+            maps = [network(pixels).patch_embeds[0].flatten(0, 1).double().numpy() for network in (start, teacher)]
+        pairs.append(maps)
+    ours, theirs = (np.concatenate(maps) for maps in zip(*pairs, strict=True))
+    constant = np.concatenate([np.ones((len(ours), 1)), ours], axis=1)
+    head = np.linalg.lstsq(constant, theirs, rcond=None)[0]
+    (((first,),), *_) = plan_steps(views, None, epochs=1, batch_size=1, batches_per_step=1, seed=0)
+    ours, theirs = pairs[first]
+    expected = ((head[0] + ours @ head[1:] - theirs) ** 2).mean()
+    assert expected < 0.5 * ((ours - theirs) ** 2).mean()
+    for name in ("pixels", "trunk"):
+        (logged,) = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        assert logged["loss"] == pytest.approx(expected, rel=0.02), name  # from fp16 features
+        assert SparVisionModel.from_pretrained(tmp_path / name / "model").config.teacher["head"] == "linear"
+
+
 def test_losses_against_numpy(monkeypatch):
     monkeypatch.syspath_prepend(str(TRAINING))
     losses = importlib.import_module("distill").LOSSES

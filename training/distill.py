@@ -64,6 +64,7 @@ from spar_hf.distillation.teacher import (
     Student,
     build_teacher,
     describe_trunk,
+    linear_head,
     load_student,
     load_tower,
     mean_feature,
@@ -103,6 +104,12 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output, if any")
     parser.add_argument("--train", default="last:2", help="last:N, all, positions, patch-embed, joined by commas")
     parser.add_argument("--loss", choices=LOSSES, default="mse", help="SPAR, section 3: mse")
+    parser.add_argument(
+        "--head",
+        choices=("none", "linear"),
+        default="none",
+        help="compare through the best linear map from the student's start to the teacher; SPAR: none",
+    )
     parser.add_argument("--learning-rate", type=float, default=2e-5, help="SPAR, section 4: 2e-5")
     parser.add_argument("--weight-decay", type=float, default=1e-4, help="SPAR, section 4: 1e-4")
     parser.add_argument("--schedule", default="constant", choices=SCHEDULES, help="SPAR, section 4: constant")
@@ -129,14 +136,25 @@ def parse_flags() -> argparse.Namespace:
 
 
 def distillation_loss(
-    student: nn.Module, teacher: nn.Module | None, batch: Batch, loss: Callable, centre: torch.Tensor
+    student: nn.Module,
+    teacher: nn.Module | None,
+    batch: Batch,
+    loss: Callable,
+    centre: torch.Tensor,
+    head: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The whole method: loss(student(x), teacher(x)), one number per image, (B,)."""
+    """The whole method: loss(student(x), teacher(x)), one number per image, (B,).
+
+    `head` is the affine map (1 + D, D) that goes between, see `linear_head`.
+    """
     x = batch.inputs.to(centre.device, non_blocking=True)
     if not batch.images:  # nothing to learn from, but the processes average their gradients together
         return student(x).sum(dim=(1, 2, 3)) * 0
     target = teacher_features(teacher, x) if batch.target is None else batch.target.to(centre.device)
-    return loss(student(x, batch.grid_hw).float(), target.float(), centre)
+    found = student(x, batch.grid_hw).float()
+    if head is not None:
+        found = head[0] + found @ head[1:]
+    return loss(found, target.float(), centre)
 
 
 def main() -> None:
@@ -181,13 +199,14 @@ def main() -> None:
         centre, length = mean_feature(teacher, store, views)
         say(f"teacher features: length {length:.2f} (root mean square), {centre.norm():.2f} of it common to all")
     centre = centre.to(device)
+    head = linear_head(student, teacher, store, views).to(device) if args.head == "linear" else None
 
     # Plan, optimiser, last checkpoint.
     steps = plan_steps(views, store, args.epochs, args.batch_size, processes * args.accumulate, args.seed)
     steps = steps[: args.max_steps]
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=args.weight_decay)
     scheduler = get_scheduler(args.schedule, optimizer, args.warmup_steps, len(steps))
-    learning = ("train", "loss", "learning_rate", "weight_decay", "schedule", "warmup_steps", "clip_norm")
+    learning = ("train", "loss", "head", "learning_rate", "weight_decay", "schedule", "warmup_steps", "clip_norm")
     made_from |= {name: getattr(args, name) for name in (*learning, "batch_size", "seed")}
     made_from |= {"student": start_weights, "student_runs": vision.config.features_depend_on()}
     made_from |= {"batches_per_step": processes * args.accumulate, "steps": len(steps)}
@@ -232,7 +251,7 @@ def main() -> None:
         for i, batch in enumerate(todo):
             # The processes average their gradients once a step, with the last batch.
             with contextlib.nullcontext() if i == args.accumulate - 1 else accelerator.no_sync(student):
-                losses = distillation_loss(student, teacher, batch, LOSSES[args.loss], centre)
+                losses = distillation_loss(student, teacher, batch, LOSSES[args.loss], centre, head)
                 if not losses.isfinite().all():
                     raise RunStopped(f"the loss is {losses.tolist()} in step {step + 1}: {', '.join(batch.images)}.")
                 # Mean over the images of the step, whichever process has them.
@@ -312,7 +331,18 @@ def finish(args: argparse.Namespace, weights: dict[str, torch.Tensor], run: dict
     model, vision, processor = load_student(args)
     vision.load_state_dict(weights)
     made_from = run["made_from"]
-    kept = ("data", "augmentation", "augmentation_seed", "draws", "train", "loss", "learning_rate", "steps", "seed")
+    kept = [
+        "data",
+        "augmentation",
+        "augmentation_seed",
+        "draws",
+        "train",
+        "loss",
+        "head",
+        "learning_rate",
+        "steps",
+        "seed",
+    ]
     record = {**made_from["teacher"], **{name: made_from[name] for name in kept}, "git_revision": run["git_revision"]}
     for config in (vision.config, getattr(model.config, "vision_config", vision.config)):
         config.teacher = record

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from functools import singledispatch
 from pathlib import Path
 from typing import Any
@@ -119,28 +120,67 @@ def teacher_features(teacher: DenseEncoder, pixels: torch.Tensor) -> torch.Tenso
     return teacher(normalise(pixels, teacher.config).to(teacher.dtype)).patch_embeds
 
 
-def mean_feature(
-    teacher: DenseEncoder | None, store: FeatureStore | None, views: Views
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The direction that all features share, over up to 64 views, from the store or the teacher.
-
-    Returns:
-        Mean feature (D,) and the root mean square of the features' lengths.
-    """
-    vectors, squares = [], []
+def sample_features(
+    teacher: DenseEncoder | None, store: FeatureStore | None, views: Views, count: int
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Up to `count` views, spread over the first epoch, and their features (h, w, D) from the store or the teacher."""
     numbers = list(views.of_epoch(0)) if store is None else sorted(store.index)
-    for number in numbers[:: -(-len(numbers) // 64)]:
+    for number in numbers[:: -(-len(numbers) // count)]:
         if store is not None:
-            features = store.read(number, "features").float()
+            yield number, store.read(number, "features").float()
         elif teacher is not None:
             try:
                 pixels = torch.from_numpy(views.pixels(number)).to(teacher.device)
             except BadImage:
                 continue  # training will report it
-            features = teacher_features(teacher, pixels[None])[0].float().cpu()
+            yield number, teacher_features(teacher, pixels[None])[0].float().cpu()
+
+
+def mean_feature(
+    teacher: DenseEncoder | None, store: FeatureStore | None, views: Views
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The direction that all features share, over up to 64 views.
+
+    Returns:
+        Mean feature (D,) and the root mean square of the features' lengths.
+    """
+    vectors, squares = [], []
+    for _, features in sample_features(teacher, store, views, 64):
         vectors.append(features.mean(dim=(0, 1)))
         squares.append(features.square().sum(-1).mean())
     return torch.stack(vectors).mean(0), torch.stack(squares).mean().sqrt()
+
+
+@torch.no_grad()
+def linear_head(
+    student: Student, teacher: DenseEncoder | None, store: FeatureStore | None, views: Views, patches: int = 64
+) -> torch.Tensor:
+    """The affine map from the student's features, before it learns, to the teacher's: least squares, up to 400 views.
+
+    A mean over windows or sizes is shorter than what it is a mean of, by directions unevenly. A student compared with
+    it directly learns first to shorten its features so, which a linear map explains and which costs it rare classes;
+    compared through this map, it learns what no linear map of its own features gives. Beyond SPAR; a fixed form of the
+    regressor of FitNets (Romero et al., ICLR 2015).
+
+    Args:
+        student: with its starting weights; on stored tokens if it has a `first_block`.
+        teacher, store, views: as for training.
+        patches: most patches of a view, evenly spread.
+
+    Returns:
+        (1 + D, D), the constant first.
+    """
+    ours, theirs = [], []
+    for number, features in sample_features(teacher, store, views, 400):
+        if student.first_block and store is not None:
+            start = student(store.read(number, "trunk")[None], (features.shape[0], features.shape[1]))
+        else:
+            start = student(torch.from_numpy(views.pixels(number))[None])
+        chosen = torch.linspace(0, features.shape[0] * features.shape[1] - 1, patches).long().unique()
+        ours.append(start[0].flatten(0, 1)[chosen].float())
+        theirs.append(features.flatten(0, 1)[chosen])
+    constant = nn.functional.pad(torch.cat(ours), (1, 0), value=1.0)
+    return torch.linalg.lstsq(constant, torch.cat(theirs), driver="gelsd").solution  # gelsd: any rank
 
 
 @singledispatch
