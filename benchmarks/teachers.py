@@ -163,8 +163,10 @@ class Benchmark:
         """(last block, seed) of a teacher's students: the teacher's block only where it is a row, and another one."""
         kinds, seeds = self.args.students, self.args.seeds
         own = [("own", seed) for seed in seeds if "own" in kinds]
-        row = len(methods) == 1 and METHODS[methods[0]].recipe is not None
-        other = row and methods[0] != self.document["own_block"] and "teacher" in kinds
+        recipe = METHODS[methods[0]].recipe if len(methods) == 1 else None
+        # A recipe that looks at other blocks trains on pixels, through all of them: hours for GEM.
+        alone = recipe is not None and recipe.blocks == 1 and all(term.block == 12 for term in recipe.terms)
+        other = alone and methods[0] != self.document["own_block"] and "teacher" in kinds
         return own + [("teacher", seeds[0])] * other
 
     def best(self, count: int) -> list[str]:

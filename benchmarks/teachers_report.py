@@ -171,8 +171,8 @@ def chapter(document: Document) -> str:
             f"`{document['checkpoint']}` with its last two blocks trained on {document['scenes']} scenes for "
             f"{document['epochs']} epochs, mean ± standard deviation of seeds {', '.join(map(str, seeds))}. {reach} "
             f"Before distillation the same student has {', '.join(start)}. Last columns: seed {seeds[0]} with the "
-            "teacher's last block, and what it gains over the same seed with its own; empty where the method is more "
-            "than a last block. A sum of names is the mean of their normalised features, chosen by the validation "
+            "teacher's last block, and what it gains over the same seed with its own; empty where the method looks at "
+            "other blocks as well. A sum of names is the mean of their normalised features, chosen by the validation "
             "split.",
             "",
             *table(document),

@@ -144,7 +144,7 @@ def test_two_teachers_from_start_to_table(tmp_path: Path) -> None:
     page = tmp_path / "methods.md"
     page.write_text("<!-- teachers -->\n<!-- /teachers -->\n")
     output, work = tmp_path / "teachers.json", tmp_path / "work"
-    small = "--teachers maskclip itaclip --seeds 0 --scenes 8 --epochs 1 --limit 1 --scales 1 2"
+    small = "--teachers maskclip sclip --seeds 0 --scenes 8 --epochs 1 --limit 1 --scales 1 2"
     places = ["--work", str(work), "--output", str(output), "--markdown", str(page)]
     command = [sys.executable, str(SCRIPT), *shlex.split(small), *places]
     first = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
@@ -154,8 +154,8 @@ def test_two_teachers_from_start_to_table(tmp_path: Path) -> None:
     runs = {(entry["teacher"], entry["what"]) for entry in document["results"]}
     assert runs == {
         ("start", "single pass"),
-        ("itaclip", "teacher"),
-        *((name, what) for name in ("maskclip", "itaclip", mix) for what in ("sliding", "single pass", "own")),
+        ("sclip", "teacher"),
+        *((name, what) for name in ("maskclip", "sclip", mix) for what in ("sliding", "single pass", "own")),
     }
     taught = {name: (work / name / "own-seed0/model/model.safetensors").read_bytes() for name in ("maskclip", mix)}
     assert taught["maskclip"] != taught[mix] and (tmp_path / "teachers.png").exists()
