@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Makes `tiny-spar` from `tiny` on CPU cores: the teacher's features once, then the whole vision tower learns them.
-#     training/recipes/tiny-spar.sh [FOLDER]    SEED=1, TRAIN=last:2 for other students of the same features; PROCESSES=1
+# Makes `tiny-spar` from `tiny` on CPU cores: the teacher's features once, then the last two blocks learn them.
+#     training/recipes/tiny-spar.sh [FOLDER]    SEED=1, TRAIN=all for other students of the same features; PROCESSES=1
 # Ends with FOLDER/TRAIN-seedSEED/model. docs/experiments.md says how this recipe was found.
 set -euo pipefail
 folder=${1:-.work/tiny-spar}
-train=${TRAIN:-all} seed=${SEED:-0} processes=${PROCESSES:-2}
+train=${TRAIN:-last:2} seed=${SEED:-0} processes=${PROCESSES:-2}
 
 # Scenes of 1 to 6 times the native side (128 px), half of them cropped. Student and teacher attend as far as the native
 # window reaches (not in SPAR); so one pass of the teacher is better than its sliding window, and it sees each picture
