@@ -190,12 +190,14 @@ def plot(document: Document) -> bytes:
     scale = max(document["scales"])
     figure = Figure(figsize=(9, 6.5), dpi=110, layout="constrained")
     axes = figure.subplots()
-    for name in by_teacher(document):
+    for rank, name in enumerate(by_teacher(document)):
         teacher, student = mean(document, name, "sliding", scale), mean(document, name, "own", scale)
         axes.errorbar(teacher, student, spread(document, name, scale), fmt="o", color="C3", capsize=3, zorder=3)
         axes.plot(teacher, mean(document, name, "teacher", scale), "o", color="C0", fillstyle="none", zorder=2)
         label = " + ".join(document["teachers"][name])
-        axes.annotate(label, (teacher, student), (6, 6), textcoords="offset points", fontsize=9)
+        up = {"rotation": 45, "va": "bottom"} if rank % 2 else {"rotation": -45, "va": "top"}  # neighbours apart
+        axes.annotate(label, (teacher, student), (2, 2 if rank % 2 else -2), textcoords="offset points", **up)
+    axes.margins(0.15)
     axes.axline((50, 50), slope=1, color="grey", linestyle=":", label="student = teacher")
     start = mean(document, "start", "single pass", scale)
     axes.axhline(start, color="C2", linestyle="--", label="the student before distillation")
