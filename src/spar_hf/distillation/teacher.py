@@ -159,8 +159,8 @@ def linear_head(
 
     A mean over windows or sizes is shorter than what it is a mean of, by directions unevenly. A student compared with
     it directly learns first to shorten its features so, which a linear map explains and which costs mean IoU
-    (docs/experiments.md); compared through this map, it learns what no linear map of its own features gives. Beyond SPAR; a fixed form of the
-    regressor of FitNets (Romero et al., ICLR 2015).
+    (docs/experiments.md); compared through this map, it learns what no linear map of its own features gives. Beyond
+    SPAR; a fixed form of the regressor of FitNets (Romero et al., ICLR 2015).
 
     Args:
         student: with its starting weights; on stored tokens if it has a `first_block`.
