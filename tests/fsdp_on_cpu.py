@@ -1,6 +1,8 @@
 """Runs a script under FSDP2 on CPUs: `torchrun fsdp_on_cpu.py SCRIPT FLAGS...`.
 
-Accelerate offers FSDP on accelerators only, although PyTorch's own runs on gloo; nothing else is different here.
+Accelerate offers FSDP on accelerators only, although PyTorch's own runs on gloo; nothing else is different here but
+the end. gloo's threads may still hold tensors of the last gather, and one that lets go of them while the interpreter
+shuts down aborts the process (pytorch/pytorch#179291): a script that has ended well ends without that shutdown.
 """
 
 import os
@@ -34,3 +36,6 @@ if __name__ == "__main__":
     sys.argv.pop(0)
     sys.path.insert(0, str(Path(sys.argv[0]).parent))
     runpy.run_path(sys.argv[0], run_name="__main__")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

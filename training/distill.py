@@ -230,10 +230,8 @@ def main() -> None:
     share = share_of(steps[first:], accelerator.process_index, processes, args.accumulate)
     batches = iter(Batches(share, views, store, bool(args.trunk_blocks)).loader(args.workers, device.type == "cuda"))
     bar = tqdm(total=len(steps), initial=first, unit="step", disable=not accelerator.is_main_process)
-    totals, since = (
-        torch.zeros(2, device=device),
-        time.perf_counter(),
-    )  # sum of losses, images; since the last log line
+    # Since the last log line: sum of losses, images; when it was.
+    totals, since = torch.zeros(2, device=device), time.perf_counter()
     student.train()
     for step in range(first, len(steps)):
         todo = [next(batches) for _ in range(args.accumulate)]
@@ -331,18 +329,8 @@ def finish(args: argparse.Namespace, weights: dict[str, torch.Tensor], run: dict
     model, vision, processor = load_student(args)
     vision.load_state_dict(weights)
     made_from = run["made_from"]
-    kept = [
-        "data",
-        "augmentation",
-        "augmentation_seed",
-        "draws",
-        "train",
-        "loss",
-        "head",
-        "learning_rate",
-        "steps",
-        "seed",
-    ]
+    kept = ["data", "augmentation", "augmentation_seed", "draws"]
+    kept += ["train", "loss", "head", "learning_rate", "steps", "seed"]
     record = {**made_from["teacher"], **{name: made_from[name] for name in kept}, "git_revision": run["git_revision"]}
     for config in (vision.config, getattr(model.config, "vision_config", vision.config)):
         config.teacher = record
