@@ -26,7 +26,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ from spar_hf.reach_spar import REACHES
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "teachers.json"
 CHECKPOINT = "tiny"  # who learns
-NAMES = [name for name, row in METHODS.items() if row.kind == "feature" and not row.needs]
+NAMES = [name for name, row in METHODS.items() if row.kind == "feature"]
 # Up to four times the native side, the largest scale that is measured by default.
 DATA = (
     f"--student {CHECKPOINT} --long-side-px 512 --short-side-px 512 --scale-range 0.25 1 --scale-law log-uniform "
@@ -66,10 +66,14 @@ QUIET_ON_ONE_THREAD = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF
 
 @dataclass(frozen=True)
 class Subject:
-    """What is evaluated: a checkpoint as some methods run it (None: its own; several: the mean of their features)."""
+    """What is evaluated: a checkpoint as some methods run it (None: its own; several: the mean of their features).
+
+    `network` is the second one of the methods that need one.
+    """
 
     checkpoint: str
     methods: tuple[str | None, ...] = (None,)
+    network: str | None = None
     window: str | None = None
     reach: str | None = None
 
@@ -77,9 +81,10 @@ class Subject:
 def measure(subject: Subject, split: str, scale: float, limit: int, state_path: Path) -> dict[str, Any]:
     """Evaluates a subject at one scale; runs in a worker process."""
     model, processor = load(subject.checkpoint, "cpu")
+    needs = [method is not None and bool(METHODS[method].needs) for method in subject.methods]
     rows = [
-        Row("", subject.checkpoint, method=method, window=subject.window, reach=subject.reach)
-        for method in subject.methods
+        Row("", subject.checkpoint, None, method, subject.network if needed else None, subject.window, subject.reach)
+        for method, needed in zip(subject.methods, needs, strict=True)
     ]
     encoders = [row.encoder(model, batch=32) for row in rows]
     encoder = encoders[0] if len(encoders) == 1 else MeanOf(encoders, normalise=True)
@@ -109,7 +114,7 @@ class Benchmark:
             "versions": {module.__name__: module.__version__ for module in (spar_hf, torch, transformers)},
             "checkpoint": CHECKPOINT,
             "own_block": spar_hf.SparVisionConfig.from_pretrained(resolve(CHECKPOINT)).method,
-            **{name: getattr(args, name) for name in ("scenes", "epochs", "seeds", "scales", "reach")},
+            **{name: getattr(args, name) for name in ("scenes", "epochs", "seeds", "scales", "reach", "network")},
             "teachers": {},
             "results": [],
         }
@@ -129,12 +134,16 @@ class Benchmark:
         name, folder = "+".join(methods), self.args.work / "+".join(methods)
         with self.lock:
             self.document["teachers"][name] = list(methods)
-        self.evaluate(name, "sliding", Subject(CHECKPOINT, tuple(methods), window="own"))
+        network = self.args.network if any(METHODS[method].needs for method in methods) else None
+        single_pass = Subject(CHECKPOINT, tuple(methods), network)
+        sliding = replace(single_pass, window="own")
+        self.evaluate(name, "sliding", sliding)
         if self.args.mixed:
-            self.evaluate(name, "sliding", Subject(CHECKPOINT, tuple(methods), window="own"), split="validation")
-        self.evaluate(name, "single pass", Subject(CHECKPOINT, tuple(methods)))
+            self.evaluate(name, "sliding", sliding, split="validation")
+        self.evaluate(name, "single pass", single_pass)
 
         data = [*self.data, "--teacher-method", *methods, "--cache", str(folder / "features")]
+        data += ["--teacher-network", network] if network else []
         runs = {student: folder / f"{student[0]}-seed{student[1]}" for student in self.students(methods)}
         commands = {}
         for (block, seed), output in runs.items():
@@ -259,6 +268,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="the first is the `teacher` student's")
     parser.add_argument("--reach", choices=REACHES, default="image", help="of the student's attention")
+    parser.add_argument(
+        "--network",
+        default=CHECKPOINT,
+        metavar="ID",
+        help="second network of methods that need one; it should know drawings (default: %(default)s's own tower)",
+    )
     parser.add_argument("--scales", type=float, nargs="+", default=[1, 4], help="multiples of the native side")
     parser.add_argument("--limit", type=int, default=32, help="scenes of each evaluation, spread over the split")
     parser.add_argument("--jobs", type=int, default=2, help="teachers at once, one thread each")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from spar_hf.evaluation import markdown_table
+from spar_hf.methods_spar import METHODS
 
 PAPERS = "maskclip"  # the paper's teacher
 
@@ -163,6 +164,10 @@ def chapter(document: Document) -> str:
         "window": "Their attention reaches as far as the native window; the teachers', as published, everywhere.",
         "image": "Attention reaches over the whole image.",
     }[document["reach"]]
+    pairs = [name for name, methods in document["teachers"].items() if any(METHODS[row].needs for row in methods)]
+    named = " and ".join(title(document, name) for name in pairs)
+    itself = "the same tower, " * (document.get("network") == document["checkpoint"])
+    network = f"The second network of {named} is {itself}`{document['network']}`. " if pairs else ""
     return "\n".join(
         [
             f"Made by `{document['command']}`. Mean IoU in % on the picture book's test split, {count} scenes, at "
@@ -172,8 +177,8 @@ def chapter(document: Document) -> str:
             f"{document['epochs']} epochs, mean ± standard deviation of seeds {', '.join(map(str, seeds))}. {reach} "
             f"Before distillation the same student has {', '.join(start)}. Last columns: seed {seeds[0]} with the "
             "teacher's last block, and what it gains over the same seed with its own; empty where the method looks at "
-            "other blocks as well. A sum of names is the mean of their normalised features, chosen by the validation "
-            "split.",
+            f"other blocks as well. {network}A sum of names is the mean of their normalised features, chosen by the "
+            "validation split.",
             "",
             *table(document),
             "",

@@ -110,6 +110,19 @@ def test_a_folder_brings_its_mean_and_deviation(make_vision, pixels, tmp_path):
     assert (saved - plain).abs().max() > 1e-3
 
 
+@torch.no_grad()
+def test_the_tower_of_a_vision_language_model_can_be_it(make_vision, make_clip, pixels, tmp_path):
+    clip, images = make_clip(), pixels("larger", batch=2)
+    clip.save_pretrained(tmp_path)
+    encoder = Encoder(make_vision(num_hidden_layers=6), str(tmp_path))
+    features, extent_hw = encoder.features(images)
+    expected = clip.vision_model(imagenet(images, encoder.config), interpolate_pos_encoding=True).last_hidden_state
+    torch.testing.assert_close(features.flatten(2).mT, expected[:, 1:], atol=1e-5, rtol=0)
+    assert extent_hw == tuple(images.shape[2:])
+    shipped = Encoder(make_vision(num_hidden_layers=6), "tiny").network
+    assert shipped.config.patch_size == 16 and not hasattr(shipped, "text_model")
+
+
 def test_patches_all_alike_keep_to_themselves():
     vectors = torch.eye(6) + 5  # cosines of 0.97 and more: 1.2 times their mean is above one
     unit = torch.nn.functional.normalize(vectors, dim=-1)[None]

@@ -133,10 +133,19 @@ def test_report_only_renews_table_and_picture(
     assert (255, 255, 255) in colours and len(colours) > 10
 
 
+def test_a_second_network_is_named(benchmark: ModuleType, document: dict[str, Any]) -> None:
+    assert "second network" not in benchmark.report.chapter(document)
+    document["teachers"]["proxyclip"] = ["proxyclip"]
+    document["network"] = "folder/of-one"
+    assert "The second network of `proxyclip` is `folder/of-one`. A sum" in benchmark.report.chapter(document)
+    document["network"] = "tiny"
+    assert "The second network of `proxyclip` is the same tower, `tiny`. A sum" in benchmark.report.chapter(document)
+
+
 def test_unknown_teachers_are_refused(benchmark: ModuleType, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
-        benchmark.main(["--teachers", "naclip", "proxyclip", "nothing"])
-    assert "--teachers: proxyclip, nothing; choose of clip, maskclip, " in capsys.readouterr().err
+        benchmark.main(["--teachers", "naclip", "nothing"])
+    assert "--teachers: nothing; choose of clip, maskclip, " in capsys.readouterr().err
 
 
 @pytest.mark.slow

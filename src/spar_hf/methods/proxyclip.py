@@ -5,9 +5,9 @@ Changes: F = the second network's patch features after its final norm; S = cos(F
 A = softmax(3 (S - 1.2 mean S)) over the keys with S >= 1.2 mean S, one map for all heads; the last block's values of
 the patches go to the second network's grid bilinearly; the patches are out_proj(A V), without residual and MLP. They
 lie on the second network's grid: with DINO ViT-B/8 there are four times as many. No N x N matrix is held.
-The second network is any ViT of `AutoModel` or any `AutoBackbone`; the authors took DINO ViT-B/8, DINOv2 ViT-B/14 with
-registers, SAM and MAE. It sees the pixels with its own mean and standard deviation, as its preprocessor_config.json
-gives them, or else ImageNet's.
+The second network is any ViT of `AutoModel`, the vision tower of a CLIP included, or any `AutoBackbone`; the authors
+took DINO ViT-B/8, DINOv2 ViT-B/14 with registers, SAM and MAE. It sees the pixels with its own mean and standard
+deviation, as its preprocessor_config.json gives them, or else ImageNet's.
 Deviations: rows and columns are kept apart (theirs takes the rows twice); the second network's position table is
 resized by its transformers class (bicubic to the grid; DINO's own code adds 0.1 to it); sides that are no multiple of
 a patch follow the size rule in each network by its own patch, and values are looked up by their place in the image
@@ -25,6 +25,7 @@ from torch import nn
 from transformers import MODEL_FOR_BACKBONE_MAPPING, AutoConfig, AutoModel
 from transformers.image_processing_base import ImageProcessingMixin
 
+from ..checkpoints import resolve
 from ..composition import resample
 from ..dense_spar import fit_to_patches, merge_heads, project_heads
 from ..encoder_spar import SparVisionOutput
@@ -114,18 +115,23 @@ class Encoder(MethodEncoder):
 
 
 def load_network(name: str) -> nn.Module:
-    """The second network by id or folder: the backbone class where it was saved as one, else `AutoModel`'s."""
+    """The second network by id or folder: the backbone class where it was saved as one, else `AutoModel`'s.
+
+    Of a vision-language model, such as CLIP, it is the vision tower.
+    """
+    name = resolve(name)
     config = AutoConfig.from_pretrained(name)
     if (config.architectures or [""])[0].endswith("Backbone"):
         backbone: Any = MODEL_FOR_BACKBONE_MAPPING[type(config)]  # AutoBackbone itself reads no folders
         return backbone.from_pretrained(name)
-    return AutoModel.from_pretrained(name)
+    model = AutoModel.from_pretrained(name)
+    return getattr(model, "vision_model", model)
 
 
 def normalisation_of(name: str) -> tuple[Any, Any]:
     """Mean and standard deviation in a checkpoint's preprocessor_config.json; None where it has none."""
     try:
-        stored, _ = ImageProcessingMixin.get_image_processor_dict(name)
+        stored, _ = ImageProcessingMixin.get_image_processor_dict(resolve(name))
     except OSError:
         return None, None
     return stored.get("image_mean"), stored.get("image_std")
