@@ -88,7 +88,7 @@ def prompt_denoising(scores: np.ndarray, class_ids: list[int]) -> np.ndarray:
 
 
 def key_smoothing(scores: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """`keys` (N, C). Each channel has unit length over the patches, as in the authors' code."""
+    """`keys` (N, C), after the output projection. Each channel has unit length over the patches, as in the code."""
     names, height, width = scores.shape
     probabilities = softmax_over_names(100 * scores).reshape(names, -1)
     keys = keys / np.sqrt((keys**2).sum(axis=0))
@@ -115,18 +115,18 @@ def redundancy_removal(patches: np.ndarray, text: np.ndarray, class_embed: np.nd
 # ------------------------------------------------------------------------------------------------- FLOSS
 
 
-def floss_ranking(images: list[np.ndarray], template_embeds: np.ndarray) -> list[list[int]]:
-    """`images`: unit patches (h, w, D); `template_embeds` (T, K, D)."""
-    num_templates, num_names, _ = template_embeds.shape
-    entropies: list = [[[] for _ in range(num_names)] for _ in range(num_templates)]
+def floss_ranking(images: list[np.ndarray], template_embeds: np.ndarray, class_ids: list[int]) -> list[list[int]]:
+    """`images`: unit patches (h, w, D); `template_embeds` (T, K, D). A class's names are one in the ranking."""
+    num_templates = len(template_embeds)
+    entropies: list = [{label: [] for label in class_ids} for _ in range(num_templates)]
     for patches in images:
         for template in range(num_templates):
             for patch in patches.reshape(-1, patches.shape[-1]):
                 p = softmax(100 * template_embeds[template] @ patch)
-                entropies[template][p.argmax()].append(-(p * np.log(p + 1e-10)).sum())
+                entropies[template][class_ids[p.argmax()]].append(-(p * np.log(p + 1e-10)).sum())
     chosen = []
-    for name in range(num_names):
-        means = [(np.mean(entropies[t][name]), t) for t in range(num_templates) if entropies[t][name]]
+    for label in class_ids:
+        means = [(np.mean(entropies[t][label]), t) for t in range(num_templates) if entropies[t][label]]
         chosen.append([t for _, t in sorted(means)][:4] or list(range(num_templates)))
     return chosen
 
@@ -176,8 +176,20 @@ def cluster_vote(labels: np.ndarray, correlation: np.ndarray, grid_hw, eps, neig
 # ----------------------------------------------------------------------------------------------- TagCLIP
 
 
-def tagclip(net: PlainClip, states, pixels, scores, text, class_ids, logit_scale, native_px, rule) -> np.ndarray:
-    """The score of each class (C). `pixels` (3, H, W) of whole patches, `scores` (K, h, w) cosines, `text` unit."""
+def tagclip(
+    net: PlainClip, states, pixels, scores, text, class_ids, logit_scale, native_px, rule, background=None
+) -> dict[int, float]:
+    """Class -> its score. `pixels` (3, H, W) of whole patches, `scores` (K, h, w) cosines, `text` unit.
+
+    The background is no class: its names take part in the soft-max and in the extremes of the map.
+    """
+    columns = [("name", n) if c == background else ("class", c) for n, c in enumerate(class_ids)]
+    order = sorted(set(columns), key=lambda column: (column[0] == "name", column[1]))  # classes first
+    classes = [label for kind, label in order if kind == "class"]
+
+    def by_column(probabilities: np.ndarray) -> np.ndarray:
+        return of_classes(probabilities, [order.index(column) for column in columns])
+
     _, height, width = scores.shape
     layers = net.num_layers
     maps = [net.maps(b, states[b], "q", "k").mean(axis=0)[1:, 1:] for b in range(layers)]
@@ -185,7 +197,7 @@ def tagclip(net: PlainClip, states, pixels, scores, text, class_ids, logit_scale
     first = math.ceil(8 * layers / 12)
     attention = np.mean(maps[first : layers - 1], axis=0) * (votes >= layers / 3)
 
-    coarse = of_classes(softmax_over_names(logit_scale * scores), class_ids)
+    coarse = by_column(softmax_over_names(logit_scale * scores))
     coarse = coarse.reshape(len(coarse), -1).T  # (N, C)
     once = attention @ coarse
     refined = np.empty_like(once)
@@ -193,7 +205,7 @@ def tagclip(net: PlainClip, states, pixels, scores, text, class_ids, logit_scale
         box = boxes(once[:, label].reshape(height, width)).reshape(1, -1)
         refined[:, label] = (attention * box) @ coarse[:, label]
 
-    tags = refined.max(axis=0)
+    tags = refined.max(axis=0)[: len(classes)]
     threshold = refined.min() + 0.5 * (refined.max() - refined.min())
     for label in np.nonzero(tags > threshold)[0]:
         values = refined[:, label] - refined[:, label].min()
@@ -202,7 +214,7 @@ def tagclip(net: PlainClip, states, pixels, scores, text, class_ids, logit_scale
         top, left = ys.min(), xs.min()
         bottom, right = min(ys.max() + 1, height - 1), min(xs.max() + 1, width - 1)
         if top == bottom or left == right:
-            return tags
+            break
         p = net.patch_px
         crop = resize(pixels[:, top * p : bottom * p, left * p : right * p], (native_px, native_px))
         inside = mask[top:bottom, left:right]
@@ -216,8 +228,8 @@ def tagclip(net: PlainClip, states, pixels, scores, text, class_ids, logit_scale
             attended = net.attend(block, tokens, net.maps(block, tokens, "q", "k", bias))
             tokens = net.feed_forward(block, tokens + attended)
         embed = unit(net.project(tokens[:1]))[0]
-        tags[label] = 0.5 * tags[label] + 0.5 * of_classes(softmax(logit_scale * text @ embed), class_ids)[label]
-    return tags
+        tags[label] = 0.5 * tags[label] + 0.5 * by_column(softmax(logit_scale * text @ embed))[label]
+    return dict(zip(classes, tags, strict=True))
 
 
 def boxes(values: np.ndarray) -> np.ndarray:

@@ -218,8 +218,25 @@ def test_constants_of_the_protocols() -> None:
         assert set(constants.values()) == {(40, None, None)}
         assert all(len(row.templates) == 80 for row in PROTOCOLS[name].values())
     assert {row.short_side_px for row in PROTOCOLS["spar"].values()} == {672, 1024}
-    assert {row.short_side_px for row in PROTOCOLS["sclip"].values()} == {336, 560}
+    sides_px = {name: row.short_side_px for name, row in PROTOCOLS["sclip"].items()}
+    assert (sides_px.pop("cityscapes"), sides_px.pop("coco_stuff")) == (560, 448) and set(sides_px.values()) == {336}
+    assert not any(row.antialias for row in PROTOCOLS["sclip"].values())
     assert {(row.window_px, row.stride_px) for row in PROTOCOLS["sclip"].values()} == {(224, 112)}
+
+
+def test_a_protocol_may_resize_as_opencv_does() -> None:
+    """Four pixels for each, half-pixel centres, sides rounded half up, in 8 bits."""
+    image = np.random.default_rng(0).integers(0, 256, (75, 99, 3), dtype=np.uint8)
+    found = np.asarray(load_protocol("sclip", "voc20").replace(short_side_px=30).resize(Image.fromarray(image)))
+    assert found.shape == (30, 40, 3)  # 39.6
+    for y, x in np.ndindex(30, 40):
+        at_y, at_x = (y + 0.5) * 75 / 30 - 0.5, (x + 0.5) * 99 / 40 - 0.5
+        top, left = int(at_y), int(at_x)
+        down, right = at_y - top, at_x - left
+        four = image[top : top + 2, left : left + 2].astype(float)
+        expected = np.array([1 - down, down]) @ (four.transpose(2, 0, 1) @ np.array([1 - right, right])).T
+        assert np.abs(found[y, x] - expected).max() <= 0.5001
+    assert load_protocol("sclip", "voc20").replace(short_side_px=5).resize(Image.new("L", (2, 4))).size == (5, 10)
 
 
 def test_protocol_errors() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -102,8 +104,9 @@ def test_attentions_are_within_reach(name, make_vision, pixels):
         assert (weights[..., beyond] == 0).all()
     assert (output.attentions[0][..., ~beyond] > 0).all()
     # What label options see of a block is the same map.
-    seen = TappedImage(make_vision(num_hidden_layers=6, attention_reach="window"), images, 1.0).attention(2)
-    maps = make_vision(num_hidden_layers=6, attention_reach="window")(images, output_attentions=True).attentions[2]
+    vision = make_vision(num_hidden_layers=6, attention_reach="window")
+    seen = TappedImage(SimpleNamespace(vision_model=vision), images).attention(2)
+    maps = vision(images, output_attentions=True).attentions[2]
     torch.testing.assert_close(seen, maps[0].mean(dim=0)[1:, 1:], atol=1e-6, rtol=0)
 
 

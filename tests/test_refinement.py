@@ -19,10 +19,12 @@ from sklearn.cluster import DBSCAN
 from torch.nn import functional as F
 
 from spar_hf import LABEL_OPTIONS, Refinement, SlidingWindow, SparProcessor, floss_templates
+from spar_hf.processing_spar import LabelFeatures
 from spar_hf.prompts_spar import IMAGENET_TEMPLATES
 from spar_hf.refinement import cluster_vote, floss, label_maps, pamr, scores, tagclip, views
 from spar_hf.refinement.tapped import TappedImage
 from spar_hf.segmentation_spar import axis_weights
+from spar_hf.sliding_window import Windows
 
 LABELS = "road; car, automobile; sky; tree; dog"
 NUM_NAMES = 6
@@ -56,7 +58,7 @@ def tapped(make_spar, pixels):
     def make(size: str, layers: int = 6):
         model = make_spar(num_hidden_layers=layers)
         images = pixels(size)
-        return TappedImage(model.vision_model, images, model.logit_scale.exp().item()), images[0].double().numpy()
+        return TappedImage(model, images), images[0].double().numpy()
 
     return make
 
@@ -109,6 +111,7 @@ def test_key_smoothing(size, tapped, plain_states, text_embeds, class_ids):
     cosines = random_cosines(grid_hw)
     cosines[2, 0, 0] = 3.0  # one patch is certain, and keeps its probabilities
     keys = np.concatenate(net.heads(net.num_layers - 1, states[-2], "k"), axis=-1)[1:]
+    keys = net.linear(f"vision_model.encoder.layers.{net.num_layers - 1}.self_attn.out_proj", keys)
     expected = plain.key_smoothing(cosines.double().numpy(), keys)
     found = scores.key_smoothing(cosines, image, text_embeds, class_ids)
     np.testing.assert_allclose(found.numpy(), expected, **TOLERANCE)
@@ -127,17 +130,24 @@ def test_redundancy_removal(size, tapped, plain_states, text_embeds, class_ids):
     np.testing.assert_allclose(found.numpy(), expected, **TOLERANCE)
 
 
+@pytest.mark.parametrize("background", [None, 1])
 @pytest.mark.parametrize("layers", [12, 6])
 @pytest.mark.parametrize("size", SIZES_HW)
-def test_tagclip(size, layers, tapped, plain_states, text_embeds, class_ids):
+def test_tagclip(size, layers, background, tapped, plain_states, text_embeds, class_ids):
     image, array = tapped(size, layers)
     net, states, grid_hw = plain_states(array, layers)
     cosines = 4 * random_cosines(grid_hw)
     covered = array[:, : grid_hw[0] * net.patch_px, : grid_hw[1] * net.patch_px]
     arrays = (cosines.double().numpy(), text_embeds.double().numpy())
-    expected = plain.tagclip(net, states, covered, *arrays, class_ids.tolist(), image.logit_scale, 64, "offset")
-    found = tagclip.class_scores(cosines, image, text_embeds, class_ids)
-    np.testing.assert_allclose(found.numpy(), expected, **TOLERANCE)
+    settings = (class_ids.tolist(), image.logit_scale, 64, "offset", background)
+    expected = plain.tagclip(net, states, covered, *arrays, *settings)
+    columns, num_classes = tagclip.columns_of(class_ids, background)
+    found = tagclip.class_scores(cosines, image, text_embeds, columns, num_classes)
+    np.testing.assert_allclose(found.numpy(), list(expected.values()), **TOLERANCE)
+    # The classes above the middle of the scores stay, and so does the background, whatever its score.
+    kept = tagclip.reidentification(cosines, image, text_embeds, class_ids, background)[:, 0, 0] > -50
+    middle = (min(expected.values()) + max(expected.values())) / 2
+    assert kept.tolist() == [label == background or expected[label] > middle for label in class_ids.tolist()]
 
 
 def test_tagclip_keeps_all_names_of_a_class_that_is_there(tapped, text_embeds, class_ids, monkeypatch):
@@ -148,6 +158,8 @@ def test_tagclip_keeps_all_names_of_a_class_that_is_there(tapped, text_embeds, c
     kept = torch.tensor([False, True, True, True, True, False])
     torch.testing.assert_close(found[kept], cosines[kept])
     assert (found[~kept] == -100).all()
+    nothing_else = tagclip.reidentification(cosines, image, text_embeds, torch.zeros_like(class_ids), 0)
+    torch.testing.assert_close(nothing_else, cosines)
 
 
 def test_component_boxes():
@@ -205,7 +217,7 @@ def test_cluster_vote(size, tapped, plain_states, monkeypatch):
     labels = torch.randint(0, 4, (height, width), generator=torch.Generator().manual_seed(0), dtype=torch.int32) - 1
     covered_hw = (height / (16 * grid_hw[0]), width / (16 * grid_hw[1]))
     expected = plain.cluster_vote(labels.numpy(), correlation, grid_hw, eps, 2, covered_hw)
-    found = cluster_vote.cluster_vote(labels, image, covered_hw)
+    found = cluster_vote.cluster_vote(labels, image)
     assert found.dtype == torch.int32
     assert (found.numpy() != expected).mean() < 2e-3  # pixels where two clusters' maps are equal to the last digit
     assert (expected != labels.numpy()).any()
@@ -215,7 +227,7 @@ def test_without_clusters_nobody_votes(tapped, monkeypatch):
     image, _ = tapped("native")
     monkeypatch.setattr(cluster_vote, "settings", lambda n: (1e-9, 2))
     labels = torch.arange(64 * 64, dtype=torch.int32).view(64, 64)
-    torch.testing.assert_close(cluster_vote.cluster_vote(labels, image, (1.0, 1.0)), labels)
+    torch.testing.assert_close(cluster_vote.cluster_vote(labels, image), labels)
 
 
 @pytest.mark.parametrize("size_hw", [(32, 48), (23, 41)])
@@ -262,15 +274,19 @@ def test_views_average_the_logits_of_the_paper(size, names, make_spar, pixels, t
 # --- FLOSS -----------------------------------------------------------------------------------------------------
 
 
-def test_floss_ranks_templates_by_entropy():
+@pytest.mark.parametrize(
+    ("ids", "counts"), [([0, 1, 2, 3, 4, 5], [4, 4, 4, 4, 2, 7]), ([0, 1, 2, 3, 0, 4], [4, 4, 4, 4, 4, 7])]
+)
+def test_floss_ranks_templates_by_entropy(ids, counts):
     images = [F.normalize(1 + rand(*grid_hw, 24, seed=n), dim=-1) for n, grid_hw in enumerate([(6, 8), (9, 5)])]
     template_embeds = F.normalize(1 + rand(7, NUM_NAMES, 24, seed=9), dim=-1)
     # In the shadow of other names, few templates find the name 4 and none the name 5.
     template_embeds[2:, 4] = 0.8 * template_embeds[2:, 0]
     template_embeds[:, 5] = 0.8 * template_embeds[:, 3]
-    expected = plain.floss_ranking([image.double().numpy() for image in images], template_embeds.double().numpy())
-    assert floss.rank_templates(images, template_embeds) == expected
-    assert [len(chosen) for chosen in expected] == [4, 4, 4, 4, 2, 7]
+    arrays = [image.double().numpy() for image in images]
+    expected = plain.floss_ranking(arrays, template_embeds.double().numpy(), ids)
+    assert floss.rank_templates(images, template_embeds, ids) == expected
+    assert [len(chosen) for chosen in expected] == counts
 
 
 def test_a_name_that_may_win_is_not_left_out():
@@ -393,6 +409,51 @@ def test_an_option_goes_with_any_encoder_and_bf16(name, make_spar, spar_processo
         outputs, [(31, 45)], segmenter.features, label_maps=refinement.label_maps(images)
     )
     assert label_map.shape == (31, 45) and 0 <= int(label_map.min()) <= int(label_map.max()) < 5
+
+
+@pytest.mark.parametrize("names", [(), ("flip",), ("prompt-denoising",), ("key-smoothing",), ("floss",), ("pamr",)])
+@pytest.mark.parametrize("size_hw", [(96, 128), (90, 75), (40, 100)])
+@torch.inference_mode()
+def test_windows_average_their_maps_pixel_by_pixel(size_hw, names, segmenter, pixels, monkeypatch):
+    """SCLIP's sliding window: each window's scores, resized to its pixels, summed and divided by the windows there."""
+    few_maps(monkeypatch, 2, size_hw)
+    images, (height, width) = pixels(size_hw), size_hw
+    refinement = Refinement(segmenter.model, names)
+    windows = Windows(refinement.encoder, 64, 32, batch_size=3)
+    outputs = windows(images)
+    vectors = outputs.patch_embeds.flatten(0, -2)
+    vectors = vectors[:: len(vectors) // NUM_NAMES][:NUM_NAMES] - vectors.mean(0)  # so that each name is found
+    text, ids = F.normalize(vectors, dim=-1), segmenter.features.class_ids
+    refinement.experts = F.normalize(text + 0.1 * rand(NUM_NAMES, NUM_NAMES, 24, seed=1), dim=-1)
+
+    total, count = np.zeros((NUM_NAMES, height, width)), np.zeros((height, width))
+    places = [sorted({*range(0, max(side - 64, 0) + 1, 32), max(side - 64, 0)}) for side in size_hw]
+    for place, patches in zip(itertools.product(*places), outputs.patch_embeds[0], strict=True):
+        inside = tuple(slice(start, start + 64) for start in place)
+        crop = images[..., inside[0], inside[1]]
+        unit = patches if "flip" in names else F.normalize(patches, dim=-1)
+        covered = tuple(side / (side // 16 * 16) for side in crop.shape[2:])
+        single = torch.einsum("kd,ijd->kij", text, unit)
+        for option in (LABEL_OPTIONS[name] for name in names if LABEL_OPTIONS[name].stage == "scores"):
+            single = option.apply(single, TappedImage(segmenter.model, crop), text, ids, None)
+        maps = plain.resize(single.double().numpy(), crop.shape[2:], covered)
+        if "floss" in names:
+            arrays = (array.double().numpy() for array in (unit, refinement.experts, text))
+            maps = plain.floss_fusion(*arrays, crop.shape[2:], covered)
+        total[(..., *inside)] += maps
+        count[inside] += 1
+    maps = plain.resize(total / count, (40, 56))
+    if "pamr" in names:
+        guide = F.interpolate(images, size=(40, 56), mode="bilinear", align_corners=False)[0]
+        maps = plain.pamr(maps, guide.double().numpy())
+    expected = ids.numpy()[maps.argmax(axis=0)]
+    (found,) = segmenter.processor.post_process_semantic_segmentation(
+        outputs,
+        [(40, 56)],
+        LabelFeatures(segmenter.features.labels, text),
+        label_maps=refinement.label_maps(images, windows),
+    )
+    assert (found.numpy() != expected).mean() < 2e-3 and len(found.unique()) > 1
 
 
 def test_the_table_sets_the_order(segmenter, pixels, monkeypatch):

@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 from .data import IGNORED, BenchmarkData, Protocol, Sample, load_protocol
 from .metrics import SegmentationCounts
 from .refinement import Refinement
-from .sliding_window import DenseEncoder, SlidingWindow
+from .sliding_window import DenseEncoder, Windows
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def evaluate(
         processor: Its `SparProcessor`.
         benchmark: From `load_benchmark`.
         protocol: A name in `PROTOCOLS` or a `Protocol`; None is the benchmark's first. A protocol with a window runs
-            `encoder` in a `SlidingWindow`.
+            `encoder` in each window and averages the cosines.
         limit: Evaluates so many images, spread evenly over the benchmark; None takes all.
         refinement: Label options that are on; `encoder` must be `refinement.encoder` or a window around it. Options
             that learn from unlabelled images see those that are evaluated, first.
@@ -144,7 +144,8 @@ def evaluate(
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; it must be at least 1. Leave it out to take all {len(benchmark)} images.")
     if protocol.window_px is not None and protocol.stride_px is not None:
-        encoder = SlidingWindow(encoder, window_px=protocol.window_px, stride_px=protocol.stride_px)
+        encoder = Windows(encoder, protocol.window_px, protocol.stride_px)
+        refinement = refinement or Refinement(model, (), encoder)
     count = len(benchmark) if limit is None else min(limit, len(benchmark))
     refine = () if refinement is None else refinement.names
     state = State(SegmentationCounts(len(benchmark.labels), ignore_index=IGNORED))
@@ -215,6 +216,8 @@ def _label_map(
 ) -> np.ndarray:
     """The class ids (H, W) of one preprocessed image at the size of its truth."""
     outputs = encoder(pixel_values.to(encoder.device, encoder.dtype))
+    windows = encoder if isinstance(encoder, Windows) else None
+    label_maps = None if refinement is None else refinement.label_maps(pixel_values, windows)
     (label_map,) = processor.post_process_semantic_segmentation(
         outputs,
         target_sizes=[size_hw],
@@ -222,7 +225,7 @@ def _label_map(
         logit_scale=protocol.logit_scale,
         background_threshold=protocol.background_threshold,
         area_threshold=protocol.area_threshold,
-        label_maps=None if refinement is None else refinement.label_maps(pixel_values),
+        label_maps=label_maps,
     )
     return label_map.cpu().numpy()
 

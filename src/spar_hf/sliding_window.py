@@ -1,7 +1,7 @@
 """SlidingWindow: a dense encoder that runs another one on overlapping windows and averages. SPAR's teacher.
 
 Source: SPAR (Kombol et al., CVPR 2026), section 3: native-size windows, a stride that is no multiple of the patch,
-features averaged without normalisation.
+features averaged without normalisation. `Windows` keeps them apart, for evaluations that average logits.
 """
 
 from __future__ import annotations
@@ -160,4 +160,51 @@ class SlidingWindow(Around, nn.Module):
         canvas = nn.functional.interpolate(canvas, size=grid_hw, mode="bilinear", align_corners=False)
         return SparVisionOutput(
             patch_embeds=canvas.permute(0, 2, 3, 1).to(self.dtype), image_hw=image_hw, extent_hw=extent_hw
+        )
+
+
+class Windows(Around, nn.Module):
+    """Runs a dense encoder on every window of one image and keeps the features of each.
+
+    For evaluations that average the windows' logits pixel by pixel, as SCLIP's and those that follow its code. Windows
+    are cut from the pixels as they are; what is no multiple of the patch is up to the encoder, in each window.
+
+    Args:
+        encoder: any dense encoder.
+        window_px: side of the window. An image that is smaller in one direction is taken whole in that direction.
+        stride_px: step between windows.
+        batch_size: windows run at once. It bounds the memory.
+    """
+
+    def __init__(self, encoder: DenseEncoder, window_px: int, stride_px: int, batch_size: int = 32) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.window_px = window_px
+        self.stride_px = stride_px
+        self.batch_size = batch_size
+
+    def extra_repr(self) -> str:
+        return f"window_px={self.window_px}, stride_px={self.stride_px}"
+
+    def window_hw(self, image_hw: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of the windows of an image, pixels."""
+        return min(image_hw[0], self.window_px), min(image_hw[1], self.window_px)
+
+    def places(self, image_hw: tuple[int, int]) -> list[tuple[int, int]]:
+        """Top and left of each window, row by row."""
+        tops, lefts = (window_starts(side, self.window_px, self.stride_px) for side in image_hw)
+        return list(product(tops, lefts))
+
+    @torch.no_grad()
+    def forward(self, pixel_values: torch.Tensor) -> SparVisionOutput:
+        """(1, 3, H, W) -> `patch_embeds` (1, windows, h, w, D); image_hw and extent_hw are those of a window."""
+        image_hw = (pixel_values.shape[2], pixel_values.shape[3])
+        height, width = self.window_hw(image_hw)
+        crops = [pixel_values[0, :, y : y + height, x : x + width] for y, x in self.places(image_hw)]
+        chunks = range(0, len(crops), self.batch_size)
+        outputs = [self.encoder(torch.stack(crops[first : first + self.batch_size])) for first in chunks]
+        return SparVisionOutput(
+            patch_embeds=torch.cat([output.patch_embeds for output in outputs])[None],
+            image_hw=outputs[0].image_hw,
+            extent_hw=outputs[0].extent_hw,
         )

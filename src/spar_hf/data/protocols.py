@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+import torch
 from PIL import Image
+from torch.nn import functional as F
 
 from ..prompts_spar import IMAGENET_TEMPLATES
 
@@ -18,7 +21,9 @@ class Protocol:
         name: A key of `PROTOCOLS`, or "spar, changed" after `replace`.
         short_side_px: Images are resized to this shorter side, keeping the ratio; None leaves them as they are.
         long_side_px: ... but to no more than this longer side.
-        window_px: Runs the encoder in a `SlidingWindow` of this side; None runs it once on the whole image.
+        antialias: Whether bilinear resizing looks at all pixels where it shrinks, or at four.
+        window_px: Runs the encoder in windows of this side, and averages their cosines with the text pixel by pixel;
+            None runs it once on the whole image.
         stride_px: Step of that window.
         logit_scale: Factor on the cosine before the soft-max over all names.
         background_threshold: Pixels whose best probability is below it become class 0; None for never.
@@ -29,6 +34,7 @@ class Protocol:
     name: str
     short_side_px: int | None = None
     long_side_px: int | None = None
+    antialias: bool = True
     window_px: int | None = None
     stride_px: int | None = None
     logit_scale: float = 40.0
@@ -47,24 +53,33 @@ class Protocol:
         return replace(self, **{"name": f"{self.name.removesuffix(', changed')}, changed", **changes})
 
     def resize(self, image: Image.Image) -> Image.Image:
-        """The image at the protocol's size; bilinear, with antialiasing where it shrinks."""
+        """The image at the protocol's size; bilinear."""
         if self.short_side_px is None:
             return image
         factor = self.short_side_px / min(image.size)
         if self.long_side_px is not None:
             factor = min(factor, self.long_side_px / max(image.size))
-        width, height = (max(1, round(side * factor)) for side in image.size)
-        return image.resize((width, height), Image.Resampling.BILINEAR)
+        width, height = (max(1, int(side * factor + 0.5)) for side in image.size)
+        if self.antialias:
+            return image.resize((width, height), Image.Resampling.BILINEAR)
+        pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float()
+        pixels = F.interpolate(pixels, size=(height, width), mode="bilinear", align_corners=False)
+        return Image.fromarray(pixels[0].round().byte().permute(1, 2, 0).numpy())
 
 
 # SPAR (arXiv 2604.02252): one pass at a short side of 672, Cityscapes whole. VOC21's and Context60's constants are the
 # paper's for CLIP. The paper does not evaluate COCO-Object; its constants are SCLIP's.
 _SPAR = Protocol("spar", short_side_px=672, long_side_px=2048, templates=IMAGENET_TEMPLATES)
-# SCLIP (ECCV 2024) and the papers that follow its code: a short side of 336, Cityscapes 560, window 224, stride 112.
-# Theirs averages the windows' logits, each resized to its pixels first. Here `SlidingWindow` averages the windows'
-# features, not normalised, in cells of one patch, and the cosine with the text is taken once afterwards.
+# SCLIP (ECCV 2024) and the papers that follow its code: a short side of 336, window 224, stride 112, resized as OpenCV
+# does. Cityscapes at 560, COCO-Stuff at 448, as their configuration files have it.
 _SCLIP = Protocol(
-    "sclip", short_side_px=336, long_side_px=2048, window_px=224, stride_px=112, templates=IMAGENET_TEMPLATES
+    "sclip",
+    short_side_px=336,
+    long_side_px=2048,
+    antialias=False,
+    window_px=224,
+    stride_px=112,
+    templates=IMAGENET_TEMPLATES,
 )
 # What the benchmarks with a background class change, in both: (logit scale, background threshold, area threshold).
 _BACKGROUND: dict[str, dict[str, Any]] = {
@@ -79,7 +94,7 @@ PROTOCOLS: dict[str, dict[str, Protocol]] = {
     "spar": {name: replace(_SPAR, **_BACKGROUND.get(name, {})) for name in _ON_DISK}
     | {"cityscapes": replace(_SPAR, short_side_px=1024)},
     "sclip": {name: replace(_SCLIP, **_BACKGROUND.get(name, {})) for name in _ON_DISK}
-    | {"cityscapes": replace(_SCLIP, short_side_px=560)},
+    | {"cityscapes": replace(_SCLIP, short_side_px=560), "coco_stuff": replace(_SCLIP, short_side_px=448)},
     "picturebook": {"picturebook": Protocol("picturebook")},
 }
 

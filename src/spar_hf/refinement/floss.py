@@ -5,12 +5,13 @@ among the pixels that it calls a name, the mean entropy of its probabilities say
 templates with the lowest entropy make the name's expert, a classifier of all names. An expert is heard where it finds
 its own name; where several do, the surest; where none does, the classifier with all templates.
 
-Choices, as the authors' code runs: the soft-max is of 100 times the cosine, on the grid, and experts are compared when
-it is resized; templates that never find the name do not count, and a name that no template finds keeps them all. Each
-name has an expert, a synonym too. Features of several templates are averaged and normalised, as in their NACLIP;
+Choices, as the authors' code runs: the soft-max is of 100 times the cosine, on the grid as in their MaskCLIP, and
+experts are compared when it is resized; templates that never find the name do not count. The names of a class are
+ranked together and share its templates. Features of several templates are averaged and normalised, as in their NACLIP;
 their MaskCLIP leaves out the second.
-Deviations: entropies are taken at the patches, theirs at the pixels, which are 256 times as many and bilinear between
-the same patches. The unlabelled images are those of the command, theirs the training set.
+Deviations: entropies are taken at the patches; theirs, at the pixels between them, choose other templates where maps
+are noisy (two thirds of them were the same on random maps). A name that no template finds keeps them all; theirs stops
+with an error. The unlabelled images are those of the command, theirs the training set.
 """
 
 from __future__ import annotations
@@ -25,33 +26,35 @@ from torch.nn import functional as F
 from ..prompts_spar import IMAGENET_TEMPLATES, Labels, check_templates
 from ..segmentation_spar import axis_weights
 from .label_maps import MAP_NUMBERS, Maps
-from .scores import SOFTMAX_SCALE
+from .scores import SOFTMAX_SCALE, sum_of_classes
 
 TEMPLATES_PER_NAME = 4
 
 
-def rank_templates(images: Iterable[Tensor], template_embeds: Tensor) -> list[list[int]]:
-    """For each name its templates, surest first, at most four; all that there are for a name that none finds.
+def rank_templates(images: Iterable[Tensor], template_embeds: Tensor, class_ids: Sequence[int]) -> list[list[int]]:
+    """For each name its class's templates, surest first, at most four; all that there are if none finds the class.
 
     Args:
-        images: L2-normalised patch features (h, w, D) of each, without labels.
+        images: L2-normalised patch features (..., D) of each, without labels.
         template_embeds: (T, K, D), L2-normalised: each name in each template.
+        class_ids: The class of each name (K).
     """
     num_templates, num_names, _ = template_embeds.shape
     sums = torch.zeros(num_templates, num_names, dtype=torch.float64)
     counts = torch.zeros(num_templates, num_names, dtype=torch.float64)
     for patches in images:
         for template, names in enumerate(template_embeds.to(patches.device)):
-            probabilities = (SOFTMAX_SCALE * patches.flatten(0, 1) @ names.T).softmax(-1)  # (N, K)
+            probabilities = (SOFTMAX_SCALE * patches.flatten(0, -2) @ names.T).softmax(-1)  # (N, K)
             entropy = -(probabilities * (probabilities + 1e-10).log()).sum(-1).double()
             winner = probabilities.argmax(-1)
             sums[template] += torch.bincount(winner, entropy, minlength=num_names).cpu()
             counts[template] += torch.bincount(winner, minlength=num_names).cpu()
-    mean = torch.where(counts > 0, sums / counts, torch.inf)
-    order = mean.argsort(dim=0, stable=True)  # (T, K)
+    classes = torch.tensor(class_ids)
+    sums, counts = (sum_of_classes(numbers.T, classes).T for numbers in (sums, counts))  # (T, C)
+    order = torch.where(counts > 0, sums / counts, torch.inf).argsort(dim=0, stable=True)
     chosen = []
-    for name in range(num_names):
-        found = [index for index in order[:, name].tolist() if counts[index, name] > 0]
+    for label in class_ids:
+        found = [index for index in order[:, label].tolist() if counts[index, label] > 0]
         chosen.append(found[:TEMPLATES_PER_NAME] or list(range(num_templates)))
     return chosen
 
@@ -170,7 +173,7 @@ def floss_templates(
     encoder = model.vision_model if encoder is None else encoder
     embeds = encode_templates(model, processor, labels, templates)
     features = (unit_features(encoder, processor(images=image)["pixel_values"]) for image in images)
-    chosen = rank_templates(features, embeds)
+    chosen = rank_templates(features, embeds, labels.class_ids)
     return {name: [templates[i] for i in indices] for name, indices in zip(labels.names, chosen, strict=True)}
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..segmentation_spar import foreground_left
 
@@ -19,6 +20,36 @@ MAP_NUMBERS = {"cpu": 2**20, "cuda": 2**27}
 def upsampled(scores: Tensor, rows: Tensor, columns: Tensor) -> Maps:
     """Bilinear maps of the scores (K, h, w); `rows` (H, h) and `columns` (W, w) are from `axis_weights`."""
     return lambda names: rows @ (scores[names] @ columns.T)
+
+
+def averaged(
+    windows: Sequence[Maps],
+    places: Sequence[tuple[int, int]],
+    window_hw: tuple[int, int],
+    image_hw: tuple[int, int],
+    size_hw: tuple[int, int],
+) -> Maps:
+    """The mean of the maps of windows, pixel by pixel of the image, then resized bilinearly.
+
+    Args:
+        windows: each window's maps, at its own size.
+        places: its top and left in the image.
+        window_hw, image_hw: sizes in the encoder's pixels.
+        size_hw: of the label map.
+    """
+
+    def maps(names: slice) -> Tensor:
+        total = count = torch.zeros(())
+        for (top, left), window in zip(places, windows, strict=True):
+            single = window(names)
+            if count.ndim == 0:
+                total, count = single.new_zeros(len(single), *image_hw), single.new_zeros(image_hw)
+            inside = (..., slice(top, top + window_hw[0]), slice(left, left + window_hw[1]))
+            total[inside] += single
+            count[inside] += 1
+        return F.interpolate((total / count)[None], size=size_hw, mode="bilinear", align_corners=False)[0]
+
+    return maps
 
 
 def chunks(num_names: int, size_hw: tuple[int, int], device: torch.device) -> Iterator[slice]:

@@ -34,8 +34,8 @@ class LabelOption:
         paper: where it was published.
         stage: what it changes, a key of `STAGES`.
         apply: what it does there: a tuple of `View`; for "templates" None, since `Refinement` asks for images first;
-            for "scores" (scores, image, text_embeds, class_ids) -> scores; for "maps" (maps, guide) -> maps; for
-            "labels" (labels, image, covered_hw) -> labels.
+            for "scores" (scores, image, text_embeds, class_ids, background) -> scores; for "maps" (maps, guide) ->
+            maps; for "labels" (labels, image) -> labels.
         needs: what it takes beside features and text.
         looks_inside: it asks CLIP's own blocks or class token, one more plain pass.
     """

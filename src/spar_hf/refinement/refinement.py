@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 from ..prompts_spar import Labels
 from ..segmentation_spar import axis_weights
-from ..sliding_window import DenseEncoder
+from ..sliding_window import DenseEncoder, Windows
 from .floss import candidates, encode_templates, expert_embeds, fused, rank_templates, unit_features
-from .label_maps import best_class, upsampled
+from .label_maps import Maps, averaged, best_class, upsampled
 from .options import find_options
 from .tapped import TappedImage, check_network
 from .views import ViewEnsemble
@@ -76,18 +76,23 @@ class Refinement:
             return
         embeds = encode_templates(self.model, processor, Labels.parse(labels), candidates(processor, templates))
         features = (unit_features(encoder, pixel_values) for pixel_values in images)
-        self.experts = expert_embeds(embeds, rank_templates(features, embeds))
+        self.experts = expert_embeds(embeds, rank_templates(features, embeds, Labels.parse(labels).class_ids))
 
-    def label_maps(self, pixel_values: Tensor) -> list[Callable[..., Tensor]]:
-        """For each image of a batch (B, 3, H, W) what to call in the place of `segmentation_spar.label_map`."""
-        logit_scale = self.model.logit_scale.exp().item()
-        images = (TappedImage(self.model.vision_model, single, logit_scale) for single in pixel_values.split(1))
-        return [partial(self._label_map, image) for image in images]
+    def label_maps(self, pixel_values: Tensor, windows: Windows | None = None) -> list[Callable[..., Tensor]]:
+        """For each image of a batch (B, 3, H, W) what to call in the place of `segmentation_spar.label_map`.
+
+        Args:
+            pixel_values: What the encoder saw.
+            windows: The encoder, if it keeps windows apart: their score maps are averaged, pixel by pixel. Options on
+                scores and templates then run in each window, those on full maps and labels once.
+        """
+        return [partial(self._label_map, TappedImage(self.model, single), windows) for single in pixel_values.split(1)]
 
     @torch.no_grad()
     def _label_map(
         self,
         image: TappedImage,
+        windows: Windows | None,
         patch_embeds: Tensor,
         text_embeds: Tensor,
         class_ids: Tensor,
@@ -100,22 +105,18 @@ class Refinement:
     ) -> Tensor:
         """As `segmentation_spar.label_map`, with the options; one image at a time."""
         patches, text_embeds = self._unit_patches(patch_embeds), F.normalize(text_embeds.float(), dim=-1)
-
-        def scores_of(names: Tensor) -> Tensor:
-            scores = torch.einsum("kd,ijd->kij", names, patches)
-            for option in self._of("scores"):
-                scores = option.apply(scores, image, names, class_ids)
-            return scores
-
-        if self._of("templates"):
-            experts = self._check_experts(text_embeds)
-            maps = fused(scores_of, experts, text_embeds, size_hw, covered_hw)
+        names = (text_embeds, class_ids, None if background_threshold is None else background_class)
+        if windows is None:
+            maps = self._maps(image, patches, *names, size_hw, covered_hw)
         else:
-            rows, columns = (
-                axis_weights(size, grid, covered).to(patches.device)
-                for size, grid, covered in zip(size_hw, patches.shape, covered_hw, strict=False)
-            )
-            maps = upsampled(scores_of(text_embeds), rows, columns)
+            image_hw = (image.pixel_values.shape[2], image.pixel_values.shape[3])
+            places, window_hw = windows.places(image_hw), windows.window_hw(image_hw)
+            crops = (image.crop(*place, *window_hw) for place in places)
+            parts = [
+                self._maps(crop, single, *names, window_hw, covered_hw)
+                for crop, single in zip(crops, patches, strict=True)
+            ]
+            maps = averaged(parts, places, window_hw, image_hw, size_hw)
         for option in self._of("maps"):
             pixels = image.pixel_values.float()
             guide = F.interpolate(pixels, size=size_hw, mode="bilinear", align_corners=False)[0]
@@ -124,8 +125,34 @@ class Refinement:
             maps, class_ids, size_hw, logit_scale, background_threshold, background_class, area_threshold
         )
         for option in self._of("labels"):
-            labels = option.apply(labels, image, covered_hw)
+            labels = option.apply(labels, image)
         return labels
+
+    def _maps(
+        self,
+        image: TappedImage,
+        patches: Tensor,
+        text_embeds: Tensor,
+        class_ids: Tensor,
+        background: int | None,
+        size_hw: tuple[int, int],
+        covered_hw: tuple[float, float],
+    ) -> Maps:
+        """The score maps of an image or a window at full resolution, with the options on scores and templates."""
+
+        def scores_of(names: Tensor) -> Tensor:
+            scores = torch.einsum("kd,ijd->kij", names, patches)
+            for option in self._of("scores"):
+                scores = option.apply(scores, image, names, class_ids, background)
+            return scores
+
+        if self._of("templates"):
+            return fused(scores_of, self._check_experts(text_embeds), text_embeds, size_hw, covered_hw)
+        rows, columns = (
+            axis_weights(size, grid, covered).to(patches.device)
+            for size, grid, covered in zip(size_hw, patches.shape, covered_hw, strict=False)
+        )
+        return upsampled(scores_of(text_embeds), rows, columns)
 
     def _unit_patches(self, patch_embeds: Tensor) -> Tensor:
         """L2-normalised, or as they are where views have been normalised and averaged already."""

@@ -3,14 +3,17 @@
 Papers: MaskCLIP (Zhou et al., ECCV 2022, arXiv 2112.01071), section 3.3, with the thresholds of its code, 0.5 and 1.
 CLIP Surgery (Li et al., Pattern Recognition 2025, arXiv 2304.05653), section 3.3, t = 2.
 Each takes the scores (K, h, w), cosines unless an option before it changed them, the image, the L2-normalised text
-features (K, D) and the class of each name (K); it returns new scores.
+features (K, D), the class of each name (K) and the class that is the background, if one is; it returns new scores.
 
-Choices: both of MaskCLIP's take the soft-max of 100 times the cosine, whatever the evaluation's logit scale. Its code
-normalises the keys along the patches, each channel over the whole image, where the paper's formula has the cosine of
-two keys; the numbers were made with the code, which is what runs here. CLIP Surgery's class token is that of CLIP's
-own path over the whole image; its code sharpens with the factor 2 before the soft-max, as here.
+Choices: both of MaskCLIP's take the soft-max of 100 times the cosine, whatever the evaluation's logit scale. The keys
+have gone through the output projection, as its ViT hands them on, and its code normalises them along the patches, each
+channel over the whole image, where the paper's formula has the cosine of two keys; the numbers were made with the
+code, which is what runs here. CLIP Surgery's class token is that of CLIP's own path over the whole image; its code
+sharpens with the factor 2 before the soft-max, as here.
 Deviations: synonyms share a probability, so prompt denoising adds them up and strikes out classes; theirs has one name
-a class. If it would strike out all, it strikes out none; theirs then calls every pixel the first class.
+a class. If it would strike out all, it strikes out none; theirs then calls every pixel the first class. CLIP Surgery's
+demo divides each channel of the image's features by its length over all tokens, here each token has length one; for a
+single name, of which nothing is left once the mean is subtracted, it subtracts the text features of "" instead.
 """
 
 from __future__ import annotations
@@ -34,14 +37,18 @@ def sum_of_classes(probabilities: Tensor, class_ids: Tensor) -> Tensor:
     return classes.index_add_(0, class_ids, probabilities)
 
 
-def prompt_denoising(scores: Tensor, image: TappedImage, text_embeds: Tensor, class_ids: Tensor) -> Tensor:
+def prompt_denoising(
+    scores: Tensor, image: TappedImage, text_embeds: Tensor, class_ids: Tensor, background: int | None = None
+) -> Tensor:
     """Strikes out the classes that reach a probability of 0.5 at no patch; (K, h, w) -> (K, h, w)."""
     confidence = sum_of_classes((SOFTMAX_SCALE * scores).softmax(0), class_ids).amax((1, 2))  # (C)
     struck_out = (confidence < MIN_CONFIDENCE)[class_ids]
     return scores if struck_out.all() else scores.masked_fill(struck_out[:, None, None], STRUCK_OUT)
 
 
-def key_smoothing(scores: Tensor, image: TappedImage, text_embeds: Tensor, class_ids: Tensor) -> Tensor:
+def key_smoothing(
+    scores: Tensor, image: TappedImage, text_embeds: Tensor, class_ids: Tensor, background: int | None = None
+) -> Tensor:
     """Where no name is certain, the sum of all patches' probabilities, weighted by how alike the keys are.
 
     The result is votes, not cosines; (K, h, w) -> (K, h, w).
@@ -53,7 +60,9 @@ def key_smoothing(scores: Tensor, image: TappedImage, text_embeds: Tensor, class
     return torch.where(unsure, votes, probabilities).unflatten(1, scores.shape[1:])
 
 
-def redundancy_removal(scores: Tensor, image: TappedImage, text_embeds: Tensor, class_ids: Tensor) -> Tensor:
+def redundancy_removal(
+    scores: Tensor, image: TappedImage, text_embeds: Tensor, class_ids: Tensor, background: int | None = None
+) -> Tensor:
     """Weighs each name by the image's own similarity to it, then subtracts the mean over names.
 
     The paper multiplies features element by element, weighs, subtracts the mean over names and sums over the channels;

@@ -6,12 +6,14 @@ around each likely class is looked at again by CLIP ("class-wise re-identificati
 
 Choices, as the authors' code runs: the soft-max is over all names, with the model's own logit scale; thresholds are
 half of the way from the lowest to the highest score, first of the refined map, at the end of the classes; boxes stop
-one short of the last row and column; if one class's box is empty the crops after it are left out. The second mask is
-the union of the bounding boxes (8-connected) of what lies above the map's mean after a cut to 256 steps.
-Deviations: patch probabilities come from the encoder at hand and not from MaskCLIP; positions follow the network's own
-rule; the probabilities of synonyms are added up; the classes that fail are struck out of the label map, while the
-authors stop at the tags. In a network of another depth a third of the blocks must agree, and the maps are those of the
-blocks after two thirds of the depth but for the last.
+one short of the last row and column; if one class's box is empty the crops after it are left out. Names of the
+background are columns of their own in the maps, and no classes: they have no crops and are never struck out.
+The second mask is the union of the bounding boxes (8-connected) of what lies above the map's mean, in 256 steps.
+Deviations: patch probabilities come from the encoder at hand and not from MaskCLIP; positions and sides that are no
+multiple of the patch follow the network's own rules (theirs stretches the image); the probabilities of synonyms are
+added up; the classes that fail are struck out of the label map, while the authors stop at the tags; of their settings
+there is the one for objects. In a network of another depth a third of the blocks must agree, and the maps are those of
+the blocks after two thirds of the depth but for the last.
 """
 
 from __future__ import annotations
@@ -28,31 +30,52 @@ from .tapped import TappedImage, covered_pixels
 HALF = 0.5
 
 
-def reidentification(scores: Tensor, image: TappedImage, text_embeds: Tensor, class_ids: Tensor) -> Tensor:
+def reidentification(
+    scores: Tensor, image: TappedImage, text_embeds: Tensor, class_ids: Tensor, background: int | None = None
+) -> Tensor:
     """Strikes out the names of classes that are not in the image; (K, h, w) -> (K, h, w)."""
-    tags = class_scores(scores, image, text_embeds, class_ids)
-    found = tags > tags.min() + HALF * (tags.max() - tags.min())
+    columns, num_classes = columns_of(class_ids, background)
+    if num_classes == 0:
+        return scores
+    tags = class_scores(scores, image, text_embeds, columns, num_classes)
+    found = torch.ones(int(columns.max()) + 1, dtype=torch.bool, device=tags.device)  # the background's stay
+    found[:num_classes] = tags > tags.min() + HALF * (tags.max() - tags.min())
     found[tags.argmax()] = True
-    return scores.masked_fill(~found[class_ids][:, None, None], STRUCK_OUT)
+    return scores.masked_fill(~found[columns][:, None, None], STRUCK_OUT)
 
 
-def class_scores(scores: Tensor, image: TappedImage, text_embeds: Tensor, class_ids: Tensor) -> Tensor:
-    """How much each class is in the image, (C), from 0 to about 1."""
+def columns_of(class_ids: Tensor, background: int | None) -> tuple[Tensor, int]:
+    """The column of each name, (K), and the number C of classes: columns 0 to C - 1, shared by the names of a class.
+
+    Each name of the background has one of its own after them.
+    """
+    is_background = (
+        class_ids == background if background is not None else torch.zeros_like(class_ids, dtype=torch.bool)
+    )
+    classes, columns = class_ids[~is_background].unique(return_inverse=True)
+    result = torch.empty_like(class_ids)
+    result[~is_background] = columns
+    result[is_background] = len(classes) + torch.arange(int(is_background.sum()), device=class_ids.device)
+    return result, len(classes)
+
+
+def class_scores(scores: Tensor, image: TappedImage, text_embeds: Tensor, columns: Tensor, num_classes: int) -> Tensor:
+    """How much each class is in the image, (C), from 0 to about 1; `columns` as `columns_of` gives them."""
     grid_hw = (scores.shape[1], scores.shape[2])
-    coarse = sum_of_classes((image.logit_scale * scores).softmax(0), class_ids).flatten(1).T  # (N, C)
+    coarse = sum_of_classes((image.logit_scale * scores).softmax(0), columns).flatten(1).T  # (N, C + background names)
     attention = voted_attention(image)
     refined = attention @ coarse
-    boxes = component_boxes(quantised_masks(refined.T.unflatten(1, grid_hw)))  # (C, h, w)
+    boxes = component_boxes(quantised_masks(refined.T.unflatten(1, grid_hw)))
     # (attention * box) @ coarse, box by box, is attention @ (box * coarse): no N x N matrix for each class.
     refined = attention @ (boxes.flatten(1).T * coarse)
 
-    tags = refined.amax(0)  # (C)
+    tags = refined.amax(0)[:num_classes]
     threshold = refined.min() + HALF * (refined.max() - refined.min())
     for label in (tags > threshold).nonzero().flatten().tolist():
         box = box_of((rescaled(refined[:, label]) > HALF).unflatten(0, grid_hw))
         if box is None:
             break
-        seen = sum_of_classes(crop_probability(image, *box, text_embeds), class_ids)
+        seen = sum_of_classes(crop_probability(image, *box, text_embeds), columns)
         tags[label] = (tags[label] + seen[label]) / 2
     return tags
 
@@ -134,5 +157,5 @@ def crop_probability(
     crop = F.interpolate(crop.float(), size=(native_px, native_px), mode="bilinear", align_corners=False)
     side = native_px // patch_px
     patches = F.interpolate(mask[None, None].float(), size=(side, side), mode="nearest").flatten().bool()
-    embed = image.class_embed_of(crop.to(image.network.dtype), patches)
+    embed = image.class_embed_of(crop, patches.to(image.network.device))
     return (image.logit_scale * (text_embeds @ embed)).softmax(0)

@@ -38,20 +38,33 @@ class TappedImage:
     """One image, and CLIP's own view of it.
 
     Args:
-        network: A vision tower of the CLIP family.
+        model: A `SparModel`; what looks inside needs one of the CLIP family.
         pixel_values: (1, 3, H, W), normalised.
-        logit_scale: The model's own factor on the cosine, for the options that the authors ran with it.
     """
 
-    def __init__(self, network: Any, pixel_values: Tensor, logit_scale: float) -> None:
-        self.network = network
-        self.pixel_values = pixel_values.to(network.device, network.dtype)
-        self.logit_scale = logit_scale
+    def __init__(self, model: Any, pixel_values: Tensor) -> None:
+        self.model = model
+        self.pixel_values = pixel_values
+
+    def crop(self, top: int, left: int, height: int, width: int) -> TappedImage:
+        """A part of the image as an image of its own; pixels."""
+        return TappedImage(self.model, self.pixel_values[..., top : top + height, left : left + width])
+
+    @property
+    def network(self) -> Any:
+        return self.model.vision_model
+
+    @cached_property
+    def logit_scale(self) -> float:
+        """The model's own factor on the cosine, for the options that the authors ran with it."""
+        return self.model.logit_scale.exp().item()
 
     @cached_property
     def _outputs(self) -> Any:
         with torch.no_grad():
-            return self.network(self.pixel_values, output_hidden_states=True)
+            return self.network(
+                self.pixel_values.to(self.network.device, self.network.dtype), output_hidden_states=True
+            )
 
     @property
     def num_blocks(self) -> int:
@@ -60,6 +73,12 @@ class TappedImage:
     @property
     def grid_hw(self) -> tuple[int, int]:
         return tuple(self._outputs.patch_embeds.shape[1:3])
+
+    @property
+    def covered_hw(self) -> tuple[float, float]:
+        """Image size over the pixels that the grid covers, per axis; see `axis_weights`."""
+        (height, width), (rows, columns) = self._outputs.image_hw, self._outputs.extent_hw
+        return height / rows, width / columns
 
     @property
     def class_embed(self) -> Tensor:
@@ -73,9 +92,11 @@ class TappedImage:
         layer = self.network.encoder.layers[index]
         return project_heads(layer.self_attn, layer.layer_norm1(self._outputs.hidden_states[index]), names)
 
+    @torch.no_grad()
     def keys(self) -> Tensor:
-        """The last block's keys of the patches, heads side by side: (N, C)."""
-        return merge_heads(self.heads(12, "k")["k"])[0, 1:].float()
+        """The last block's keys of the patches, heads side by side, through its output projection: (N, C)."""
+        keys = merge_heads(self.heads(12, "k")["k"])
+        return self.network.encoder.layers[-1].self_attn.out_proj(keys)[0, 1:].float()
 
     def self_correlation(self, block: int) -> Tensor:
         """Mean over q, k, v and heads of the cosine between tokens: (1 + N, 1 + N)."""
@@ -102,10 +123,10 @@ class TappedImage:
         """The image embedding of a crop (D), L2-normalised, whose class token looks at the masked patches only.
 
         Args:
-            crop: (1, 3, H, W).
+            crop: (1, 3, H, W), on any device.
             patch_mask: (N) bool. The class token's scores towards the others are lowered by 1000, in every block.
         """
-        tokens, grid_hw = self.network.embeddings(crop)
+        tokens, grid_hw = self.network.embeddings(crop.to(self.network.device, self.network.dtype))
         x = self.network.pre_layrnorm(tokens)
         reach = self.network.reach(grid_hw, x.device)
         bias = x.new_zeros(x.shape[1], x.shape[1])
