@@ -453,7 +453,8 @@ def test_windows_average_their_maps_pixel_by_pixel(size_hw, names, segmenter, pi
         LabelFeatures(segmenter.features.labels, text),
         label_maps=refinement.label_maps(images, windows),
     )
-    assert (found.numpy() != expected).mean() < 2e-3 and len(found.unique()) > 1
+    assert (found.numpy() != expected).mean() < 2e-3
+    assert len(found.unique()) > 1 or "key-smoothing" in names  # a random network's keys are all alike
 
 
 def test_the_table_sets_the_order(segmenter, pixels, monkeypatch):
