@@ -84,7 +84,7 @@ def stretch(pixels: np.ndarray, patch_px: int) -> np.ndarray:
     return np.einsum("yv,cvu,xu->cyx", down, pixels, across)
 
 
-def turn(heads: np.ndarray, grid_hw: tuple[int, int], theta: float, num_prefix: int) -> np.ndarray:
+def turn(heads: np.ndarray, grid_hw: tuple[int, int], periods: list[float], num_prefix: int) -> np.ndarray:
     """Rotary positions of one head's tokens (P + h * w, d), a pair of channels at a time."""
     out, quarter = heads.copy(), heads.shape[-1] // 4
     rows, columns = grid_hw
@@ -94,7 +94,7 @@ def turn(heads: np.ndarray, grid_hw: tuple[int, int], theta: float, num_prefix: 
             centre = (2 * (y + 0.5) / rows - 1, 2 * (x + 0.5) / columns - 1)
             for axis in range(2):
                 for i in range(quarter):
-                    angle = 2 * math.pi * centre[axis] / theta ** (i / quarter)
+                    angle = 2 * math.pi * centre[axis] / periods[i]
                     first = axis * quarter + i
                     second = first + 2 * quarter
                     a, b = heads[token, first], heads[token, second]
@@ -111,10 +111,16 @@ def plain_dinov3(
     num_heads: int,
     num_registers: int,
     window: int | None = None,
+    periods: list[float] | None = None,
 ) -> np.ndarray:
-    """Patch features (h, w, C) of one image (3, H, W), from the weights of a stock `DINOv3ViTModel`."""
+    """Patch features (h, w, C) of one image (3, H, W), from the weights of a stock `DINOv3ViTModel`.
+
+    `periods` of the rotary positions, if they are not the powers of 100.
+    """
     patches, grid_hw = patch_tokens(weights, "embeddings.patch_embeddings", stretch(pixels, patch_px), patch_px)
     x = np.vstack([weights["embeddings.cls_token"][0], weights["embeddings.register_tokens"][0], patches])
+    quarter = x.shape[1] // num_heads // 4
+    periods = [100.0 ** (i / quarter) for i in range(quarter)] if periods is None else periods
     reach = 0.0 if window is None else mean_window(grid_hw, window, others=1 + num_registers)
     for block in range(num_layers):
         name = f"model.layer.{block}"
@@ -122,7 +128,7 @@ def plain_dinov3(
         q, k, v = (np.split(linear(weights, f"{name}.attention.{part}_proj", y), num_heads, axis=-1) for part in "qkv")
         mixed = []
         for h in range(num_heads):
-            query, key = (turn(heads[h], grid_hw, 100.0, 1 + num_registers) for heads in (q, k))
+            query, key = (turn(heads[h], grid_hw, periods, 1 + num_registers) for heads in (q, k))
             mixed.append(softmax(query @ key.T / math.sqrt(query.shape[-1]) + reach) @ v[h])
         y = linear(weights, f"{name}.attention.o_proj", np.concatenate(mixed, axis=-1))
         x = x + y * weights[f"{name}.layer_scale1.lambda1"]

@@ -100,7 +100,7 @@ def dinov3_backbone(gated: bool = False, prefix: str = "") -> Weights:
     draw.add("mask_token", 1, 48, scale=0.5)
     draw.add("patch_embed.proj.weight", 48, 3, 16, 16)
     draw.add("patch_embed.proj.bias", 48, scale=0.3)
-    draw.weights["rope_embed.periods"] = 100.0 ** (torch.arange(4) / 4)
+    draw.weights["rope_embed.periods"] = (100.0 ** (torch.arange(4) / 4)).bfloat16().float()  # as released
     for n in range(3):
         name = f"blocks.{n}"
         draw.norm(f"{name}.norm1", 48)

@@ -129,6 +129,23 @@ def test_timms_trunk_alone(tmp_path):
         spar_hf.load(tmp_path / "out")
 
 
+@torch.no_grad()
+def test_dinov3_biases_are_masked_as_in_the_file(tmp_path):
+    weights = dinov3_backbone()
+    for n in range(3):
+        weights[f"blocks.{n}.attn.qkv.bias_mask"].zero_()  # of queries and values, too
+    convert([plain_file(weights, tmp_path / "vitl16.pth")], "dinov3", tmp_path / "out", Asked(**HEADS))
+    tower = AutoModel.from_pretrained(tmp_path / "out")
+    biases = {
+        name: weight for name, weight in tower.state_dict().items() if "q_proj.bias" in name or "v_proj.bias" in name
+    }
+    assert len(biases) == 6 and not any(weight.any() for weight in biases.values())
+    for n in range(3):
+        weights[f"blocks.{n}.attn.qkv.bias_mask"].fill_(1)  # the keys' bias counts, for which there is no place
+    with pytest.raises(ValueError, match="does not agree with the source: image features"):
+        convert([plain_file(weights, tmp_path / "unmasked.pth")], "dinov3", tmp_path / "x", Asked(**HEADS))
+
+
 @pytest.mark.parametrize("release", ["spar", "meta", "backbone"])
 @torch.no_grad()
 def test_dinov3(release, clip_tokenizer, words, tmp_path):
@@ -140,14 +157,21 @@ def test_dinov3(release, clip_tokenizer, words, tmp_path):
         paths += [plain_file(rest, tmp_path / "dinotxt.pth")] if release == "meta" else []
     report = convert(paths, "dinov3", tmp_path / "out", Asked(**HEADS), words)
     assert all(check.agrees for check in report.comparisons)
-    assert len(report.left_out) == (4 if release == "backbone" else 8)  # masks, periods, vision head
+    assert len(report.left_out) == (1 if release == "backbone" else 5)  # periods, vision head
     model = AutoModel.from_pretrained(tmp_path / "out")
     tower = model if release == "backbone" else model.vision_model
+    periods = [1.0, 3.15625, 10.0, 31.625]  # 100 ** (i / 4) in bf16, as the released files have them
+    assert tower.config.rope_periods == periods
     for size_hw in SIZES:
         pixels = pixels_of(size_hw)
-        expected = plain_dinov3(as_numpy(tower), pixels[0].double().numpy(), 16, 3, 3, 4)
+        expected = plain_dinov3(as_numpy(tower), pixels[0].double().numpy(), 16, 3, 3, 4, periods=periods)
         torch.testing.assert_close(tower(pixels).patch_embeds[0], torch.from_numpy(expected).float(), **CLOSE)
     tower.save_pretrained(tmp_path / "tower")
+    torch.testing.assert_close(
+        spar_hf.SparDinov3VisionModel.from_pretrained(tmp_path / "tower")(pixels).patch_embeds,
+        tower(pixels).patch_embeds,
+    )
+    # transformers' class loads it too, but computes the periods: powers of 100 in fp32.
     assert DINOv3ViTModel.from_pretrained(tmp_path / "tower").config.rope_theta == 100.0
     if release == "backbone":
         return

@@ -39,6 +39,8 @@ class SparDinov3VisionConfig(DenseVisionConfig, DINOv3ViTConfig):
         image_size: side of the teacher's native window; the network itself has no native size. SPAR's is 384.
         method: `final_norm`: the patch tokens after the final norm are the features.
         position_interpolation: None; rotary positions fit any grid.
+        rope_periods: periods of the rotary positions, a quarter of a head's width. Their authors' files hold them
+            rounded to bf16, which moves the features by 1e-3; None: powers of `rope_theta`, as in transformers.
         size_rule: `stretch`, SPAR's.
     """
 
@@ -52,6 +54,7 @@ class SparDinov3VisionConfig(DenseVisionConfig, DINOv3ViTConfig):
     num_hidden_layers: int = 24
     num_attention_heads: int = 16
     num_register_tokens: int = 4
+    rope_periods: list[float] | tuple[float, ...] | None = None
     method: str = "final_norm"
     size_rule: str = "stretch"
     image_mean: list[float] | tuple[float, ...] = IMAGENET_MEAN
@@ -69,6 +72,19 @@ class SparDinov3VisionConfig(DenseVisionConfig, DINOv3ViTConfig):
                 f"position_interpolation is {self.position_interpolation!r}; DINOv3's positions are rotary and fit "
                 "any grid, so there is nothing to interpolate. Leave it out."
             )
+        quarter = self.hidden_size // self.num_attention_heads // 4
+        if self.rope_periods is not None and len(self.rope_periods) != quarter:
+            raise ValueError(
+                f"rope_periods has {len(self.rope_periods)} numbers; it must have as many as a quarter of a head's "
+                f"width, {quarter}, or be None."
+            )
+
+    def rotary_periods(self) -> torch.Tensor:
+        """(d / 4) in fp32, d the width of a head."""
+        if self.rope_periods is not None:
+            return torch.tensor(self.rope_periods, dtype=torch.float32)
+        head_dim = self.hidden_size // self.num_attention_heads
+        return self.rope_theta ** torch.arange(0, 1, 4 / head_dim, dtype=torch.float32)
 
 
 class SparDinov3TextConfig(CLIPTextConfig):
@@ -116,7 +132,7 @@ class SparDinov3Config(DenseConfig):
 
 
 def rotary_angles(
-    grid_hw: tuple[int, int], head_dim: int, theta: float, num_prefix_tokens: int, device: torch.device
+    grid_hw: tuple[int, int], periods: torch.Tensor, num_prefix_tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosine and signed sine of each token's angles, (P + h * w, d) in fp32; prefix tokens do not turn.
 
@@ -124,10 +140,9 @@ def rotary_angles(
     the patch centres from -1 to 1 along each side, whatever the grid. In fp32, as DINOv3's released ViTs have it:
     bf16 moves the features by 5e-3. Computed anew each time: a buffer would be cast with the weights.
     """
-    periods = theta ** torch.arange(0, 1, 4 / head_dim, dtype=torch.float32, device=device)  # (d / 4)
-    rows, columns = ((2 * torch.arange(n, dtype=torch.float32, device=device) + 1) / n - 1 for n in grid_hw)
+    rows, columns = ((2 * torch.arange(n, dtype=torch.float32, device=periods.device) + 1) / n - 1 for n in grid_hw)
     places = torch.stack([rows[:, None].expand(grid_hw), columns[None, :].expand(grid_hw)], dim=-1)  # (h, w, 2)
-    angles = (2 * math.pi * places[..., None] / periods).reshape(-1, head_dim // 2)  # (h * w, d / 2)
+    angles = (2 * math.pi * places[..., None] / periods).reshape(-1, 2 * len(periods))  # (h * w, d / 2)
     angles = nn.functional.pad(angles, (0, 0, num_prefix_tokens, 0))
     cosine, sine = angles.cos(), angles.sin()
     return torch.cat([cosine, cosine], dim=-1), torch.cat([-sine, sine], dim=-1)
@@ -196,9 +211,8 @@ class SparDinov3VisionModel(DenseVisionModel, DINOv3ViTModel):
         return self.embeddings(pixels), (pixels.shape[2] // patch_px, pixels.shape[3] // patch_px)
 
     def run_blocks(self, tokens, grid_hw, first_block=0, need_weights=False):
-        config, inputs, maps = self.config, [], []
-        head_dim = config.hidden_size // config.num_attention_heads
-        positions = rotary_angles(grid_hw, head_dim, config.rope_theta, self.num_prefix_tokens, tokens.device)
+        inputs, maps = [], []
+        positions = rotary_angles(grid_hw, self.config.rotary_periods().to(tokens.device), self.num_prefix_tokens)
         reach = self.reach(grid_hw, tokens.device)
         for layer in self.blocks[first_block:]:
             inputs.append(tokens)

@@ -87,6 +87,11 @@ def third(index: int) -> Callable[[Tensor], Tensor]:
     return lambda weight: weight.chunk(3)[index]
 
 
+def masked(index: int) -> Callable[..., Tensor]:
+    """One of the fused queries', keys' and values' biases, times its mask where there is one."""
+    return lambda bias, mask=1: (bias * mask).chunk(3)[index]
+
+
 def joined(*weights: Tensor) -> Tensor:
     return torch.cat(weights)
 
@@ -276,6 +281,7 @@ def dinov3_layout(source: Source, asked: Asked) -> Layout:
     layers = count_blocks(weights, f"{theirs}blocks.")
     gated = f"{theirs}blocks.0.mlp.w1.weight" in weights
     heads = heads_of(width, DINOV3_HEADS, asked.heads, "--heads")
+    periods = f"{theirs}rope_embed.periods"
     vision = {
         "hidden_size": width,
         "intermediate_size": weights[f"{theirs}blocks.0.mlp.{'w1' if gated else 'fc1'}.weight"].shape[0],
@@ -285,7 +291,7 @@ def dinov3_layout(source: Source, asked: Asked) -> Layout:
         "patch_size": patch_px,
         "use_gated_mlp": gated,
         "hidden_act": "silu" if gated else "gelu",
-        "rope_theta": rope_theta(weights.get(f"{theirs}rope_embed.periods")),
+        "rope_periods": weights[periods].tolist() if periods in weights else None,
         "query_bias": f"{theirs}blocks.0.attn.qkv.bias" in weights,
         "value_bias": f"{theirs}blocks.0.attn.qkv.bias" in weights,
     }
@@ -302,8 +308,9 @@ def dinov3_layout(source: Source, asked: Asked) -> Layout:
         ours, other = f"{tower}model.layer.{n}", f"{theirs}blocks.{n}"
         for index, name in enumerate(("q_proj", "k_proj", "v_proj")):
             table[f"{ours}.attention.{name}.weight"] = ((f"{other}.attn.qkv.weight",), third(index))
-            if name != "k_proj" and vision["query_bias"]:  # the released code multiplies the keys' bias by zero
-                table[f"{ours}.attention.{name}.bias"] = ((f"{other}.attn.qkv.bias",), third(index))
+            if name != "k_proj" and vision["query_bias"]:  # the keys' is masked in every released file
+                sources = (f"{other}.attn.qkv.bias", f"{other}.attn.qkv.bias_mask")
+                table[f"{ours}.attention.{name}.bias"] = (tuple(s for s in sources if s in weights), masked(index))
         table |= rename(f"{ours}.attention.o_proj", f"{other}.attn.proj")
         for index in (1, 2):
             table[f"{ours}.layer_scale{index}.lambda1"] = ((f"{other}.ls{index}.gamma",), same)
@@ -312,32 +319,14 @@ def dinov3_layout(source: Source, asked: Asked) -> Layout:
             table |= rename(f"{ours}.mlp.{mine}", f"{other}.mlp.{name}")
     left_out = {}
     for name in weights:
-        if name.endswith("attn.qkv.bias_mask"):
-            left_out[name] = "the mask that makes the keys' bias zero"
-        elif name == f"{theirs}rope_embed.periods":
-            left_out[name] = "the rotary periods; rope_theta gives the same"
+        if name == periods:
+            left_out[name] = "the rotary periods; they go into the configuration"
         elif name.startswith("visual_model.head."):
             left_out[name] = "dino.txt's vision head; SPAR's features are the backbone's patches before it"
         elif name.startswith((f"{theirs}local_cls_norm.", f"{theirs}cls_norm.")):
             left_out[name] = "a norm of class tokens"
     name = f"DINOv3{'.txt' if has_text else ''}, {layers} x {width}, patch {patch_px}"
     return Layout(name, 2, vision, text, table, left_out)
-
-
-def rope_theta(periods: Tensor | None) -> float:
-    """Base of the rotary periods base^(i / n), i < n.
-
-    Raises:
-        ValueError: the periods are no powers of one base.
-    """
-    if periods is None:
-        return 100.0
-    exponents = torch.arange(len(periods), dtype=torch.float64) / len(periods)
-    theta = float(periods[-1].double() ** (1 / exponents[-1])) if len(periods) > 1 else 100.0
-    theta = round(theta, 2)
-    if not torch.allclose(theta**exponents, periods.double(), rtol=1e-2):  # they may have been stored in bf16
-        raise ValueError("the rotary periods are no powers of one base; this DINOv3 is none of the released ones.")
-    return theta
 
 
 def dinov3_text(weights: dict[str, Tensor], asked: Asked) -> tuple[dict[str, Any], Table]:

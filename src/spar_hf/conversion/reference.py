@@ -164,8 +164,8 @@ class Dinov3Reference(Reference):
         x, (rows, columns) = self.patches(f"{name}patch_embed.proj", pixels)
         prefix = [self.weights[f"{name}{token}"].expand(len(x), -1, -1) for token in ("cls_token", "storage_tokens")]
         x = torch.cat([*prefix, x], dim=1)
-        head_dim = x.shape[-1] // self.vision["num_attention_heads"]
-        periods = self.vision["rope_theta"] ** (torch.arange(head_dim // 4) / (head_dim // 4))
+        quarter = x.shape[-1] // self.vision["num_attention_heads"] // 4
+        periods = self.weights.get(f"{name}rope_embed.periods", 100.0 ** (torch.arange(quarter) / quarter))
         centres = torch.cartesian_prod(*((torch.arange(n) + 0.5) / n * 2 - 1 for n in (rows, columns)))
         angles = (2 * math.pi * centres[:, :, None] / periods).flatten(1).tile(2)
 
@@ -183,7 +183,8 @@ class Dinov3Reference(Reference):
     def block(self, name: str, x: Tensor, turn: Callable) -> Tensor:
         bias = self.weights.get(f"{name}.attn.qkv.bias")
         if bias is not None:
-            bias = torch.cat([bias.chunk(3)[0], torch.zeros_like(bias.chunk(3)[1]), bias.chunk(3)[2]])
+            keys_zero = torch.ones_like(bias).unflatten(0, (3, -1)).mul(torch.tensor([[1.0], [0.0], [1.0]])).flatten()
+            bias = bias * self.weights.get(f"{name}.attn.qkv.bias_mask", keys_zero)
         qkv = F.linear(self.norm(f"{name}.norm1", x, 1e-5), self.weights[f"{name}.attn.qkv.weight"], bias)
         y = self.linear(f"{name}.attn.proj", self.attend(qkv, self.vision["num_attention_heads"], turn=turn))
         x = x + y * self.weights[f"{name}.ls1.gamma"]
