@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -43,6 +44,23 @@ def vit(patch_px: int = 8) -> ViTModel:
     return spread(ViTModel(ViTConfig(**SMALL, intermediate_size=32, patch_size=patch_px)))
 
 
+def dino(network: ViTModel, pixels: torch.Tensor) -> torch.Tensor:
+    """All tokens after the final norm; the position table is resized as in DINO's own code, (n + 0.1) / N."""
+    embeddings = network.embeddings
+    patches = embeddings.patch_embeddings.projection(pixels)
+    table = embeddings.position_embeddings[:, 1:]
+    side = math.isqrt(table.shape[1])
+    positions = table.unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    if patches.shape[2:] != (side, side):
+        scale = tuple((n + 0.1) / side for n in patches.shape[2:])
+        positions = torch.nn.functional.interpolate(positions, scale_factor=scale, mode="bicubic")
+    first = embeddings.cls_token + embeddings.position_embeddings[:, :1]
+    x = torch.cat([first.expand(len(pixels), -1, -1), (patches + positions).flatten(2).transpose(1, 2)], dim=1)
+    for layer in network.layers:
+        x = layer(x)
+    return network.layernorm(x)
+
+
 def imagenet(pixel_values: torch.Tensor, config) -> torch.Tensor:
     """CLIP's pixels with ImageNet's mean and standard deviation instead of CLIP's."""
 
@@ -65,7 +83,7 @@ def test_equals_its_plain_formulation(size, patch_px, make_clip, make_vision, pi
     assert output.extent_hw == (rows * patch_px, columns * patch_px)
     net = PlainClip(make_clip(num_hidden_layers=6))
     seen = imagenet(images, encoder.config)[:, :, : rows * patch_px, : columns * patch_px]
-    features = network(seen, interpolate_pos_encoding=True).last_hidden_state[:, 1:].unflatten(1, (rows, columns))
+    features = dino(network, seen)[:, 1:].unflatten(1, (rows, columns))
     for i in range(2):
         tokens, grid_hw = net.embed(images[i].double().numpy(), "offset")
         inputs = net.inputs(tokens)
