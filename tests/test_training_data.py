@@ -23,24 +23,36 @@ def pictures(tmp_path_factory):
     return save_pictures(tmp_path_factory.mktemp("world") / "pictures")
 
 
-@pytest.mark.parametrize("size_hw", [(1500, 2250), (2250, 1500), (600, 800), (300, 3000)])
+@pytest.mark.parametrize("size_hw", [(1500, 2250), (2250, 1500), (600, 800), (300, 3000), (1000, 2300)])
 def test_augmentation_keeps_the_papers_bounds(size_hw):
     augmentation = Augmentation()
     rng = np.random.default_rng(0)
     views = [augmentation.draw(size_hw, rng) for _ in range(400)]
     sizes = np.array([view.size_hw for view in views])
     assert (sizes % 16 == 0).all() and sizes.min() >= 512 and sizes.max() <= 2048
-    for view in views:
+    ratio, whole = size_hw[0] / size_hw[1], np.array([view.resized_hw == view.size_hw for view in views])
+    for view, stretched in zip(views, whole, strict=True):
         (height, width), (top, left) = view.resized_hw, view.top_left
-        assert min(height, width) >= 512 and abs(height / width / (size_hw[0] / size_hw[1]) - 1) < 0.01
+        # Whole images are stretched to whole patches: up to 15 px less.
+        error = 16 / 512 if stretched else 0.003
+        assert min(height, width) >= 512 and abs(height / width / ratio - 1) < error
         assert 0 <= top <= height - view.size_hw[0] and 0 <= left <= width - view.size_hw[1]
     if size_hw == (1500, 2250):
         # (2048, 1024) x [0.5, 1] with the ratio kept: the short side decides, 512 to 1024.
         assert {round(min(view.resized_hw)) for view in views} <= set(range(512, 1025))
         assert np.mean([min(view.resized_hw) for view in views]) == pytest.approx(768, abs=20)
-        whole = [h // 16 * 16 == kh and w // 16 * 16 == kw for (h, w), _, (kh, kw), _ in views]
         assert np.mean(whole) == pytest.approx(0.5, abs=0.08)
         assert np.mean([view.flip for view in views]) == pytest.approx(0.5, abs=0.08)
+    if size_hw == (1000, 2300):
+        # The long side decides; under a scale of 512 * 2.3 / 2048 = 0.575 the image is enlarged, and never cropped.
+        enlarged = np.array([min(view.resized_hw) == 512 for view in views])
+        assert enlarged.mean() == pytest.approx(0.15, abs=0.06) and whole[enlarged].mean() > 0.97  # 512.3 is 512, too
+        assert whole[~enlarged].mean() == pytest.approx(0.5, abs=0.08)
+    if size_hw == (300, 3000):
+        # Enlarged always, but longer than 2048: cropped along that side.
+        assert (
+            set(sizes[:, 0]) == {512} and set(sizes[:, 1]) == {2048} and {v.resized_hw for v in views} == {(512, 5120)}
+        )
     extended = Augmentation(**EXTENDED)
     sizes = np.array([extended.draw(size_hw, rng).size_hw for _ in range(400)])
     assert sizes.min() >= 512 and 2048 < sizes.max() <= 2560

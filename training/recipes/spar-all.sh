@@ -8,4 +8,4 @@ extended=()
 [ "${EXTENDED:-0}" = 1 ] && extended=(--extended)
 accelerate launch --config_file training/recipes/gpu-8.yaml training/distill.py \
     --student laion/CLIP-ViT-B-16-laion2B-s34B-b88K --tars "$tars" --max-images 25000 --workers 8 "${extended[@]}" \
-    --output "$folder" --resume --train all --epochs 10 --learning-rate 2e-5 --weight-decay 1e-4 --loss mse
+    --output "$folder" --resume --train all --epochs 10 --draws 1 --learning-rate 2e-5 --weight-decay 1e-4 --loss mse

@@ -12,6 +12,8 @@ import numpy as np
 from ..dense_spar import one_of
 from .sources import BadImage, Source
 
+# Of `Augmentation.draw`: counted up when the same settings come to draw other views, so that stored ones are refused.
+RULES = 2
 SCALE_LAWS = ("uniform", "log-uniform", "equal-pixels")
 
 
@@ -29,10 +31,12 @@ class Augmentation:
     """SPAR's augmentation: random scale, random crop, flip, sides floored to whole patches.
 
     The image is resized, keeping its shape, to fit into scale * (long_side_px, short_side_px) but with a short side
-    of at least min_side_px; with crop_probability each side is cropped to a random part, of at least min_side_px.
+    of at least min_side_px. With crop_probability each side is cropped to a random part, of at least min_side_px;
+    else, and if it had to be enlarged to min_side_px, the whole image is stretched to the floored sides.
     A side longer than long_side_px, which only a very long image has, is always cropped to it.
 
-    Defaults: SPAR (Kombol et al., CVPR 2026), section 4, and the released configuration.
+    Defaults: SPAR (Kombol et al., CVPR 2026), section 4, and the released code, which resizes with OpenCV's bilinear
+    filter without antialias where the sources here have a bicubic one with it.
 
     Attributes:
         long_side_px, short_side_px: size at scale 1.
@@ -85,18 +89,21 @@ class Augmentation:
             scale = (low**-2 - scale * (low**-2 - high**-2)) ** -0.5
         long_px, short_px = max(size_hw), min(size_hw)
         factor = min(scale * self.long_side_px / long_px, scale * self.short_side_px / short_px)
-        factor = max(factor, self.min_side_px / short_px)
-        height, width = (max(round(side * factor), self.min_side_px) for side in size_hw)
-
-        def kept(side: int, part: float) -> int:
-            if crop < self.crop_probability:
+        least = self.min_side_px / short_px
+        crops = crop < self.crop_probability and factor >= least
+        resized, kept, start = [], [], []
+        for side, part, place in zip(size_hw, (part_y, part_x), (top, left), strict=True):
+            side = whole = max(round(side * max(factor, least)), self.min_side_px)
+            if crops:
                 low, high = self.crop_range
                 side = max(int(side * (low + part * (high - low))), self.min_side_px)
-            return min(side, self.long_side_px) // self.multiple_px * self.multiple_px
-
-        kept_y, kept_x = kept(height, part_y), kept(width, part_x)
-        top_left = (int(top * (height - kept_y + 1)), int(left * (width - kept_x + 1)))
-        return View((height, width), top_left, (kept_y, kept_x), bool(flip < self.flip_probability))
+            side = min(side, self.long_side_px) // self.multiple_px * self.multiple_px
+            resized.append(whole if crops or whole > self.long_side_px else side)
+            kept.append(side)
+            start.append(int(place * (resized[-1] - side + 1)))
+        return View(
+            (resized[0], resized[1]), (start[0], start[1]), (kept[0], kept[1]), bool(flip < self.flip_probability)
+        )
 
 
 # The "extended" variant that SPAR-ALL was also trained with.
@@ -174,7 +181,8 @@ class Views:
             },
             "augmentation": {
                 key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self.augmentation).items()
-            },
+            }
+            | {"rules": RULES},
             "augmentation_seed": self.seed,
             "draws": self.draws,
         }
