@@ -292,8 +292,8 @@ def dinov3_layout(source: Source, asked: Asked) -> Layout:
         "use_gated_mlp": gated,
         "hidden_act": "silu" if gated else "gelu",
         "rope_periods": weights[periods].tolist() if periods in weights else None,
-        "query_bias": f"{theirs}blocks.0.attn.qkv.bias" in weights,
-        "value_bias": f"{theirs}blocks.0.attn.qkv.bias" in weights,
+        "query_bias": has_bias(weights, theirs, 0),
+        "value_bias": has_bias(weights, theirs, 2),
     }
     has_text = "text_model.backbone.token_embedding.weight" in weights
     text, table = dinov3_text(weights, asked) if has_text else ({}, {})
@@ -306,9 +306,10 @@ def dinov3_layout(source: Source, asked: Asked) -> Layout:
     mlp = {"gate_proj": "w1", "up_proj": "w2", "down_proj": "w3"} if gated else {"up_proj": "fc1", "down_proj": "fc2"}
     for n in range(layers):
         ours, other = f"{tower}model.layer.{n}", f"{theirs}blocks.{n}"
-        for index, name in enumerate(("q_proj", "k_proj", "v_proj")):
+        has_biases = {"q_proj": vision["query_bias"], "k_proj": False, "v_proj": vision["value_bias"]}
+        for index, (name, biased) in enumerate(has_biases.items()):
             table[f"{ours}.attention.{name}.weight"] = ((f"{other}.attn.qkv.weight",), third(index))
-            if name != "k_proj" and vision["query_bias"]:  # the keys' is masked in every released file
+            if biased:
                 sources = (f"{other}.attn.qkv.bias", f"{other}.attn.qkv.bias_mask")
                 table[f"{ours}.attention.{name}.bias"] = (tuple(s for s in sources if s in weights), masked(index))
         table |= rename(f"{ours}.attention.o_proj", f"{other}.attn.proj")
@@ -319,7 +320,11 @@ def dinov3_layout(source: Source, asked: Asked) -> Layout:
             table |= rename(f"{ours}.mlp.{mine}", f"{other}.mlp.{name}")
     left_out = {}
     for name in weights:
-        if name == periods:
+        if name.endswith(("attn.qkv.bias", "attn.qkv.bias_mask")) and not (
+            vision["query_bias"] or vision["value_bias"]
+        ):
+            left_out[name] = "a bias that its mask makes zero"
+        elif name == periods:
             left_out[name] = "the rotary periods; they go into the configuration"
         elif name.startswith("visual_model.head."):
             left_out[name] = "dino.txt's vision head; SPAR's features are the backbone's patches before it"
@@ -327,6 +332,16 @@ def dinov3_layout(source: Source, asked: Asked) -> Layout:
             left_out[name] = "a norm of class tokens"
     name = f"DINOv3{'.txt' if has_text else ''}, {layers} x {width}, patch {patch_px}"
     return Layout(name, 2, vision, text, table, left_out)
+
+
+def has_bias(weights: dict[str, Tensor], tower: str, part: int) -> bool:
+    """Whether the queries (0) or values (2) have a bias that is not masked in all blocks; the keys' always is.
+
+    What is masked is zero for good: it has no gradient either.
+    """
+    biases = [name for name in weights if name.startswith(f"{tower}blocks.") and name.endswith("attn.qkv.bias")]
+    masks = [weights[f"{name}_mask"] for name in biases if f"{name}_mask" in weights]
+    return bool(biases) and (not masks or any(bool(mask.chunk(3)[part].any()) for mask in masks))
 
 
 def dinov3_text(weights: dict[str, Tensor], asked: Asked) -> tuple[dict[str, Any], Table]:

@@ -68,7 +68,9 @@ class Protocol:
 
 
 # SPAR (arXiv 2604.02252): one pass at a short side of 672, Cityscapes whole. VOC21's and Context60's constants are the
-# paper's for CLIP. The paper does not evaluate COCO-Object; its constants are SCLIP's.
+# paper's for CLIP. The paper does not evaluate COCO-Object; its constants are SCLIP's. The teacher's row is the same
+# with a `SlidingWindow` for the encoder, which averages features, as the student learns them; the released code means
+# to average logits there, and does not run.
 _SPAR = Protocol("spar", short_side_px=672, long_side_px=2048, templates=IMAGENET_TEMPLATES)
 # SCLIP (ECCV 2024) and the papers that follow its code: a short side of 336, window 224, stride 112, resized as OpenCV
 # does. Cityscapes at 560, COCO-Stuff at 448, as their configuration files have it.

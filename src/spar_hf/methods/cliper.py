@@ -6,8 +6,8 @@ token included; columns, then rows of A are divided by their sums; A <- max((A +
 divided by their sums; the patches are out_proj(A V) of the last block, without residual and MLP.
 As the authors' code: it divides the same tensor again for each of its maps, one a block, so that the last, which gives
 the features, has gone through as many rounds of columns and rows as the network has blocks, twelve; their numbers were
-made with that. Their labels add the soft-maxes of the other eleven maps, which are no features, and then the
-attention of Stable Diffusion; neither is here.
+made with that. Their labels add the soft-maxes of what the last map makes of the other eleven blocks, cut at a fifth
+of its maximum, which are no features, and then the attention of Stable Diffusion; neither is here.
 The maths needs each head's whole N x N matrix: all its columns are divided before a row is known. Here they are held
 in fp32, a few heads at a time (67 MB a head at 1024 x 1024 px), beside the queries and keys of all blocks. The rounds
 only scale rows and columns, so they run on two vectors (Sinkhorn and Knopp, 1967); the matrix itself stays as it is.

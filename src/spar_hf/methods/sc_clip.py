@@ -12,7 +12,8 @@ Changes, blocks counted from 1 in a network of twelve:
    over patches by the cosine of block 4's output, where it is at least 0.4, and added.
 As the authors' code: the outlier factor takes squared distances and each patch's own distance to its 30th neighbour
 for its reach, where the textbook's takes the larger of two, so scikit-learn's has other values; the outliers are those
-above the 95 % quantile. The cosines' matrices go by rows; none is held.
+above the 95 % quantile. (Another public version of it takes the ten longest patches.) The cosines' matrices go by
+rows; none is held.
 Deviations: statistics are each image's own (theirs mixes a batch and takes one image); rows and columns are kept apart
 (theirs swaps them on grids that are not square); fewer than 31 patches have fewer neighbours; other depths take the
 blocks in proportion, each once, and never the last one. Similarities and outliers are fp32 whatever the network is.
