@@ -253,6 +253,26 @@ def test_evaluate_prints_a_table_and_writes_json(here, capsys, model_folder):
     assert f"**{100 * written['mean_iou']:.1f}**" in out
 
 
+@pytest.mark.parametrize("protocol", ["spar", "sclip"])
+def test_evaluate_takes_folders_of_ones_own(here, capsys, model_folder, protocol):
+    for folder in ("photos", "masks"):
+        Path(folder).mkdir()
+    truth = np.zeros((60, 90), np.uint8)
+    truth[:, 45:] = 1
+    truth[:5] = 255
+    Image.fromarray(truth).save("masks/a.png")
+    picture = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
+    Image.fromarray(picture).save("photos/a.png")
+    Path("classes.txt").write_text("sky\ncar, automobile\n")
+    words = ["evaluate", "--images", "photos", "--masks", "masks", "--classes", "classes.txt"]
+    more = ["--protocol", protocol, "--short-side", "64", "--refine", "key-smoothing"]
+    assert main([*words, *more, "--model", model_folder, "--json", "score.json"]) == 0
+    written = json.loads(Path("score.json").read_text())
+    assert written["benchmark"] == "custom" and set(written["per_class_iou"]) == {"sky", "car"}
+    assert written["protocol"]["window_px"] == {"spar": None, "sclip": 224}[protocol]
+    assert written["refine"] == ["key-smoothing"] and 0 < written["pixel_accuracy"] < 1
+
+
 def test_the_documentation_has_the_table_as_it_is(tmp_path, capsys):
     docs = Path(__file__).parent.parent / "docs" / "methods.md"
     copy = tmp_path / "methods.md"
@@ -337,6 +357,7 @@ def test_evaluate_runs_the_window_of_the_command_line(here, capsys, model_folder
         (["segmnt"], "there is no command 'segmnt'; choose one of segment, .* Did you mean 'segment'"),
         (["segment", "street.png"], "required: --labels"),
         (["segment", "--labels", "a"], "required: IMAGE"),
+        (["evaluate"], "there is nothing to evaluate on; give --benchmark NAME, or --images, --masks, --classes"),
         (["segment", "street.png", "--lables", "a"], "there is no option '--lables'.* Did you mean '--labels'"),
         (["segment", "street.png", "--labels", ""], "no labels"),
         (["segment", "street.png", "--labels", "road; ; sky"], "label 2 is empty"),

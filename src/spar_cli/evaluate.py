@@ -18,7 +18,7 @@ EPILOG = """examples:
       with label options, which 'spar methods' lists
   spar evaluate --benchmark ade20k --data data --model openai/clip-vit-base-patch16 --json ade20k.json
       a data set laid out as MMSegmentation's data guide describes
-  spar evaluate --benchmark custom --images photos --masks masks --classes classes.txt --model FOLDER
+  spar evaluate --images photos --masks masks --classes classes.txt --model FOLDER
 
 A long evaluation that may be stopped: --state FILE keeps what is done, and the same command goes on from there."""
 
@@ -36,10 +36,9 @@ def positive(word: str) -> float:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--benchmark",
-        required=True,
         metavar="NAME",
-        help="picturebook, custom, or a benchmark on disk: voc21, voc20, context60, context59, cityscapes, ade20k, "
-        "coco_object, coco_stuff",
+        help="picturebook, or a benchmark on disk: voc21, voc20, context60, context59, cityscapes, ade20k, "
+        "coco_object, coco_stuff; custom (the default with --images)",
     )
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="the data set, or a folder above it")
     parser.add_argument("--scale", type=positive, metavar="K", help="picturebook: draw at K times the native side")
@@ -59,6 +58,12 @@ def run(args: argparse.Namespace) -> None:
     from spar_hf.evaluation import evaluate
 
     check_outputs(args)
+    if args.benchmark is None:
+        if args.images is None:
+            raise ValueError(
+                "there is nothing to evaluate on; give --benchmark NAME, or --images, --masks, --classes."
+            )
+        args.benchmark = "custom"
     check_one_of("benchmark", args.benchmark, BENCHMARKS)
     protocol = load_protocol(args.protocol, args.benchmark)
     opened = open_model(args, args.refine)
