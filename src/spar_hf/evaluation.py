@@ -15,8 +15,9 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -143,8 +144,9 @@ def evaluate(
         protocol = load_protocol(protocol, benchmark.name)
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; it must be at least 1. Leave it out to take all {len(benchmark)} images.")
+    windows = None
     if protocol.window_px is not None and protocol.stride_px is not None:
-        encoder = Windows(encoder, protocol.window_px, protocol.stride_px)
+        encoder = windows = Windows(encoder, protocol.window_px, protocol.stride_px)
         refinement = refinement or Refinement(model, (), encoder)
     count = len(benchmark) if limit is None else min(limit, len(benchmark))
     refine = () if refinement is None else refinement.names
@@ -164,7 +166,9 @@ def evaluate(
         inputs = processor(images=protocol.resize(sample.image), do_resize=False, return_tensors="pt")
         return inputs["pixel_values"], sample
 
+    label_maps = None
     if refinement is not None:
+        label_maps = partial(refinement.label_maps, windows=windows)
         unlabelled = (read(number)[0] for number in range(count))
         refinement.fit(encoder, processor, benchmark.labels, unlabelled, templates=protocol.templates)
     remaining = range(state.counts.num_images, count)
@@ -173,7 +177,7 @@ def evaluate(
             pixel_values, sample = read(number)
             started = _now(device)
             prediction = _label_map(
-                encoder, processor, pixel_values, sample.truth.shape, label_features, protocol, refinement
+                encoder, processor, pixel_values, sample.truth.shape, label_features, protocol, label_maps
             )
             state.seconds.append(_now(device) - started)
             state.counts.update(prediction, sample.truth)
@@ -212,12 +216,10 @@ def _label_map(
     size_hw: tuple[int, ...],
     label_features: Any,
     protocol: Protocol,
-    refinement: Refinement | None,
+    label_maps: Callable[[torch.Tensor], list] | None,
 ) -> np.ndarray:
     """The class ids (H, W) of one preprocessed image at the size of its truth."""
     outputs = encoder(pixel_values.to(encoder.device, encoder.dtype))
-    windows = encoder if isinstance(encoder, Windows) else None
-    label_maps = None if refinement is None else refinement.label_maps(pixel_values, windows)
     (label_map,) = processor.post_process_semantic_segmentation(
         outputs,
         target_sizes=[size_hw],
@@ -225,7 +227,7 @@ def _label_map(
         logit_scale=protocol.logit_scale,
         background_threshold=protocol.background_threshold,
         area_threshold=protocol.area_threshold,
-        label_maps=label_maps,
+        label_maps=None if label_maps is None else label_maps(pixel_values),
     )
     return label_map.cpu().numpy()
 
