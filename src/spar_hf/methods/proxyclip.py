@@ -129,10 +129,7 @@ def dino_positions(network: nn.Module, grid_hw: tuple[int, int]) -> AbstractCont
 
 
 def load_network(name: str) -> nn.Module:
-    """The second network by id or folder: the backbone class where it was saved as one, else `AutoModel`'s.
-
-    Of a vision-language model, such as CLIP, it is the vision tower.
-    """
+    """The second network by id or folder: a backbone where it was saved as one, the vision tower of a CLIP."""
     name = resolve(name)
     config = AutoConfig.from_pretrained(name)
     if (config.architectures or [""])[0].endswith("Backbone"):
