@@ -366,6 +366,15 @@ def test_unreadable_pictures_are_named_skipped_and_limited(world, tmp_path, caps
     with pytest.raises(RunStopped, match=r"--max-bad-images is 1; the last is p2\.png"):
         run("distill.py", *flags((world[0], pictures), tmp_path / "strict", "--max-bad-images", 1))
 
+    # One more has become unreadable since its features were stored.
+    here = (world[0], pictures)
+    cached = ("--student", world[0], "--images", pictures, "--stride-px", 12, "--workers", 0, *SIZES)
+    run("cache_teacher.py", *cached, "--cache", tmp_path / "c")
+    whole = (pictures / "p0.png").read_bytes()
+    (pictures / "p0.png").write_bytes(whole[: len(whole) // 2])
+    run("distill.py", *flags(here, tmp_path / "later", "--cache", tmp_path / "c", "--head", "linear", "--draws", 1))
+    assert "could not be read: 3" in capsys.readouterr().out
+
 
 def test_loss_that_is_no_number_stops_with_the_batch_named(world, tmp_path):
     network = save_network(tmp_path / "net")

@@ -175,7 +175,10 @@ def linear_head(
         if student.first_block and store is not None:
             start = student(store.read(number, "trunk")[None], (features.shape[0], features.shape[1]))
         else:
-            start = student(torch.from_numpy(views.pixels(number))[None])
+            try:
+                start = student(torch.from_numpy(views.pixels(number))[None])
+            except BadImage:  # since its features were stored; training names and counts it
+                continue
         chosen = torch.linspace(0, features.shape[0] * features.shape[1] - 1, patches).long().unique()
         ours.append(start[0].flatten(0, 1)[chosen].float())
         theirs.append(features.flatten(0, 1)[chosen])
