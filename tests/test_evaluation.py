@@ -38,6 +38,7 @@ from spar_hf.data import (
 )
 from spar_hf.evaluation import EvaluationResult, evaluate, write_atomically
 from spar_hf.processing_spar import LabelFeatures
+from spar_hf.prompts_spar import Labels
 
 SHADE = 13  # the class k is painted in the red value 13 k
 
@@ -222,6 +223,30 @@ def test_constants_of_the_protocols() -> None:
     assert (sides_px.pop("cityscapes"), sides_px.pop("coco_stuff")) == (560, 448) and set(sides_px.values()) == {336}
     assert not any(row.antialias for row in PROTOCOLS["sclip"].values())
     assert {(row.window_px, row.stride_px) for row in PROTOCOLS["sclip"].values()} == {(224, 112)}
+
+
+class Halves(SizeRecorder):
+    """Each window's left half is long and nearly class 2, its right half is short and surely class 1."""
+
+    def forward(self, pixel_values: torch.Tensor) -> SparVisionOutput:
+        outputs = super().forward(pixel_values)
+        middle = outputs.patch_embeds.shape[2] // 2
+        outputs.patch_embeds[:, :, :middle] = torch.tensor([6.0, 0.0, 8.0])
+        outputs.patch_embeds[:, :, middle:] = torch.tensor([0.0, 1.0, 0.0])
+        return outputs
+
+
+def test_a_protocols_windows_average_cosines_not_features(one_hot_processor: OneHotText) -> None:
+    """Where two windows lie over each other 0.5 of class 1 beats 0.4 of class 2; means of features say class 2."""
+    truth = np.ones((224, 336), np.int32)
+    truth[:, :112] = 2
+    sample = Sample("image", Image.new("RGB", (336, 224)), truth)
+    data = BenchmarkData("custom", "", Labels.parse("a; b; c"), ("image",), lambda index: sample)
+    result = evaluate(Halves(3), nn.Module(), one_hot_processor, data, as_drawn("custom", "sclip"), progress=False)
+    assert result.pixel_accuracy > 0.97
+    window = SlidingWindow(Halves(3), 224, 112)
+    result = evaluate(window, nn.Module(), one_hot_processor, data, as_drawn("custom"), progress=False)
+    assert result.pixel_accuracy < 0.7
 
 
 def test_a_protocol_may_resize_as_opencv_does() -> None:

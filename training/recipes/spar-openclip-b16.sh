@@ -18,5 +18,5 @@ if [ "${STORE:-0}" = 1 ]; then
     "${launch[@]}" training/cache_teacher.py "${data[@]}" --cache "$folder/features" --trunk-blocks 2
     store=(--cache "$folder/features" --trunk-blocks 2)
 fi
-"${launch[@]}" training/distill.py "${data[@]}" "${store[@]}" --output "$folder/run" --resume --train last:2 --epochs 10 --draws 1 \
-    --learning-rate 2e-5 --weight-decay 1e-4 --loss mse
+"${launch[@]}" training/distill.py "${data[@]}" "${store[@]}" --output "$folder/run" --resume --train last:2 \
+    --epochs 10 --draws 1 --learning-rate 2e-5 --weight-decay 1e-4 --loss mse

@@ -304,9 +304,9 @@ def dinov3_layout(source: Source, asked: Asked) -> Layout:
     table |= rename(f"{tower}embeddings.patch_embeddings", f"{theirs}patch_embed.proj")
     table |= rename(f"{tower}norm", f"{theirs}norm")
     mlp = {"gate_proj": "w1", "up_proj": "w2", "down_proj": "w3"} if gated else {"up_proj": "fc1", "down_proj": "fc2"}
+    has_biases = {"q_proj": vision["query_bias"], "k_proj": False, "v_proj": vision["value_bias"]}
     for n in range(layers):
         ours, other = f"{tower}model.layer.{n}", f"{theirs}blocks.{n}"
-        has_biases = {"q_proj": vision["query_bias"], "k_proj": False, "v_proj": vision["value_bias"]}
         for index, (name, biased) in enumerate(has_biases.items()):
             table[f"{ours}.attention.{name}.weight"] = ((f"{other}.attn.qkv.weight",), third(index))
             if biased:
