@@ -25,7 +25,8 @@ from typing import Any
 import torch
 
 from spar_hf import METHODS, SparVisionConfig, SparVisionModel, build_encoder
-from spar_hf.evaluation import markdown_table, write_atomically
+from spar_hf.evaluation.evaluate import markdown_table
+from spar_hf.files import write_atomically
 
 RESULTS = Path(__file__).parent / "results" / "methods.json"
 SIZES = ("448x448", "672x896", "1024x1024")

@@ -5,9 +5,9 @@
     python benchmarks/quality.py "student=runs/seed0" "student=runs/seed1" "student=runs/seed2"
 
 A row is NAME=CHECKPOINT, with ",method=NAME" for another method (",network=ID" its second network), ",stride=N" for a
-native-size sliding window around it, ",window=own" for the window and stride of the method's authors, ",reach=window"
-for attention that reaches as far as the native window. Rows of one name are one cell: their mean and, after the sign,
-their standard deviation. An interrupted run goes on when it is started again with the same --state folder.
+native-size sliding window around it, ",window=paper" for the window and stride of the method's authors,
+",reach=window" for attention that reaches as far as the native window. Rows of one name are one cell: their mean and,
+after the sign, their standard deviation. An interrupted run goes on when it is started again with the same --state folder.
 """
 
 from __future__ import annotations
@@ -29,10 +29,12 @@ import torch
 import transformers
 
 import spar_hf
-from spar_hf.data import load_benchmark
-from spar_hf.evaluation import EvaluationResult, evaluate, markdown_table, write_atomically
-from spar_hf.methods import build_encoder
-from spar_hf.sliding_window import DenseEncoder, SlidingWindow
+from spar_hf.build import build_encoder
+from spar_hf.encoders.base import DenseEncoder
+from spar_hf.encoders.sliding_window import SlidingWindow
+from spar_hf.evaluation import load_benchmark
+from spar_hf.evaluation.evaluate import EvaluationResult, evaluate, markdown_table
+from spar_hf.files import write_atomically
 
 RESULTS = Path(__file__).parent / "results" / "quality.json"
 ROWS = (
@@ -66,13 +68,13 @@ class Row:
         known = {"stride", "method", "network", "window", "reach"}
         if not (equals and name.strip() and checkpoint) or not values.keys() <= known:
             raise ValueError(
-                f"row is {spec!r}; a row is NAME=CHECKPOINT[,stride=N][,window=own][,method=NAME][,network=ID]"
+                f"row is {spec!r}; a row is NAME=CHECKPOINT[,stride=N][,window=paper][,method=NAME][,network=ID]"
                 f"[,reach=window], as in {ROWS[1]!r}."
             )
         stride, window = values.get("stride"), values.get("window")
         if stride is not None and not stride.isdecimal():
             raise ValueError(f"stride is {stride!r} in {spec!r}; it must be a whole number of pixels, such as 24.")
-        if window not in (None, "own", "native"):
+        if window not in (None, "paper", "native"):
             raise ValueError(f"window is {window!r} in {spec!r}; it must be own or native.")
         stride_px = None if stride is None else int(stride)
         fields = (values.get(name) for name in ("method", "network", "window", "reach"))

@@ -22,8 +22,9 @@ import transformers
 
 import spar_hf
 from spar_hf import LABEL_OPTIONS, Refinement
-from spar_hf.data import load_benchmark
-from spar_hf.evaluation import evaluate, markdown_table, write_atomically
+from spar_hf.evaluation import load_benchmark
+from spar_hf.evaluation.evaluate import evaluate, markdown_table
+from spar_hf.files import write_atomically
 from spar_hf.refinement.options import STAGES
 
 HERE = Path(__file__).parent

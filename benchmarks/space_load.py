@@ -27,7 +27,7 @@ from PIL import Image
 
 from spar_hf.checkpoints import ASSETS
 from spar_hf.demo.app import OWN_METHOD
-from spar_hf.evaluation import write_atomically
+from spar_hf.files import write_atomically
 
 WORDS = "cake; car, automobile; tree; apple; star; sea; sky; sand"
 

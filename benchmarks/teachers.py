@@ -38,10 +38,11 @@ from teachers_report import PAPERS, chapter, mean, plot
 import spar_hf
 from spar_cli.methods import renew
 from spar_hf.checkpoints import resolve
-from spar_hf.composition import MeanOf
-from spar_hf.data import load_benchmark
-from spar_hf.evaluation import evaluate, write_atomically
-from spar_hf.methods_spar import METHODS
+from spar_hf.encoders.composition import Ensemble
+from spar_hf.evaluation import load_benchmark
+from spar_hf.evaluation.evaluate import evaluate
+from spar_hf.files import write_atomically
+from spar_hf.methods.table import METHODS
 from spar_hf.reach_spar import REACHES
 
 ROOT = Path(__file__).parents[1]
@@ -87,7 +88,7 @@ def measure(subject: Subject, split: str, scale: float, limit: int, state_path: 
         for method, needed in zip(subject.methods, needs, strict=True)
     ]
     encoders = [row.encoder(model, batch=32) for row in rows]
-    encoder = encoders[0] if len(encoders) == 1 else MeanOf(encoders, normalise=True)
+    encoder = encoders[0] if len(encoders) == 1 else Ensemble(encoders, normalise=True)
     data = load_benchmark("picturebook", scale=scale, split=split, native_px=encoder.config.image_size)
     result = evaluate(encoder, model, processor, data, limit=limit, progress=False, state_path=state_path)
     kept = ("num_images", "mean_iou", "pixel_accuracy", "boundary_iou", "seconds_per_image")
@@ -136,7 +137,7 @@ class Benchmark:
             self.document["teachers"][name] = list(methods)
         network = self.args.network if any(METHODS[method].needs for method in methods) else None
         single_pass = Subject(CHECKPOINT, tuple(methods), network)
-        sliding = replace(single_pass, window="own")
+        sliding = replace(single_pass, window="paper")
         self.evaluate(name, "sliding", sliding)
         if self.args.mixed:
             self.evaluate(name, "sliding", sliding, split="validation")

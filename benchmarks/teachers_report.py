@@ -8,8 +8,8 @@ import statistics
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from spar_hf.evaluation import markdown_table
-from spar_hf.methods_spar import METHODS
+from spar_hf.evaluation.evaluate import markdown_table
+from spar_hf.methods.table import METHODS
 
 PAPERS = "maskclip"  # the paper's teacher
 

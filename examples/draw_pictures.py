@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 import spar_hf
-from spar_hf.data.picture_book import PictureBook
+from spar_hf.picture_book.dataset import PictureBook
 
 ASSETS = Path(spar_hf.__file__).parent / "assets" / "pictures"
 SHIPPED = {12: "demo", 4: "night-road", 7: "sandbox", 14: "five-things"}

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 import spar_hf
-from spar_hf.dense_spar import Recipe, Term
+from spar_hf.methods_spar import Recipe, Term
 
 PICTURE = Path(spar_hf.__file__).parent / "assets" / "pictures" / "demo.png"
 
@@ -23,5 +23,5 @@ inputs = processor(images=str(PICTURE), return_tensors="pt")
 with torch.inference_mode():
     outputs = model.vision_model(inputs["pixel_values"])
 (label_map,) = processor.post_process_semantic_segmentation(outputs, inputs["original_sizes"].tolist(), words)
-for class_id, title in enumerate(words.labels.titles):
+for class_id, title in enumerate(words.labels.class_names):
     print(f"{title:>8} {(label_map == class_id).float().mean():.0%}")

@@ -33,10 +33,10 @@ def bilinear(grid: np.ndarray, size: int, covered: float = 1.0) -> np.ndarray:
     return out
 
 
-def resize(maps: np.ndarray, size_hw: tuple[int, int], covered_hw=(1.0, 1.0)) -> np.ndarray:
+def resize(maps: np.ndarray, size_hw: tuple[int, int], coverage_hw=(1.0, 1.0)) -> np.ndarray:
     """(K, h, w) -> (K, H, W)."""
-    down = bilinear(np.moveaxis(maps, 1, 0), size_hw[0], covered_hw[0])  # (H, K, w)
-    across = bilinear(np.moveaxis(down, 2, 0), size_hw[1], covered_hw[1])  # (W, H, K)
+    down = bilinear(np.moveaxis(maps, 1, 0), size_hw[0], coverage_hw[0])  # (H, K, w)
+    across = bilinear(np.moveaxis(down, 2, 0), size_hw[1], coverage_hw[1])  # (W, H, K)
     return across.transpose(2, 1, 0)
 
 
@@ -131,10 +131,10 @@ def floss_ranking(images: list[np.ndarray], template_embeds: np.ndarray, class_i
     return chosen
 
 
-def floss_fusion(patches, experts, default, size_hw, covered_hw) -> np.ndarray:
+def floss_fusion(patches, experts, default, size_hw, coverage_hw) -> np.ndarray:
     """The fused probabilities (K, H, W); `experts` (K, K, D)."""
     tables = [
-        resize(softmax_over_names(100 * np.einsum("kd,ijd->kij", names, patches)), size_hw, covered_hw)
+        resize(softmax_over_names(100 * np.einsum("kd,ijd->kij", names, patches)), size_hw, coverage_hw)
         for names in [*experts, default]
     ]
     out = np.empty_like(tables[0])
@@ -156,7 +156,7 @@ def self_correlation(net: PlainClip, states: list[np.ndarray]) -> np.ndarray:
     return np.mean(maps, axis=0)
 
 
-def cluster_vote(labels: np.ndarray, correlation: np.ndarray, grid_hw, eps, neighbours, covered_hw=(1.0, 1.0)):
+def cluster_vote(labels: np.ndarray, correlation: np.ndarray, grid_hw, eps, neighbours, coverage_hw=(1.0, 1.0)):
     rows = np.maximum(correlation[1:, 1:] - correlation[0, 1:], 0)
     cluster = DBSCAN(eps=eps, min_samples=neighbours).fit_predict(rows)
     if cluster.max() < 0:
@@ -164,7 +164,7 @@ def cluster_vote(labels: np.ndarray, correlation: np.ndarray, grid_hw, eps, neig
     maps = np.stack([rows[cluster == n].mean(axis=0).reshape(grid_hw) for n in range(cluster.max() + 1)])
     maps = resize(maps, (4 * grid_hw[0], 4 * grid_hw[1]))
     maps = np.stack([ndimage.median_filter(single, size=7) for single in maps])
-    region = resize(maps, labels.shape, covered_hw).argmax(axis=0)
+    region = resize(maps, labels.shape, coverage_hw).argmax(axis=0)
     out = labels.copy()
     for n in range(len(maps)):
         if (region == n).any():

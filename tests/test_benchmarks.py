@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from spar_hf.data import BENCHMARKS, IGNORED, load_benchmark, load_vocabulary
+from spar_hf.evaluation import BENCHMARKS, IGNORED, load_benchmark, load_vocabulary
 
 HEIGHT, WIDTH = 6, 8
 CLASS_COUNTS = {
@@ -92,7 +92,7 @@ def test_layout_and_label_shift(
     assert len(data) == 1 and len(data.labels) == CLASS_COUNTS[name]
     sample = data.read(0)
     assert sample.image.mode == "RGB" and sample.image.size == (WIDTH, HEIGHT)
-    np.testing.assert_array_equal(sample.truth, np.repeat(np.repeat([expected], HEIGHT, 0), WIDTH // 4, 1))
+    np.testing.assert_array_equal(sample.target, np.repeat(np.repeat([expected], HEIGHT, 0), WIDTH // 4, 1))
 
 
 def test_every_layout_has_a_case_and_reaches_every_class() -> None:
@@ -108,11 +108,11 @@ def test_every_layout_has_a_case_and_reaches_every_class() -> None:
 
 
 def test_vocabularies_line_up_with_their_neighbours() -> None:
-    assert load_vocabulary("voc21").titles[1] == load_vocabulary("voc20").titles[0] == "aeroplane"
-    assert load_vocabulary("context60").titles[1:] == load_vocabulary("context59").titles
-    things = load_vocabulary("coco_object").titles[1:]
-    assert things[0] == load_vocabulary("coco_stuff").titles[0] == "person" and len(things) == 80
-    assert load_vocabulary("cityscapes").titles[-1] == "bicycle"
+    assert load_vocabulary("voc21").class_names[1] == load_vocabulary("voc20").class_names[0] == "aeroplane"
+    assert load_vocabulary("context60").class_names[1:] == load_vocabulary("context59").class_names
+    things = load_vocabulary("coco_object").class_names[1:]
+    assert things[0] == load_vocabulary("coco_stuff").class_names[0] == "person" and len(things) == 80
+    assert load_vocabulary("cityscapes").class_names[-1] == "bicycle"
     assert "bed" in things and "bed" not in load_vocabulary("coco_object").classes[0]
 
 
@@ -123,7 +123,7 @@ def test_samples_are_sorted_and_keep_their_folders(tmp_path: Path) -> None:
         write_tree(tmp_path, root, *paths, None, [number, 0, 0, 0])
     data = load_benchmark("cityscapes", tmp_path)
     assert data.sample_names == ("bonn/bonn_9", "ulm/ulm_1", "ulm/ulm_2")
-    assert [int(data.read(index).truth[0, 0]) for index in range(3)] == [9, 1, 2]
+    assert [int(data.read(index).target[0, 0]) for index in range(3)] == [9, 1, 2]
 
 
 def test_missing_folder_says_the_layout(tmp_path: Path) -> None:
@@ -188,14 +188,14 @@ def test_custom_folders(tmp_path: Path) -> None:
     data = load_benchmark("custom", **folders)
     assert data.labels.classes == (("road",), ("car", "automobile"), ("class 0",))
     assert data.sample_names == ("deep/street",)
-    assert data.read(0).truth[0].tolist() == [0, 0, 1, 1, 2, 2, IGNORED, IGNORED]
+    assert data.read(0).target[0].tolist() == [0, 0, 1, 1, 2, 2, IGNORED, IGNORED]
 
 
 def test_custom_takes_more_classes_than_a_byte_holds(tmp_path: Path) -> None:
     mask = stored_mask([0, 1, 2, 3]).astype(np.uint16)
     mask[0, :4] = 255, 299, 65535, 0
     data = load_benchmark("custom", **custom_folders(tmp_path, 300, mask))
-    assert data.read(0).truth[0, :4].tolist() == [255, 299, IGNORED, 0]
+    assert data.read(0).target[0, :4].tolist() == [255, 299, IGNORED, 0]
     mask[0, 0] = 300
     with pytest.raises(ValueError, match="holds the labels 300, outside the vocabulary of 300 classes"):
         load_benchmark("custom", **custom_folders(tmp_path, 300, mask)).read(0)
@@ -221,15 +221,15 @@ def test_picture_book_at_a_multiple_of_the_native_side() -> None:
     small, large = (load_benchmark("picturebook", scale=scale, native_px=16) for scale in (1, 2.5))
     assert small.sample_names == large.sample_names and len(small) > 100
     assert large.variant == "test, 2.5x the native side, 40 px"
-    assert small.read(3).truth.shape == (16, 16) and large.read(3).truth.shape == (40, 40)
+    assert small.read(3).target.shape == (16, 16) and large.read(3).target.shape == (40, 40)
     assert large.read(3).image.size == (40, 40)
     # The same scene: where the small one shows a class in a whole block, so does the large one, mostly.
-    shown = np.asarray(Image.fromarray(large.read(3).truth).resize((16, 16), Image.Resampling.NEAREST))
-    assert (shown == small.read(3).truth).mean() > 0.8
-    assert set(np.unique(large.read(3).truth)) <= set(range(len(large.labels)))
+    shown = np.asarray(Image.fromarray(large.read(3).target).resize((16, 16), Image.Resampling.NEAREST))
+    assert (shown == small.read(3).target).mean() > 0.8
+    assert set(np.unique(large.read(3).target)) <= set(range(len(large.labels)))
     other = load_benchmark("picturebook", scale=1, native_px=16, split="validation")
     assert other.variant.startswith("validation") and set(other.sample_names).isdisjoint(small.sample_names)
-    assert (other.read(3).truth != small.read(3).truth).any()
+    assert (other.read(3).target != small.read(3).target).any()
 
 
 def test_picture_book_arguments() -> None:

@@ -12,11 +12,11 @@ from transformers import ViTConfig, ViTModel
 import spar_hf.methods.cliper
 import spar_hf.methods.encoder
 import spar_hf.methods.sc_clip
+from spar_cli.training_options import Parser, add_teacher_flags
 from spar_hf import METHODS, SlidingWindow, SparVisionModel, build_encoder
-from spar_hf.distillation.flags import Parser, add_teacher_flags
 from spar_hf.distillation.teacher import build_teacher, teacher_features
 
-FILES = [name for name, method in METHODS.items() if method.file]
+FILES = [name for name, method in METHODS.items() if method.recipe is None]
 
 
 @pytest.fixture(scope="module")

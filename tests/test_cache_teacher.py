@@ -16,10 +16,9 @@ from distillation_help import SIZES, finish, run, save_network, save_pictures, s
 from PIL import Image
 from safetensors import safe_open
 
-from spar_hf import SlidingWindow, SparVisionModel
-from spar_hf.distillation import files
+from spar_cli.training_options import RunStopped
+from spar_hf import SlidingWindow, SparVisionModel, files
 from spar_hf.distillation.cache import FeatureStore, differences
-from spar_hf.distillation.flags import RunStopped
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ import spar_hf
 from spar_cli.main import COMMANDS, main
 from spar_cli.output import output_stems, shorten, table, whole_files
 from spar_hf.checkpoints import ASSETS
-from spar_hf.methods_spar import METHODS
+from spar_hf.methods.table import METHODS
 from spar_hf.refinement import LABEL_OPTIONS
 
 LABELS = "road; car, automobile; sky"
@@ -89,10 +89,10 @@ def test_segment_writes_what_the_pipeline_finds(here, capsys, model_folder):
     assert image["label_map"] == "out/street-labels.png"
     assert [entry["label"] for entry in image["classes"]] == ["road", "car", "sky"]
     for entry in image["classes"]:
-        assert entry["share"] == pytest.approx((expected == entry["id"]).mean(), abs=1e-6)
+        assert entry["area_fraction"] == pytest.approx((expected == entry["id"]).mean(), abs=1e-6)
         shown = [line for line in out.splitlines() if line.strip().startswith(entry["label"])]
-        assert len(shown) == (entry["share"] > 0)
-        if shown and entry["share"] > 0.001:
+        assert len(shown) == (entry["area_fraction"] > 0)
+        if shown and entry["area_fraction"] > 0.001:
             assert shown[0].endswith(f"{100 * entry['share']:.1f} %")
 
 
@@ -257,10 +257,10 @@ def test_evaluate_prints_a_table_and_writes_json(here, capsys, model_folder):
 def test_evaluate_takes_folders_of_ones_own(here, capsys, model_folder, protocol):
     for folder in ("photos", "masks"):
         Path(folder).mkdir()
-    truth = np.zeros((60, 90), np.uint8)
-    truth[:, 45:] = 1
-    truth[:5] = 255
-    Image.fromarray(truth).save("masks/a.png")
+    target = np.zeros((60, 90), np.uint8)
+    target[:, 45:] = 1
+    target[:5] = 255
+    Image.fromarray(target).save("masks/a.png")
     picture = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
     Image.fromarray(picture).save("photos/a.png")
     Path("classes.txt").write_text("sky\ncar, automobile\n")
@@ -288,11 +288,13 @@ def test_the_documentation_has_the_table_as_it_is(tmp_path, capsys):
     assert "has no place for the table; put the lines <!-- methods -->" in message
 
 
-@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.file and not method.needs])
+@pytest.mark.parametrize(
+    "name", [name for name, method in METHODS.items() if method.recipe is None and not method.needs]
+)
 def test_a_method_in_a_file_runs_like_any_other(name, here, model_folder):
     words = ["--model", model_folder, "--method", name]
     assert main(["features", "street.png", *words, "--json", "one.json"]) == 0
-    window = [*words, "--window-px", "own", "--json", "window.json"]
+    window = [*words, "--window-px", "paper", "--json", "window.json"]
     assert main(["segment", "street.png", "--labels", LABELS, *window]) == 0
     assert json.loads(Path("one.json").read_text())["method"] == name
     facts = json.loads(Path("window.json").read_text())
@@ -492,7 +494,7 @@ def test_help_teaches_and_version_is_the_package_s(capsys):
 
 
 def test_a_process_of_its_own_is_quiet_and_exits_with_2(here, model_folder):
-    command = [sys.executable, "-m", "spar_hf.cli", "segment"]
+    command = [sys.executable, "-m", "spar_hf", "segment"]
     options = ["--labels", LABELS, "--model", model_folder]
     run = subprocess.run([*command, "street.png", *options], capture_output=True, text=True, timeout=300)
     assert (run.returncode, run.stderr) == (0, "")
@@ -546,6 +548,6 @@ def test_whole_files_appear_together_or_not_at_all(tmp_path):
 
 
 def test_tables_line_up_for_wide_characters():
-    lines = table([("class", "share"), ("天空", "1.0 %"), ("a", "10.0 %")], "<>").splitlines()
+    lines = table([("class", "area_fraction"), ("天空", "1.0 %"), ("a", "10.0 %")], "<>").splitlines()
     assert lines == ["class   share", "天空    1.0 %", "a      10.0 %"]
     assert shorten("x" * 1000, 10) == "x" * 9 + "…" and shorten("天" * 9, 10) == "天天天天…"

@@ -12,8 +12,8 @@ from test_sliding_window import PatchEncoder
 from torch import nn
 
 from spar_hf import SlidingWindow
-from spar_hf.composition import MeanOf, Resized
 from spar_hf.distillation.teacher import pixels_seen
+from spar_hf.encoders.composition import Ensemble, Resized
 
 SIZES = {"native": (64, 64), "larger": (192, 160), "wide": (64, 176), "off_grid": (100, 131), "small": (40, 70)}
 
@@ -86,7 +86,7 @@ def test_a_side_that_is_no_multiple_of_the_patch_is_refused(side):
 @pytest.mark.parametrize("normalise", [False, True])
 def test_mean_of_three(normalise):
     encoders, images = [new_encoder(seed=seed) for seed in range(3)], torch.randn(2, 3, 80, 112)
-    given = MeanOf(encoders, normalise)(images).patch_embeds
+    given = Ensemble(encoders, normalise)(images).patch_embeds
     for index, image in enumerate(images):
         features = [encoder(image[None]).patch_embeds[0].numpy() for encoder in encoders]
         if normalise:
@@ -98,15 +98,15 @@ def test_mean_of_three(normalise):
 
 def test_encoders_that_do_not_fit_have_no_mean():
     with pytest.raises(ValueError, match="no encoders to take the mean of"):
-        MeanOf([])
+        Ensemble([])
     with pytest.raises(ValueError, match="size_rule of the encoders is floor, pad; it must be the same"):
-        MeanOf([new_encoder(), new_encoder("pad")])
+        Ensemble([new_encoder(), new_encoder("pad")])
 
 
 def test_they_compose_and_say_what_they_cost():
     encoder, images = new_encoder(), torch.randn(1, 3, 96, 192)
     window = SlidingWindow(encoder, stride_px=24)
-    teacher = MeanOf([Resized(window, 64), Resized(window, 128), window])
+    teacher = Ensemble([Resized(window, 64), Resized(window, 128), window])
     parts = [Resized(window, 64)(images), Resized(window, 128)(images), window(images)]
     expected = torch.stack([part.patch_embeds for part in parts]).mean(0)
     torch.testing.assert_close(teacher(images).patch_embeds, expected)

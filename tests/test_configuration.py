@@ -10,7 +10,7 @@ from transformers import AutoConfig, CLIPConfig, CLIPTextConfig, CLIPVisionConfi
 
 from spar_hf import METHODS, SparConfig, SparVisionConfig
 from spar_hf.configuration_spar import CLIP_MEAN, CLIP_STD
-from spar_hf.dense_spar import Recipe, Term
+from spar_hf.methods_spar import Recipe, Term
 
 
 def test_defaults_are_those_of_spars_clip():

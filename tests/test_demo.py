@@ -26,14 +26,14 @@ from gradio_client.exceptions import AppError
 
 import spar_hf
 from spar_cli.main import main
+from spar_hf.build import build_encoder
 from spar_hf.checkpoints import ASSETS
 from spar_hf.demo.app import EXAMPLES, OWN_METHOD, build, serve, vocabularies
 from spar_hf.demo.engine import DemoError, Engine, Stopped
 from spar_hf.demo.payload import Downloads, view
 from spar_hf.demo.settings import DEFAULT_MODEL, Settings
 from spar_hf.demo.space import space_files
-from spar_hf.methods import build_encoder
-from spar_hf.methods_spar import METHODS
+from spar_hf.methods.table import METHODS
 
 ROOT = Path(__file__).parents[1]
 PICTURE = str(ASSETS / "pictures" / "demo.png")
@@ -83,9 +83,9 @@ def test_segment_endpoint_agrees_with_the_pipeline(client):
     )
     with Image.open(label_map) as image:
         assert (np.asarray(image) == expected["segmentation"]).mean() > 0.999
-    shares = {entry["label"]: entry["share"] for entry in found["classes"]}
+    shares = {entry["label"]: entry["area_fraction"] for entry in found["classes"]}
     for segment in expected["segments"]:
-        assert abs(shares[segment["label"]] - segment["share"]) < 1e-3
+        assert abs(shares[segment["label"]] - segment["area_fraction"]) < 1e-3
     assert found["classes"][1]["names"] == ["car", "automobile"] and found["windows"] == 1
     with Image.open(overlay) as image:
         assert image.width == 768 and image.height > 512

@@ -11,16 +11,9 @@ from PIL import Image
 from plain_clip import cubic_kernel, plain_positions
 from torch import nn
 
-from spar_hf.dense_spar import (
-    POSITION_RULES,
-    SIZE_RULES,
-    Recipe,
-    Term,
-    attend,
-    fit_to_patches,
-    locality_bias,
-    resize_positions,
-)
+from spar_hf.dense_spar import attend, locality_bias
+from spar_hf.grid_spar import POSITION_RULES, SIZE_RULES, fit_to_patches, resize_positions
+from spar_hf.methods_spar import Recipe, Term
 
 GRIDS_HW = [(14, 14), (28, 28), (7, 28), (28, 7), (42, 63), (5, 14), (9, 11), (1, 1), (1, 40), (15, 13)]
 

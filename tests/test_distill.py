@@ -16,15 +16,14 @@ from distillation_help import SIZES, TRAINING, finish, run, save_network, save_p
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from spar_hf import SlidingWindow, SparVisionModel
-from spar_hf.composition import Resized
-from spar_hf.distillation import files
+from spar_cli.training_options import RunStopped
+from spar_hf import SlidingWindow, SparVisionModel, files
 from spar_hf.distillation.batches import plan_steps
-from spar_hf.distillation.flags import RunStopped
 from spar_hf.distillation.selection import select_parameters
 from spar_hf.distillation.sources import image_folder
 from spar_hf.distillation.teacher import build_teacher, normalise
 from spar_hf.distillation.views import Augmentation, Views
+from spar_hf.encoders.composition import Resized
 
 LEARNING = ("--learning-rate", "1e-3", "--epochs", 2)
 SMALL = Augmentation(long_side_px=64, short_side_px=64, min_side_px=32, multiple_px=8)

@@ -27,7 +27,7 @@ from spar_hf import (
     SparVisionOutput,
     load,
 )
-from spar_hf.data import (
+from spar_hf.evaluation import (
     PROTOCOLS,
     BenchmarkData,
     Protocol,
@@ -36,7 +36,8 @@ from spar_hf.data import (
     load_protocol,
     load_vocabulary,
 )
-from spar_hf.evaluation import EvaluationResult, evaluate, write_atomically
+from spar_hf.evaluation.evaluate import EvaluationResult, evaluate
+from spar_hf.files import write_atomically
 from spar_hf.processing_spar import LabelFeatures
 from spar_hf.prompts_spar import Labels
 
@@ -102,8 +103,8 @@ def write_street(data: Path, city: str, class_ids: np.ndarray, ignored: np.ndarr
     """An image of Cityscapes whose colours say its classes, and its label map."""
     painted = np.zeros((*class_ids.shape, 3), np.uint8)
     painted[..., 0] = SHADE * class_ids
-    truth = np.where(ignored, 255, class_ids).astype(np.uint8)
-    for folder, suffix, array in (("leftImg8bit", "leftImg8bit", painted), ("gtFine", "gtFine_labelTrainIds", truth)):
+    target = np.where(ignored, 255, class_ids).astype(np.uint8)
+    for folder, suffix, array in (("leftImg8bit", "leftImg8bit", painted), ("gtFine", "gtFine_labelTrainIds", target)):
         path = data / "cityscapes" / folder / "val" / city / f"{city}_1_{suffix}.png"
         path.parent.mkdir(parents=True)
         Image.fromarray(array).save(path)
@@ -169,7 +170,7 @@ def test_label_shift_and_synonyms(tmp_path: Path, one_hot_processor: OneHotText)
     assert len(data.labels.classes[14]) > 1
     result = evaluate(PaintedEncoder(20), nn.Module(), one_hot_processor, data, as_drawn("voc20"), progress=False)
     present = {title: iou for title, iou in result.per_class_iou.items() if not math.isnan(iou)}
-    assert present == {data.labels.titles[14]: 1, data.labels.titles[19]: 1}
+    assert present == {data.labels.class_names[14]: 1, data.labels.class_names[19]: 1}
 
 
 def photo(size_hw: tuple[int, int], name: str, labels: Any) -> BenchmarkData:
@@ -238,9 +239,9 @@ class Halves(SizeRecorder):
 
 def test_a_protocols_windows_average_cosines_not_features(one_hot_processor: OneHotText) -> None:
     """Where two windows lie over each other 0.5 of class 1 beats 0.4 of class 2; means of features say class 2."""
-    truth = np.ones((224, 336), np.int32)
-    truth[:, :112] = 2
-    sample = Sample("image", Image.new("RGB", (336, 224)), truth)
+    target = np.ones((224, 336), np.int32)
+    target[:, :112] = 2
+    sample = Sample("image", Image.new("RGB", (336, 224)), target)
     data = BenchmarkData("custom", "", Labels.parse("a; b; c"), ("image",), lambda index: sample)
     result = evaluate(Halves(3), nn.Module(), one_hot_processor, data, as_drawn("custom", "sclip"), progress=False)
     assert result.pixel_accuracy > 0.97

@@ -23,7 +23,7 @@ def test_example_runs(script, monkeypatch, capsys, tmp_path):
 def test_shipped_pictures_are_what_the_script_draws():
     from PIL import Image, ImageChops
 
-    from spar_hf.data.picture_book import PictureBook
+    from spar_hf.picture_book.dataset import PictureBook
 
     shipped = Image.open(ROOT / "src/spar_hf/assets/pictures/demo.png").convert("RGB")
     drawn = Image.fromarray(PictureBook("test", shipped.height, shipped.width).scene(12).image)
@@ -38,9 +38,9 @@ def test_readme_block_finds_what_the_picture_shows(monkeypatch):
     exec(compile(block, "README.md", "exec"), names)
     result = names["result"]
     assert result["segmentation"].shape == (512, 768)
-    shares = {found["label"]: found["share"] for found in result["segments"]}
+    shares = {found["label"]: found["area_fraction"] for found in result["segments"]}
     assert set(shares) == {"apple", "car", "sky", "sand"}
     largest = result["segments"][0]
-    promised = re.search(r'"label": "(\w+)", "share": (0\.\d+)\.\.\.', block)
+    promised = re.search(r'"label": "(\w+)", "area_fraction": (0\.\d+)\.\.\.', block)
     assert largest["label"] == promised[1]
     assert f"{largest['share']:.4f}".startswith(promised[2])

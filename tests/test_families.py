@@ -41,10 +41,10 @@ from spar_hf import (
     SparSiglipVisionConfig,
     SparSiglipVisionModel,
 )
+from spar_hf.build import reconfigured
 from spar_hf.checkpoints import make_processor
-from spar_hf.data import load_benchmark, load_protocol
-from spar_hf.evaluation import evaluate
-from spar_hf.methods import reconfigured
+from spar_hf.evaluation import load_benchmark, load_protocol
+from spar_hf.evaluation.evaluate import evaluate
 
 CLEAN = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
 EXACT = {"atol": 0, "rtol": 0}
@@ -351,7 +351,7 @@ def test_load_pipeline_window_and_evaluation(whole, tmp_path):
     segment = pipeline("open-vocabulary-segmentation", model=str(folder))
     result = segment(image, candidate_labels="road; car, automobile; sky", do_resize=False)
     assert result["segmentation"].shape == (70, 90) and result["grid_hw"] == (5, 6)
-    assert sum(entry["share"] for entry in result["segments"]) == pytest.approx(1)
+    assert sum(entry["area_fraction"] for entry in result["segments"]) == pytest.approx(1)
     teacher = SlidingWindow(model.vision_model, window_px=64, stride_px=24)
     windowed = segment(image, candidate_labels="road; car; sky", do_resize=False, encoder=teacher)
     assert windowed["grid_hw"] == (5, 6)

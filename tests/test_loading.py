@@ -389,8 +389,8 @@ def test_remote_code_runs_without_the_package(clip_folder, spar_processor, pixel
     spar_processor.save_pretrained(whole)
     tower = SparVisionModel.from_pretrained(clip_folder)
     tower.save_pretrained(vision)
-    assert "modeling_spar.SparModel" in json.loads((whole / "config.json").read_text())["auto_map"]["AutoModel"]
-    assert {"modeling_spar.py", "dense_spar.py", "configuration_spar.py", "methods_spar.py", "processing_spar.py"} <= {
+    assert "clip_spar.SparModel" in json.loads((whole / "config.json").read_text())["auto_map"]["AutoModel"]
+    assert {"clip_spar.py", "dense_spar.py", "configuration_spar.py", "methods_spar.py", "processing_spar.py"} <= {
         file.name for file in whole.glob("*.py")
     }
     assert all(file.name.endswith("_spar.py") for file in whole.glob("*.py"))

@@ -13,8 +13,8 @@ import torch
 from scipy.ndimage import binary_erosion
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
-from spar_hf.metrics import ConfusionMatrix, SegmentationCounts, boundary_region
-from spar_hf.metrics.mean_iou import MeanIoU
+from spar_hf.evaluation import ConfusionMatrix, SegmentationCounts, boundary_region
+from spar_hf.evaluation.mean_iou import MeanIoU
 
 SIZES_HW = [(37, 53), (64, 20), (9, 9)]
 
@@ -30,15 +30,15 @@ def blobs(rng: np.random.Generator, size_hw: tuple[int, int], classes: int) -> n
 
 @pytest.fixture
 def pairs() -> list[tuple[np.ndarray, np.ndarray]]:
-    """(prediction, truth) of several sizes; class 5 of 6 occurs in neither, class 4 is predicted but never true."""
+    """(prediction, target) of several sizes; class 5 of 6 occurs in neither, class 4 is predicted but never true."""
     rng = np.random.default_rng(0)
     result = []
     for size_hw in SIZES_HW:
-        truth, prediction = blobs(rng, size_hw, 4), blobs(rng, size_hw, 5)
-        prediction = np.where(rng.random(size_hw) < 0.5, truth, prediction)
-        prediction[0, 0], truth[0, 0] = 4, 0
-        truth[2:5, 2:6] = 255
-        result.append((prediction, truth))
+        target, prediction = blobs(rng, size_hw, 4), blobs(rng, size_hw, 5)
+        prediction = np.where(rng.random(size_hw) < 0.5, target, prediction)
+        prediction[0, 0], target[0, 0] = 4, 0
+        target[2:5, 2:6] = 255
+        result.append((prediction, target))
     return result
 
 
@@ -46,8 +46,8 @@ def plain_iou(pairs: list[tuple[np.ndarray, np.ndarray]], classes: int, ignore_i
     scores = []
     for class_id in range(classes):
         intersection = union = 0
-        for prediction, truth in pairs:
-            for predicted, true in zip(prediction.ravel().tolist(), truth.ravel().tolist(), strict=True):
+        for prediction, target in pairs:
+            for predicted, true in zip(prediction.ravel().tolist(), target.ravel().tolist(), strict=True):
                 if true != ignore_index:
                     intersection += predicted == class_id and true == class_id
                     union += predicted == class_id or true == class_id
@@ -66,8 +66,8 @@ def test_known_answer() -> None:
 
 def test_equals_plain_reference(pairs: list[tuple[np.ndarray, np.ndarray]]) -> None:
     counts = SegmentationCounts(6)
-    for prediction, truth in pairs:
-        counts.update(prediction, truth)
+    for prediction, target in pairs:
+        counts.update(prediction, target)
     expected = plain_iou(pairs, 6)
     assert math.isnan(expected[5]) and expected[4] == 0
     scores = counts.scores()
@@ -81,10 +81,10 @@ def test_equals_torchmetrics(pairs: list[tuple[np.ndarray, np.ndarray]]) -> None
     jaccard = MulticlassJaccardIndex(6, average="macro", ignore_index=255)
     per_class = MulticlassJaccardIndex(6, average="none", ignore_index=255)
     accuracy = MulticlassAccuracy(6, average="micro", ignore_index=255)
-    for prediction, truth in pairs:
-        metric.add(prediction=prediction, reference=truth)
+    for prediction, target in pairs:
+        metric.add(prediction=prediction, reference=target)
         for other in (jaccard, per_class, accuracy):
-            other.update(torch.from_numpy(prediction), torch.from_numpy(truth))
+            other.update(torch.from_numpy(prediction), torch.from_numpy(target))
     scores = metric.compute()
     assert scores["mean_iou"] == pytest.approx(jaccard.compute().item(), abs=1e-6)
     assert scores["overall_accuracy"] == pytest.approx(accuracy.compute().item(), abs=1e-6)
@@ -108,13 +108,13 @@ def test_boundary_iou_equals_its_definition(pairs: list[tuple[np.ndarray, np.nda
     """Per class, intersection and union of (mask minus its erosion), summed over the images."""
     counts = SegmentationCounts(6, boundary_ratio=0.04)
     intersection, union = np.zeros(6), np.zeros(6)
-    for prediction, truth in pairs:
-        counts.update(prediction, truth)
-        distance_px = max(1, round(0.04 * math.sqrt(truth.shape[0] ** 2 + truth.shape[1] ** 2)))
+    for prediction, target in pairs:
+        counts.update(prediction, target)
+        distance_px = max(1, round(0.04 * math.sqrt(target.shape[0] ** 2 + target.shape[1] ** 2)))
         for class_id in range(6):
             contours = []
-            for label_map in (prediction, truth):
-                mask = (label_map == class_id) & (truth != 255)
+            for label_map in (prediction, target):
+                mask = (label_map == class_id) & (target != 255)
                 contours.append(mask & ~binary_erosion(mask, np.ones((3, 3)), iterations=distance_px))
             intersection[class_id] += (contours[0] & contours[1]).sum()
             union[class_id] += (contours[0] | contours[1]).sum()
@@ -125,33 +125,33 @@ def test_boundary_iou_equals_its_definition(pairs: list[tuple[np.ndarray, np.nda
 
 
 def test_boundary_iou_sees_what_iou_hardly_sees() -> None:
-    truth, prediction = np.zeros((200, 200), dtype=int), np.zeros((200, 200), dtype=int)
-    truth[50:150, 50:150] = 1
+    target, prediction = np.zeros((200, 200), dtype=int), np.zeros((200, 200), dtype=int)
+    target[50:150, 50:150] = 1
     prediction[53:153, 50:150] = 1
     counts = SegmentationCounts(2)
-    counts.update(prediction, truth)
+    counts.update(prediction, target)
     iou = counts.scores()["per_category_iou"][1]
     boundary_iou = counts.scores()["per_category_boundary_iou"][1]
     assert iou == pytest.approx(97 / 103)
     assert boundary_iou < iou - 0.2
-    counts.update(truth, truth)
+    counts.update(target, target)
     perfect = SegmentationCounts(2)
-    perfect.update(truth, truth)
+    perfect.update(target, target)
     assert perfect.scores()["boundary_iou"] == 1
 
 
 def test_an_ignore_index_next_to_the_classes_is_ignored() -> None:
     counts = SegmentationCounts(2, ignore_index=2)
-    truth = np.array([[0, 1, 2], [0, 1, 2]])
-    counts.update(np.array([[0, 1, 0], [0, 1, 1]]), truth)
+    target = np.array([[0, 1, 2], [0, 1, 2]])
+    counts.update(np.array([[0, 1, 0], [0, 1, 1]]), target)
     assert counts.scores()["mean_iou"] == counts.scores()["boundary_iou"] == 1
 
 
 def test_counts_of_two_parts_add_up(pairs: list[tuple[np.ndarray, np.ndarray]]) -> None:
     whole, first, rest = SegmentationCounts(6), SegmentationCounts(6), SegmentationCounts(6)
-    for number, (prediction, truth) in enumerate(pairs):
-        whole.update(prediction, truth)
-        (first if number == 0 else rest).update(prediction, truth)
+    for number, (prediction, target) in enumerate(pairs):
+        whole.update(prediction, target)
+        (first if number == 0 else rest).update(prediction, target)
     first += rest
     np.testing.assert_equal(first.scores(), whole.scores())
     with pytest.raises(ValueError, match="num_classes, ignore_index, boundary_ratio must agree"):
@@ -163,7 +163,7 @@ def test_metric_through_the_evaluate_library(
 ) -> None:
     """`evaluate.load` takes the file from its folder, without the Hub."""
     monkeypatch.setattr(evaluate.config, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    spec = importlib.util.find_spec("spar_hf.metrics.mean_iou")
+    spec = importlib.util.find_spec("spar_hf.evaluation.mean_iou")
     assert spec is not None and spec.origin is not None
     loaded = evaluate.load(spec.origin, num_labels=6, cache_dir=str(tmp_path))
     predictions, references = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
@@ -173,8 +173,8 @@ def test_metric_through_the_evaluate_library(
 
 def test_metric_takes_tensors_and_starts_anew_after_compute(tmp_path: Path) -> None:
     metric = MeanIoU(num_labels=2, cache_dir=str(tmp_path))
-    truth = torch.tensor([[[0, 1], [1, 255]], [[0, 0], [1, 1]]])
-    metric.add_batch(predictions=truth.clamp(max=1), references=truth)
+    target = torch.tensor([[[0, 1], [1, 255]], [[0, 0], [1, 1]]])
+    metric.add_batch(predictions=target.clamp(max=1), references=target)
     assert len(metric) == 2
     assert metric.compute()["mean_iou"] == 1
     assert len(metric) == 0
@@ -195,17 +195,17 @@ def test_metric_stores_no_pixels(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("prediction", "truth", "message"),
+    ("prediction", "target", "message"),
     [
-        (np.zeros((2, 3), int), np.zeros((3, 2), int), r"prediction is \(2, 3\) and the truth \(3, 2\)"),
+        (np.zeros((2, 3), int), np.zeros((3, 2), int), r"prediction is \(2, 3\) and the target \(3, 2\)"),
         (np.array([[3]]), np.array([[0]]), "prediction has labels from 3 to 3; the vocabulary has 3 classes"),
-        (np.array([[0]]), np.array([[7]]), "truth has labels from 7 to 7"),
-        (np.array([[0]]), np.array([[-1]]), "truth has labels from -1 to -1"),
+        (np.array([[0]]), np.array([[7]]), "target has labels from 7 to 7"),
+        (np.array([[0]]), np.array([[-1]]), "target has labels from -1 to -1"),
     ],
 )
-def test_wrong_labels_are_refused(prediction: np.ndarray, truth: np.ndarray, message: str) -> None:
+def test_wrong_labels_are_refused(prediction: np.ndarray, target: np.ndarray, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        SegmentationCounts(3).update(prediction, truth)
+        SegmentationCounts(3).update(prediction, target)
 
 
 def test_wrong_settings_are_refused(tmp_path: Path) -> None:

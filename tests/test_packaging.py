@@ -45,7 +45,7 @@ def test_wheel_holds_every_file_of_the_package(wheel):
     packed = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert packed == ours
     assert {"spar_hf/py.typed", "spar_hf/assets/fonts/DejaVuSans.ttf", "spar_hf/assets/fonts/LICENSE"} <= packed
-    assert any(name.startswith("spar_hf/data/vocabularies/") and name.endswith(".json") for name in packed)
+    assert any(name.startswith("spar_hf/evaluation/vocabularies/") and name.endswith(".json") for name in packed)
 
 
 def test_wheel_says_what_it_is(wheel):
@@ -61,9 +61,9 @@ def test_package_works_from_the_wheel_alone(wheel, tmp_path):
     wheel.extractall(tmp_path)
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
-        "import spar_hf, spar_hf.cli\n"
+        "import spar_hf, spar_cli.main\n"
         "print(spar_hf.__file__)\n"
-        "sys.exit(spar_hf.cli.main(['methods']))\n"
+        "sys.exit(spar_cli.main.main(['methods']))\n"
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr

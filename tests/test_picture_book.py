@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
-from spar_hf.data.picture_book import (
+from spar_hf.picture_book.dataset import (
     CLASSES,
     COLOURS,
     HELD_OUT,
@@ -15,9 +15,9 @@ from spar_hf.data.picture_book import (
     PictureBook,
     picture_book_dataset,
 )
-from spar_hf.data.picture_book_scene import Placement, Sketch, _majority
-from spar_hf.data.picture_book_stuff import STUFF, pack
-from spar_hf.data.picture_book_things import THINGS
+from spar_hf.picture_book.scene import Placement, Sketch, _majority
+from spar_hf.picture_book.stuff import STUFF, pack
+from spar_hf.picture_book.things import THINGS
 
 SPLITS = ("train", "validation", "test")
 

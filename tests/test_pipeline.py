@@ -14,11 +14,11 @@ from torch.nn import functional as F
 from transformers import pipeline
 
 import spar_hf  # noqa: F401 (registers the task and the Auto classes)
+from spar_hf.clip_spar import SparModel
+from spar_hf.encoders.sliding_window import SlidingWindow
 from spar_hf.image_processing_spar import InvalidImageError, SparImageProcessor
-from spar_hf.modeling_spar import SparModel
 from spar_hf.pipeline_spar import TASK, OpenVocabularySegmentationPipeline
 from spar_hf.processing_spar import SparProcessor
-from spar_hf.sliding_window import SlidingWindow
 
 LABELS = "road; car, automobile; sky; dog; cat"
 TEMPLATES = ("a photo of a {}.", "my {}")
@@ -69,13 +69,13 @@ def test_a_result_holds_the_label_map_and_its_shares(
     assert result["segmentation"].dtype == np.int32
     assert agrees(result, expected_map(model.vision_model, model, processor, image))
     assert (result["size_hw"], result["grid_hw"]) == ((96, 128), (6, 8))
-    assert result["labels"].titles == ("road", "car", "sky", "dog", "cat")
-    shares = [entry["share"] for entry in result["segments"]]
+    assert result["labels"].class_names == ("road", "car", "sky", "dog", "cat")
+    shares = [entry["area_fraction"] for entry in result["segments"]]
     assert len(shares) > 1  # the random model tells something apart
     assert shares == sorted(shares, reverse=True) and sum(shares) == pytest.approx(1)
     for entry in result["segments"]:
-        assert entry["label"] == result["labels"].titles[entry["id"]]
-        assert entry["share"] == (result["segmentation"] == entry["id"]).mean()
+        assert entry["label"] == result["labels"].class_names[entry["id"]]
+        assert entry["area_fraction"] == (result["segmentation"] == entry["id"]).mean()
 
 
 def test_the_label_map_has_the_images_own_upright_size(
@@ -143,19 +143,19 @@ def test_thresholds_reach_the_label_map(segment: OpenVocabularySegmentationPipel
     image = picture(96, 128)
     result = segment(image, LABELS, background_threshold=1.0, background_class=-1)
     assert (result["segmentation"] == -1).all()
-    assert result["segments"] == [{"id": -1, "label": "background", "share": 1.0}]
+    assert result["segments"] == [{"id": -1, "label": "background", "area_fraction": 1.0}]
     plain = segment(image, LABELS)
-    smallest = min(entry["share"] for entry in plain["segments"])
-    struck_out = segment(image, LABELS, area_threshold=smallest * 1.01, background_class=-1)
-    assert len(struck_out["segments"]) < len(plain["segments"])
+    smallest = min(entry["area_fraction"] for entry in plain["segments"])
+    masked_out = segment(image, LABELS, area_threshold=smallest * 1.01, background_class=-1)
+    assert len(masked_out["segments"]) < len(plain["segments"])
 
 
 def test_labels_may_be_given_once(model: SparModel, processor: SparProcessor) -> None:
     once = OpenVocabularySegmentationPipeline(
         model=model, processor=processor, device="cpu", candidate_labels=LABELS, templates="{}"
     )
-    assert once(picture(48, 64))["labels"].titles[0] == "road"
-    assert once(picture(48, 64), "tree; grass")["labels"].titles == ("tree", "grass")
+    assert once(picture(48, 64))["labels"].class_names[0] == "road"
+    assert once(picture(48, 64), "tree; grass")["labels"].class_names == ("tree", "grass")
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])

@@ -60,7 +60,7 @@ def plain_label_map(
     background_class: int = 0,
     area_threshold: float | None = None,
 ) -> torch.Tensor:
-    """SCLIP's order: strike out small foreground classes, take the arg-max again, then the threshold."""
+    """SCLIP's order: mask out small foreground classes, take the arg-max again, then the threshold."""
     probabilities = probabilities.clone()
     if area_threshold is not None:
         first = probabilities.argmax(0)
@@ -151,11 +151,11 @@ def test_synonyms_and_thresholds_equal_the_plain_formulation(
         background_class=background_class,
         area_threshold=area_threshold,
     )
-    struck_out = probabilities.clone()
+    masked_out = probabilities.clone()
     if area_threshold is not None:
         for index in set(range(11)) - set(wanted.unique().tolist()) - {background_class}:
-            struck_out[index] = 0
-    assert_equal_but_for_ties(labels, wanted, undecided(struck_out, background_threshold))
+            masked_out[index] = 0
+    assert_equal_but_for_ties(labels, wanted, undecided(masked_out, background_threshold))
     plain = plain_label_map(probabilities)
     if background_threshold or area_threshold:
         assert not torch.equal(wanted, plain)  # the thresholds decide something here

@@ -18,8 +18,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from spar_hf.clip_spar import SparModel
 from spar_hf.image_processing_spar import SparImageProcessor
-from spar_hf.modeling_spar import SparModel
 from spar_hf.processing_spar import LabelFeatures, Labels, SparProcessor
 from spar_hf.prompts_spar import IMAGENET_TEMPLATES, check_templates, fill_template
 
@@ -70,7 +70,7 @@ def test_labels_have_one_meaning_in_every_form(labels: Any) -> None:
     assert len(parsed) == 3
     assert parsed.names == ("road", "car", "automobile", "sky")
     assert parsed.class_ids == (0, 1, 1, 2)
-    assert parsed.titles == ("road", "car", "sky")
+    assert parsed.class_names == ("road", "car", "sky")
     assert Labels.parse(parsed) is parsed
 
 

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from spar_hf import METHODS, SlidingWindow, build_encoder
-from spar_hf.composition import OtherGrid, resample
+from spar_hf.encoders.composition import Regridded, resample
 from spar_hf.methods.encoder import above_mean, attend_by_similarity, mean_similarity
 from spar_hf.methods.proxyclip import Encoder
 
@@ -159,7 +159,7 @@ def test_a_network_without_patches_is_refused(make_vision):
     network.config = ViTConfig(patch_size=(8, 16))
     with pytest.raises(ValueError, match=r"is a Conv2d with patch_size .*8, 16.; give a ViT with square patches"):
         Encoder(make_vision(num_hidden_layers=6), network)
-    assert METHODS["proxyclip"].needs == ("facebook/dino-vitb8",)
+    assert METHODS["proxyclip"].needs == {"dino": "facebook/dino-vitb8"}
 
 
 @torch.no_grad()
@@ -168,7 +168,7 @@ def test_windows_keep_the_finer_grid_and_another_grid_goes_back(make_vision, pix
     images = pixels((96, 144), batch=2)
     fine = SlidingWindow(encoder, 64, 40)(images)
     assert fine.patch_embeds.shape == (2, 12, 18, 24) and fine.extent_hw == (96, 144)
-    coarse = OtherGrid(SlidingWindow(encoder, 64, 40), 16)(images)
+    coarse = Regridded(SlidingWindow(encoder, 64, 40), 16)(images)
     assert coarse.extent_hw == (96, 144) and coarse.patch_embeds.shape == (2, 6, 9, 24)
     # Twice the side: each patch is the mean of its four.
     expected = fine.patch_embeds.unflatten(1, (6, 2)).unflatten(3, (9, 2)).mean(dim=(2, 4))

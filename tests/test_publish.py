@@ -26,8 +26,8 @@ from safetensors.torch import load, load_file
 from spar_cli.main import main
 from spar_hf import SparModel
 from spar_hf.checkpoints import make_processor
-from spar_hf.model_card import without_paths
-from spar_hf.publish import PublishError, prepare
+from spar_hf.hub.model_card import without_paths
+from spar_hf.hub.publish import PublishError, prepare
 
 TEACHER = {
     "model": "openai/clip-vit-base-patch16", "weights": "0123", "revision": "abc", "method": "maskclip",
@@ -58,7 +58,7 @@ def hub(monkeypatch, tmp_path):
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr("spar_hf.publish.WAIT_S", 0.0)
+        monkeypatch.setattr("spar_hf.hub.publish.WAIT_S", 0.0)
         yield server
 
 
@@ -141,7 +141,7 @@ def test_publish_commits_once_and_a_second_time_not_at_all(hub, trained, spar):
     assert set(files) == {".gitattributes", "README.md", *WEIGHTS_AND_WORDS, *code}
     package = Path(sys.modules["spar_hf"].__file__).parent
     assert all(content == (package / name).read_bytes() for name, content in files.items() if name in code)
-    assert {"modeling_spar.py", "processing_spar.py", "dense_spar.py"} <= code
+    assert {"clip_spar.py", "processing_spar.py", "dense_spar.py"} <= code
     assert load_file(trained / "model/model.safetensors").keys() == load(files["model.safetensors"]).keys()
 
     second = spar(*words)
@@ -334,7 +334,7 @@ def test_push_to_hub_of_transformers_works_too(hub, trained, street):
     pushed = process("-c", code, trained / "model")
     assert pushed.status == 0, pushed.err
     files = hub.files("you/spar")
-    assert set(files) >= WEIGHTS_AND_WORDS and "modeling_spar.py" in files
+    assert set(files) >= WEIGHTS_AND_WORDS and "clip_spar.py" in files
     loaded = python(LOAD, "trust", "remote.safetensors", cwd=street, installed=False)
     assert loaded.status == 0, loaded.err
 

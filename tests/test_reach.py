@@ -13,7 +13,7 @@ from torch import nn
 
 from spar_hf import SparModel, SparSiglipVisionConfig, SparSiglipVisionModel, SparVisionModel, build_encoder
 from spar_hf.reach_spar import WindowReach
-from spar_hf.refinement.tapped import TappedImage
+from spar_hf.refinement.clip_internals import ClipInternals
 
 WINDOW = NATIVE_PX // PATCH_PX
 GRIDS_HW = [(4, 4), (2, 8), (9, 13), (13, 4), (5, 5), (1, 17), (12, 12)]
@@ -105,7 +105,7 @@ def test_attentions_are_within_reach(name, make_vision, pixels):
     assert (output.attentions[0][..., ~beyond] > 0).all()
     # What label options see of a block is the same map.
     vision = make_vision(num_hidden_layers=6, attention_reach="window")
-    seen = TappedImage(SimpleNamespace(vision_model=vision), images).attention(2)
+    seen = ClipInternals(SimpleNamespace(vision_model=vision), images).attention(2)
     maps = vision(images, output_attentions=True).attentions[2]
     torch.testing.assert_close(seen, maps[0].mean(dim=0)[1:, 1:], atol=1e-6, rtol=0)
 

@@ -19,12 +19,12 @@ from sklearn.cluster import DBSCAN
 from torch.nn import functional as F
 
 from spar_hf import LABEL_OPTIONS, Refinement, SlidingWindow, SparProcessor, floss_templates
+from spar_hf.encoders.sliding_window import Windows
 from spar_hf.processing_spar import LabelFeatures
 from spar_hf.prompts_spar import IMAGENET_TEMPLATES
 from spar_hf.refinement import cluster_vote, floss, label_maps, pamr, scores, tagclip, views
-from spar_hf.refinement.tapped import TappedImage
+from spar_hf.refinement.clip_internals import ClipInternals
 from spar_hf.segmentation_spar import axis_weights
-from spar_hf.sliding_window import Windows
 
 LABELS = "road; car, automobile; sky; tree; dog"
 NUM_NAMES = 6
@@ -58,7 +58,7 @@ def tapped(make_spar, pixels):
     def make(size: str, layers: int = 6):
         model = make_spar(num_hidden_layers=layers)
         images = pixels(size)
-        return TappedImage(model, images), images[0].double().numpy()
+        return ClipInternals(model, images), images[0].double().numpy()
 
     return make
 
@@ -215,8 +215,8 @@ def test_cluster_vote(size, tapped, plain_states, monkeypatch):
     monkeypatch.setattr(cluster_vote, "settings", lambda n: (eps, 2))
     height, width = array.shape[1:]
     labels = torch.randint(0, 4, (height, width), generator=torch.Generator().manual_seed(0), dtype=torch.int32) - 1
-    covered_hw = (height / (16 * grid_hw[0]), width / (16 * grid_hw[1]))
-    expected = plain.cluster_vote(labels.numpy(), correlation, grid_hw, eps, 2, covered_hw)
+    coverage_hw = (height / (16 * grid_hw[0]), width / (16 * grid_hw[1]))
+    expected = plain.cluster_vote(labels.numpy(), correlation, grid_hw, eps, 2, coverage_hw)
     found = cluster_vote.cluster_vote(labels, image)
     assert found.dtype == torch.int32
     assert (found.numpy() != expected).mean() < 2e-3  # pixels where two clusters' maps are equal to the last digit
@@ -308,8 +308,10 @@ def test_a_name_that_may_win_is_not_left_out():
     assert floss.may_win(above, 0).all() and not floss.may_win(above, 1).any()
 
 
-@pytest.mark.parametrize("size_hw, covered_hw", [((12, 16), (1.0, 1.0)), ((17, 13), (1.1, 1.2)), ((2, 3), (1.0, 1.0))])
-def test_floss_hears_the_surest_expert(size_hw, covered_hw, monkeypatch):
+@pytest.mark.parametrize(
+    "size_hw, coverage_hw", [((12, 16), (1.0, 1.0)), ((17, 13), (1.1, 1.2)), ((2, 3), (1.0, 1.0))]
+)
+def test_floss_hears_the_surest_expert(size_hw, coverage_hw, monkeypatch):
     few_maps(monkeypatch, NUM_NAMES, (5, size_hw[1]))
     patches = F.normalize(rand(3, 4, 24), dim=-1)
     experts = F.normalize(rand(NUM_NAMES, NUM_NAMES, 24, seed=1), dim=-1)
@@ -318,9 +320,9 @@ def test_floss_hears_the_surest_expert(size_hw, covered_hw, monkeypatch):
     def cosines(names: torch.Tensor) -> torch.Tensor:
         return torch.einsum("kd,ijd->kij", names, patches)
 
-    maps = floss.fused(cosines, experts, default, size_hw, covered_hw)
+    maps = floss.fused(cosines, experts, default, size_hw, coverage_hw)
     arrays = (patches.double().numpy(), experts.double().numpy(), default.double().numpy())
-    expected = plain.floss_fusion(*arrays, size_hw, covered_hw)
+    expected = plain.floss_fusion(*arrays, size_hw, coverage_hw)
     np.testing.assert_allclose(maps(slice(0, 6)).numpy(), expected, **TOLERANCE)
     np.testing.assert_allclose(maps(slice(2, 4)).numpy(), expected[2:4], **TOLERANCE)
 
@@ -435,7 +437,7 @@ def test_windows_average_their_maps_pixel_by_pixel(size_hw, names, segmenter, pi
         covered = tuple(side / (side // 16 * 16) for side in crop.shape[2:])
         single = torch.einsum("kd,ijd->kij", text, unit)
         for option in (LABEL_OPTIONS[name] for name in names if LABEL_OPTIONS[name].stage == "scores"):
-            single = option.apply(single, TappedImage(segmenter.model, crop), text, ids, None)
+            single = option.apply(single, ClipInternals(segmenter.model, crop), text, ids, None)
         maps = plain.resize(single.double().numpy(), crop.shape[2:], covered)
         if "floss" in names:
             arrays = (array.double().numpy() for array in (unit, refinement.experts, text))

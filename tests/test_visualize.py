@@ -124,12 +124,12 @@ def test_pixels_without_a_class_stay_as_they_are():
 
 
 @pytest.mark.parametrize("size_hw", [(1, 1), (1, 5000), (700, 3), (64, 64), (333, 500), (3000, 4000)])
-@pytest.mark.parametrize("titles", [["sky", "tree"], HOSTILE])
-def test_overlay_of_any_size_has_its_picture_above_its_legend(size_hw, titles):
+@pytest.mark.parametrize("class_names", [["sky", "tree"], HOSTILE])
+def test_overlay_of_any_size_has_its_picture_above_its_legend(size_hw, class_names):
     height, width = size_hw
-    ids = np.random.default_rng(0).integers(0, len(titles), (min(height, 4), min(width, 4)))
+    ids = np.random.default_rng(0).integers(0, len(class_names), (min(height, 4), min(width, 4)))
     ids = ids.repeat(-(-height // 4), 0).repeat(-(-width // 4), 1)[:height, :width]
-    picture = overlay(Image.new("RGB", (width, height)), ids, titles)
+    picture = overlay(Image.new("RGB", (width, height)), ids, class_names)
     factor = max(1, -(-visualize.MIN_SIDE_PX // max(size_hw)))
     assert picture.width >= max(width * factor, visualize.MIN_LEGEND_PX)
     assert picture.height > height * factor
@@ -149,9 +149,9 @@ def test_no_text_of_the_legend_overflows(monkeypatch, text, canvas_px):
         return real(self, xy, text, font=font, anchor=anchor, **kwargs)
 
     monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda self, xy, text, **kwargs: record(self, xy, text, **kwargs))
-    titles = [text, "sky", "tree", "a second " + text]
+    class_names = [text, "sky", "tree", "a second " + text]
     ids = np.arange(4).repeat(canvas_px * canvas_px // 4).reshape(canvas_px, canvas_px)
-    picture = overlay(Image.new("RGB", (canvas_px, canvas_px)), ids, titles)
+    picture = overlay(Image.new("RGB", (canvas_px, canvas_px)), ids, class_names)
     boxes = [(xy[0] + box[0], xy[1] + box[1], xy[0] + box[2], xy[1] + box[3]) for box, xy, _, _ in drawn]
     assert len(boxes) == 8  # a name and a share for each class
     assert all(left >= 0 and right <= picture.width and bottom <= picture.height for left, _, right, bottom in boxes)
@@ -251,16 +251,16 @@ def test_pca_picture_does_not_depend_on_length_or_call():
     assert np.asarray(pca_picture(features.bfloat16())).shape == (5, 7, 3)
 
 
-@pytest.mark.parametrize("covered_hw", [(1.0, 1.0), (1.4, 0.8)])
-def test_pca_picture_places_patches_as_the_label_map_does(covered_hw):
+@pytest.mark.parametrize("coverage_hw", [(1.0, 1.0), (1.4, 0.8)])
+def test_pca_picture_places_patches_as_the_label_map_does(coverage_hw):
     features = torch.randn(4, 5, 16, generator=torch.Generator().manual_seed(1))
     coarse = np.asarray(pca_picture(features)).astype(float)
     size_hw = (23, 31)
-    fine = np.asarray(pca_picture(features, size_hw, covered_hw)).astype(float)
+    fine = np.asarray(pca_picture(features, size_hw, coverage_hw)).astype(float)
     assert fine.shape == (*size_hw, 3)
     for y, x in itertools.product((0, 7, 22), (0, 13, 30)):  # plain bilinear interpolation, one pixel at a time
-        row = np.clip((y + 0.5) / 23 * covered_hw[0] * 4 - 0.5, 0, 3)
-        column = np.clip((x + 0.5) / 31 * covered_hw[1] * 5 - 0.5, 0, 4)
+        row = np.clip((y + 0.5) / 23 * coverage_hw[0] * 4 - 0.5, 0, 3)
+        column = np.clip((x + 0.5) / 31 * coverage_hw[1] * 5 - 0.5, 0, 4)
         top, left = min(int(row), 2), min(int(column), 3)
         dy, dx = row - top, column - left
         upper = coarse[top, left] * (1 - dx) + coarse[top, left + 1] * dx

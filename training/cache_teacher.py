@@ -26,17 +26,9 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from spar_cli.training_options import BadImages, Parser, add_data_flags, add_teacher_flags, build_views, run_script
 from spar_hf.distillation.batches import as_it_is
 from spar_hf.distillation.cache import FeatureStore
-from spar_hf.distillation.files import readable, require_disk
-from spar_hf.distillation.flags import (
-    BadImages,
-    Parser,
-    add_data_flags,
-    add_teacher_flags,
-    build_views,
-    run_script,
-)
 from spar_hf.distillation.sources import BadImage
 from spar_hf.distillation.teacher import (
     Student,
@@ -47,6 +39,7 @@ from spar_hf.distillation.teacher import (
     teacher_features,
 )
 from spar_hf.distillation.views import Views
+from spar_hf.files import readable, require_disk
 
 
 def parse_flags() -> argparse.Namespace:

@@ -46,11 +46,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from tqdm.auto import tqdm
 from transformers import get_scheduler
 
-from spar_hf.distillation.batches import Batch, Batches, plan_steps, share_of
-from spar_hf.distillation.cache import FeatureStore, weights_hash
-from spar_hf.distillation.checkpoint import load_checkpoint, save_checkpoint
-from spar_hf.distillation.files import write_atomically, write_json
-from spar_hf.distillation.flags import (
+from spar_cli.training_options import (
     BadImages,
     Parser,
     RunStopped,
@@ -59,6 +55,9 @@ from spar_hf.distillation.flags import (
     build_views,
     run_script,
 )
+from spar_hf.distillation.batches import Batch, Batches, plan_steps, share_of
+from spar_hf.distillation.cache import FeatureStore
+from spar_hf.distillation.checkpoint import load_checkpoint, save_checkpoint
 from spar_hf.distillation.selection import first_trained_block, set_trainable
 from spar_hf.distillation.teacher import (
     Student,
@@ -70,7 +69,8 @@ from spar_hf.distillation.teacher import (
     mean_feature,
     teacher_features,
 )
-from spar_hf.publish import publish
+from spar_hf.files import weights_digest, write_atomically, write_json
+from spar_hf.hub.publish import publish
 
 
 def mse(student: torch.Tensor, teacher: torch.Tensor, centre: torch.Tensor) -> torch.Tensor:
@@ -173,7 +173,7 @@ def main() -> None:
 
     # Student, teacher, data.
     _, vision, _ = load_student(args)
-    start_weights = weights_hash(vision)
+    start_weights = weights_digest(vision)
     student = Student(vision, vision.trunk_end(args.trunk_blocks) if args.trunk_blocks else 0)
     native_px = vision.config.image_size
     noise = torch.randint(256, (1, native_px, native_px, 3), dtype=torch.uint8)
@@ -350,8 +350,8 @@ def finish(args: argparse.Namespace, weights: dict[str, torch.Tensor], run: dict
 
 def evaluate_picture_book(args: argparse.Namespace, student: nn.Module, processor: Any) -> None:
     """Mean IoU in one pass before and after, in metrics.json. The teacher's: `spar evaluate --stride-px 24`."""
-    from spar_hf.data import load_benchmark
-    from spar_hf.evaluation import evaluate
+    from spar_hf.evaluation import load_benchmark
+    from spar_hf.evaluation.evaluate import evaluate
 
     start, _, _ = load_tower(args.student)
     native_px = student.vision_model.config.image_size

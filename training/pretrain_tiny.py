@@ -44,7 +44,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from spar_hf.data.picture_book import CLASSES, COLOURS, HELD_OUT, NUM_THINGS, PATTERNS, PictureBook
+from spar_hf.picture_book.dataset import CLASSES, COLOURS, HELD_OUT, NUM_THINGS, PATTERNS, PictureBook
 from spar_hf.prompts_spar import IMAGENET_TEMPLATES
 
 MAX_TEXT_TOKENS = 40

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from spar_hf.data.picture_book import CLASSES, COLOURS, NUM_THINGS, PATTERNS, PictureBook
+from spar_hf.picture_book.dataset import CLASSES, COLOURS, NUM_THINGS, PATTERNS, PictureBook
 from spar_hf.prompts_spar import IMAGENET_TEMPLATES
 
 SIDE_PX, PATCH_PX = 128, 16

@@ -54,8 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from spar_hf.data import BENCHMARKS, load_benchmark, load_protocol
-    from spar_hf.evaluation import evaluate
+    from spar_hf.evaluation import BENCHMARKS, load_benchmark, load_protocol
+    from spar_hf.evaluation.evaluate import evaluate
 
     check_outputs(args)
     if args.benchmark is None:

@@ -7,7 +7,7 @@ import json
 import time
 
 from .options import add_image_arguments, add_model_options, check_images, open_image, open_model
-from .output import check_outputs, command_line, output_stems, progress, say, whole_files, write_json
+from .output import check_outputs, command_line, output_stems, progress, say
 
 HELP = "Write the patch features of pictures, one text-aligned vector for each patch, and a PCA picture of them."
 EPILOG = """examples:
@@ -29,6 +29,7 @@ def run(args: argparse.Namespace) -> None:
     import torch
     from safetensors.torch import save_file
 
+    from spar_hf.files import whole_files, write_json
     from spar_hf.visualize import pca_picture, plain_text
 
     check_outputs(args)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
 from pathlib import Path
 
-from .output import check_outputs, table, whole_files, write_json
+from .output import check_outputs, table
 
 HELP = "List the training-free methods that --method takes and the label options that --refine takes."
 EPILOG = """examples:
@@ -22,7 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from spar_hf.methods_spar import BENCHMARKS, METHODS
+    from spar_hf.files import write_json
+    from spar_hf.methods.table import BENCHMARKS, METHODS
     from spar_hf.refinement import LABEL_OPTIONS
 
     check_outputs(args)
@@ -54,18 +54,18 @@ def run(args: argparse.Namespace) -> None:
             name: {key: getattr(option, key) for key in ("title", "paper", "stage", "needs")}
             for name, option in LABEL_OPTIONS.items()
         }
-        methods = {name: asdict(method) for name, method in METHODS.items()}
+        methods = {name: method.to_dict() for name, method in METHODS.items()}
         write_json(args.json, {"methods": methods, "label_options": options})
 
 
 def markdown() -> str:
     """The table of feature methods for the documentation."""
-    from spar_hf.evaluation import markdown_table
-    from spar_hf.methods_spar import BENCHMARKS, METHODS
+    from spar_hf.evaluation.evaluate import markdown_table
+    from spar_hf.methods.table import BENCHMARKS, METHODS
 
     rows, numbers = [], []
     for name, method in METHODS.items():
-        where = "row" if method.file is None else f"[file](../src/spar_hf/methods/{method.file}.py)"
+        where = "row" if method.recipe is not None else f"[file](../src/spar_hf/methods/{name}.py)"
         window = f"{method.window_px or 'native'} / {method.stride_px}"
         needs = ", ".join(method.needs) or "nothing else"
         facts = [f"`{name}`", method.title, method.paper, where, needs, f"`{method.position_interpolation}`", window]
@@ -90,11 +90,12 @@ def renew(path: Path, name: str, block: str) -> None:
     Raises:
         ValueError: the file has no such marks.
     """
+    from spar_hf.files import write_atomically
+
     start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     text = path.read_text(encoding="utf-8")
     before, found, rest = text.partition(start)
     _, closed, after = rest.partition(end)
     if not (found and closed):
         raise ValueError(f"{path} has no place for the table; put the lines {start} and {end} where it shall stand.")
-    with whole_files(path) as (partial,):
-        partial.write_text(f"{before}{start}\n{block}\n{end}{after}", encoding="utf-8")
+    write_atomically(path, f"{before}{start}\n{block}\n{end}{after}".encode())

@@ -42,10 +42,10 @@ def whole_number(word: str) -> int:
 
 
 def window_px(word: str) -> int | str:
-    """An argparse type: a whole number of pixels, or the word `native` or `own`."""
-    if word not in ("native", "own") and not re.fullmatch(r"[0-9]{1,15}", word):
-        raise argparse.ArgumentTypeError(f"it is {word!r}; give a whole number of pixels, or native, or own")
-    return word if word in ("native", "own") else int(word)
+    """An argparse type: a whole number of pixels, or the word `native` or `paper`."""
+    if word not in ("native", "paper") and not re.fullmatch(r"[0-9]{1,15}", word):
+        raise argparse.ArgumentTypeError(f"it is {word!r}; give a whole number of pixels, or native, or paper")
+    return word if word in ("native", "paper") else int(word)
 
 
 def add_refine_option(parser: argparse.ArgumentParser) -> None:
@@ -86,9 +86,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--window-px",
         type=window_px,
-        metavar="N|native|own",
+        metavar="N|native|paper",
         help="slide a window of this side over the image and average (slow) instead of one pass; native is the side "
-        "the model was trained at, own the one that the method's authors used",
+        "the model was trained at, paper the one that the method's authors used",
     )
     group.add_argument(
         "--stride-px", type=int, metavar="N", help="step of the sliding window (default: that of the method's authors)"
@@ -140,11 +140,11 @@ def open_model(args: argparse.Namespace, refine: Sequence[str] = ()) -> Opened:
     """
     import torch
 
+    from spar_hf.build import build_encoder
     from spar_hf.checkpoints import load
-    from spar_hf.methods import build_encoder
-    from spar_hf.methods_spar import METHODS
+    from spar_hf.encoders.sliding_window import SlidingWindow
+    from spar_hf.methods.table import METHODS
     from spar_hf.refinement import LABEL_OPTIONS, Refinement
-    from spar_hf.sliding_window import SlidingWindow
 
     check_one_of("dtype", args.dtype, DTYPES)
     if args.method is not None:
@@ -174,7 +174,7 @@ def open_model(args: argparse.Namespace, refine: Sequence[str] = ()) -> Opened:
         encoder = refinement.encoder  # a window goes around the views, as their authors ran them
         facts["refine"] = list(refinement.names)
     if args.window_px is not None or args.stride_px is not None:
-        sides_px = {None: config.window_px, "own": config.window_px, "native": None}
+        sides_px = {None: config.window_px, "paper": config.window_px, "native": None}
         side_px = sides_px.get(args.window_px, args.window_px)
         stride_px = config.stride_px if args.stride_px is None else args.stride_px
         encoder = SlidingWindow(encoder, window_px=side_px, stride_px=stride_px)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import shlex
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 MAX_NAME_BYTES = 120  # of an output file's stem: room for suffixes within the 255 bytes that file systems allow
 T = TypeVar("T")
@@ -44,23 +41,6 @@ def _safe_stem(image: Path) -> str:
     return stem.lstrip("-") or "image"
 
 
-@contextmanager
-def whole_files(*paths: Path) -> Iterator[list[Path]]:
-    """Temporary names beside `paths`: the files take their places when the block ends and vanish if it fails."""
-    for folder in {path.parent for path in paths}:
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"{folder} is a file; give a folder to write into")
-        folder.mkdir(parents=True, exist_ok=True)
-    partial = [path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in paths]
-    try:
-        yield partial
-        for source, target in zip(partial, paths, strict=True):
-            os.replace(source, target)
-    finally:
-        for source in partial:
-            source.unlink(missing_ok=True)
-
-
 def check_outputs(args: argparse.Namespace) -> None:
     """Says before the work, not after it, that a result could not be written."""
     output = getattr(args, "output", None)
@@ -68,11 +48,6 @@ def check_outputs(args: argparse.Namespace) -> None:
         raise ValueError(f"--output is {output}, which is a file; give a folder")
     if args.json is not None and args.json.is_dir():
         raise ValueError(f"--json is {args.json}, which is a folder; give a file")
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    with whole_files(path) as (partial,):
-        partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def command_line(args: argparse.Namespace) -> str:

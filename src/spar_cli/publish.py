@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from spar_hf.publish import publish
+    from spar_hf.hub.publish import publish
 
     done = publish(
         args.folder,

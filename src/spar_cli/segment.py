@@ -1,4 +1,4 @@
-"""`spar segment`: label maps, overlays and shares of classes named in the user's own words."""
+"""`spar segment`: label maps, overlays and areas of classes named in the user's own words."""
 
 from __future__ import annotations
 
@@ -6,15 +6,8 @@ import argparse
 import time
 from typing import Any
 
-from .options import (
-    add_image_arguments,
-    add_model_options,
-    add_refine_option,
-    check_images,
-    open_image,
-    open_model,
-)
-from .output import check_outputs, command_line, output_stems, progress, say, shorten, table, whole_files, write_json
+from .options import add_image_arguments, add_model_options, add_refine_option, check_images, open_image, open_model
+from .output import check_outputs, command_line, output_stems, progress, say, shorten, table
 
 HELP = "Segment pictures into classes that you name; writes an overlay and a label map for each."
 EPILOG = """examples:
@@ -43,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from spar_hf.files import whole_files, write_json
     from spar_hf.pipeline_spar import OpenVocabularySegmentationPipeline
     from spar_hf.prompts_spar import Labels
     from spar_hf.visualize import label_map_image, overlay
@@ -71,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
         with whole_files(overlay_path, label_map_path) as (overlay_partial, label_map_partial):
             overlay(image, found["segmentation"], labels).save(overlay_partial, format="PNG")
             label_map_image(found["segmentation"]).save(label_map_partial, format="PNG")
-        shares = {entry["id"]: entry["share"] for entry in found["segments"]}
+        areas = {entry["id"]: entry["area_fraction"] for entry in found["segments"]}
         results.append(
             {
                 "image": str(path),
@@ -80,8 +74,8 @@ def run(args: argparse.Namespace) -> None:
                 "grid_hw": list(found["grid_hw"]),
                 "seconds": round(seconds, 4),
                 "classes": [
-                    {"id": index, "label": title, "share": shares.get(index, 0.0)}
-                    for index, title in enumerate(labels.titles)
+                    {"id": index, "label": title, "area_fraction": areas.get(index, 0.0)}
+                    for index, title in enumerate(labels.class_names)
                 ],
                 "overlay": str(overlay_path),
                 "label_map": str(label_map_path),
@@ -93,16 +87,20 @@ def run(args: argparse.Namespace) -> None:
 
 
 def report(result: dict[str, Any]) -> str:
-    """One image's table: its classes, largest share first; those not found share the last line."""
-    from spar_hf.visualize import plain_text, share_text
+    """One image's table: its classes, largest first; those not found share the last line."""
+    from spar_hf.visualize import percent_text, plain_text
 
     (height, width), (rows, columns) = result["size_hw"], result["grid_hw"]
     name = plain_text(result["image"])
     lines = [f"{name}: {width} x {height} px, {columns} x {rows} patches, {result['seconds']:.2f} s"]
-    classes = sorted(result["classes"], key=lambda entry: -entry["share"])
-    found = [(shorten(plain_text(entry["label"])), share_text(entry["share"])) for entry in classes if entry["share"]]
-    lines.append(table([("class", "share"), *found], "<>", indent="  "))
-    absent = [plain_text(entry["label"]) for entry in classes if not entry["share"]]
+    classes = sorted(result["classes"], key=lambda entry: -entry["area_fraction"])
+    found = [
+        (shorten(plain_text(entry["label"])), percent_text(entry["area_fraction"]))
+        for entry in classes
+        if entry["area_fraction"]
+    ]
+    lines.append(table([("class", "area"), *found], "<>", indent="  "))
+    absent = [plain_text(entry["label"]) for entry in classes if not entry["area_fraction"]]
     if absent:
         lines.append(f"  not found: {shorten(', '.join(absent), 100)}")
     lines.append(f"  overlay    {plain_text(result['overlay'])}")

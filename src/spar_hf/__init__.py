@@ -12,19 +12,19 @@ from transformers import (
     AutoProcessor,
 )
 
+from .build import build_encoder
 from .checkpoints import FAMILIES, load
-from .configuration_spar import SparConfig, SparVisionConfig
+from .clip_spar import SparConfig, SparModel, SparVisionConfig, SparVisionModel
 from .dinov3_spar import SparDinov3Config, SparDinov3Model, SparDinov3VisionConfig, SparDinov3VisionModel
 from .encoder_spar import SparOutput, SparVisionOutput
+from .encoders.base import DenseEncoder
+from .encoders.sliding_window import SlidingWindow
 from .image_processing_spar import InvalidImageError, SparImageProcessor
-from .methods import build_encoder
-from .methods_spar import METHODS, Method
-from .modeling_spar import SparModel, SparVisionModel
+from .methods.table import METHODS, Method
 from .pipeline_spar import OpenVocabularySegmentationPipeline, register_pipeline
 from .processing_spar import LabelFeatures, Labels, SparProcessor
 from .refinement import LABEL_OPTIONS, LabelOption, Refinement, floss_templates
 from .siglip_spar import SparSiglipConfig, SparSiglipModel, SparSiglipVisionConfig, SparSiglipVisionModel
-from .sliding_window import DenseEncoder, SlidingWindow
 
 __version__ = "0.1.0"
 

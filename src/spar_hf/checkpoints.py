@@ -8,11 +8,11 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedConfig
 
+from .clip_spar import SparModel, SparVisionModel
 from .configuration_spar import DenseConfig
 from .dinov3_spar import SparDinov3Model, SparDinov3VisionModel
 from .encoder_spar import DenseModel
 from .image_processing_spar import SparImageProcessor
-from .modeling_spar import SparModel, SparVisionModel
 from .processing_spar import SparProcessor
 from .siglip_spar import SparSiglipModel, SparSiglipVisionModel
 

@@ -1,15 +1,13 @@
-"""Configurations: what every family shares, and the CLIP family. Every number that changes an output is a field."""
+"""Configurations: what every family shares. Every number that changes an output is a typed, validated field."""
 
 from __future__ import annotations
 
 from dataclasses import fields
 from typing import Any, ClassVar
 
-from transformers import CLIPConfig, CLIPTextConfig, CLIPVisionConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
+from transformers import PreTrainedConfig
 
-from .dense_spar import POSITION_RULES, SIZE_RULES, Recipe, one_of
-from .methods_spar import find_method, find_recipe
+from .grid_spar import POSITION_RULES, SIZE_RULES, one_of
 from .reach_spar import REACHES
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -166,52 +164,3 @@ class DenseConfig(PreTrainedConfig):
             vision_config = cls.vision_class.from_dict(vision, **overrides)
             config_dict = {**config_dict, "vision_config": vision_config.to_dict()}
         return super().from_dict(config_dict, **kwargs)
-
-
-class SparVisionConfig(DenseVisionConfig, CLIPVisionConfig):
-    """`CLIPVisionConfig` and what dense features at any resolution need beside it; see `DenseVisionConfig`.
-
-    Args:
-        method: row of the table of methods; gives `recipe` and `position_interpolation` where these are not given.
-        recipe: the last block, `spar_hf.dense_spar.Recipe` as a dictionary. A saved model keeps it written out, so
-            it does not depend on a later version of the table.
-    """
-
-    model_type = "spar_vision"
-    stock_class = CLIPVisionConfig
-    vision_types = ("clip_vision_model", "spar_vision")
-
-    image_size: int = 224
-    patch_size: int = 16
-    method: str = "maskclip"
-    recipe: dict[str, Any] | None = None
-    image_mean: list[float] | tuple[float, ...] = CLIP_MEAN
-    image_std: list[float] | tuple[float, ...] = CLIP_STD
-
-    def settle_method(self) -> None:
-        if self.recipe is None:
-            self.recipe = find_recipe(self.method).to_dict()
-        if self.position_interpolation is None:
-            self.position_interpolation = find_method(self.method).position_interpolation
-
-    def features_depend_on(self) -> dict[str, Any]:
-        return {**super().features_depend_on(), "recipe": Recipe(**self.recipe).to_dict()}
-
-    def validate_spar(self) -> None:
-        Recipe(**self.recipe)
-        super().validate_spar()
-
-
-class SparConfig(DenseConfig, CLIPConfig):
-    """A `SparVisionConfig` and CLIP's text configuration; see `DenseConfig`."""
-
-    model_type = "spar"
-    stock_type = "clip"
-    vision_class = SparVisionConfig
-    sub_configs_defaults = {  # the long form: transformers 5.20, the last for Python 3.10, reads no other
-        "vision_config": SubConfigSpec(config_class=SparVisionConfig),
-        "text_config": SubConfigSpec(config_class=CLIPTextConfig),
-    }
-
-    text_config: dict | CLIPTextConfig | None = None
-    vision_config: dict | SparVisionConfig | None = None

@@ -1,188 +1,21 @@
-"""Dense, text-aligned patch features from a ViT: size rules, position tables and the last block as a recipe.
+"""Attention over patches: fused, by rows, within reach; and the last block as a recipe of `methods_spar`.
 
 Pure functions, no state. Shapes: B images, N = h * w patches, 1 + N tokens (class token first), C channels,
-H heads of d channels. A *recipe* is a sum of attention maps, each applied to the last block's values; every
-purely CLIP-based method that changes only the last block's attention is one choice of its numbers
-("Training-Free Open-Vocabulary Semantic Segmentation", arXiv 2505.22209, gives the survey of them).
+H heads of d channels.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from .methods_spar import Term
 from .reach_spar import WindowReach
-
-POSITION_RULES = ("size", "offset", "antialias", "bilinear")
-SIZE_RULES = ("floor", "pad", "stretch")
-SCORES = ("identity", "qk", "qq", "kk", "vv")
 
 # `_attend_in_rows`: from how many keys on it pays, and the rows of scores it holds at once (2 MB at 4,096 keys).
 MIN_KEYS_IN_ROWS, ROWS = 512, 256
-
-
-def one_of(name: str, value: str, allowed: Iterable[str]) -> None:
-    """Raises the `ValueError` that every named choice shares: what came and what is allowed."""
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}; choose one of {', '.join(map(repr, allowed))}.")
-
-
-# ---------------------------------------------------------------------------------------------- sizes
-
-
-def fit_to_patches(pixel_values: torch.Tensor, patch_px: int, rule: str) -> tuple[torch.Tensor, tuple[int, int]]:
-    """Makes an image fit the patch grid.
-
-    Args:
-        pixel_values: (B, 3, H, W).
-        patch_px: side of a patch.
-        rule: `floor` leaves the pixels alone (the patch convolution drops the remainder; SPAR's CLIP), `pad` adds
-            zeros at the right and the bottom (SPAR's SigLIP2), `stretch` resizes bicubically to the next multiple
-            (SPAR's DINOv3.txt).
-
-    Returns:
-        The pixels to embed, and the (height, width) in pixels *of the image given* that the patch grid covers:
-        less than the image for `floor`, more for `pad`, the image itself for `stretch`.
-
-    Raises:
-        ValueError: the image is smaller than one patch and the rule is `floor`.
-    """
-    height, width = pixel_values.shape[-2:]
-    if rule == "floor":
-        if height < patch_px or width < patch_px:
-            raise ValueError(
-                f"image is {height}x{width} px (height x width); both sides must be at least one patch, {patch_px} px."
-                " Resize it with SparImageProcessor, or load the model with size_rule='pad'."
-            )
-        return pixel_values, (height // patch_px * patch_px, width // patch_px * patch_px)
-    padded_hw = (math.ceil(height / patch_px) * patch_px, math.ceil(width / patch_px) * patch_px)
-    if rule == "pad":
-        return nn.functional.pad(pixel_values, (0, padded_hw[1] - width, 0, padded_hw[0] - height)), padded_hw
-    if padded_hw != (height, width):
-        pixel_values = nn.functional.interpolate(
-            pixel_values.float(), size=padded_hw, mode="bicubic", align_corners=False
-        ).to(pixel_values.dtype)
-    return pixel_values, (height, width)
-
-
-# ------------------------------------------------------------------------------------------ positions
-
-
-def resize_positions(table: torch.Tensor, grid_hw: tuple[int, int], rule: str) -> torch.Tensor:
-    """Resizes a square table of learned patch positions to any grid.
-
-    Args:
-        table: (n * n, C), row-major; no class token.
-        grid_hw: rows and columns wanted.
-        rule: `size`: bicubic to the grid (transformers' rule). `offset`: bicubic with the scale (rows + 0.1) / n
-            of the old DINO code, which most training-free methods and SPAR's CLIP were run with. `antialias`:
-            `size` with an antialiasing filter (GEM). `bilinear`: CLIP Surgery, CLIPer.
-
-    Returns:
-        (rows * columns, C) in the table's dtype; the table itself on its native grid.
-    """
-    side = math.isqrt(table.shape[0])
-    rows, columns = grid_hw
-    # The grid decides, not the number of tokens: 7 x 28 is not 14 x 14.
-    if rows == side and columns == side:
-        return table
-    image = table.float().view(1, side, side, -1).permute(0, 3, 1, 2)  # (n * n, C) -> (1, C, n, n)
-    if rule == "offset":
-        # The scale only sets the sampling points, (i + 0.5) * n / (rows + 0.1), here from -1 to 1 along the table. As
-        # points they compile for any grid; interpolate takes a scale as a constant and compiles anew for each size.
-        y, x = ((2 * torch.arange(n, device=table.device) + 1) / (n + 0.1) - 1 for n in grid_hw)
-        points = torch.stack([x.expand(rows, -1), y[:, None].expand(-1, columns)], dim=-1)  # (h, w, 2), x first
-        image = nn.functional.grid_sample(
-            image, points[None], mode="bicubic", padding_mode="border", align_corners=False
-        )
-    else:
-        mode = "bilinear" if rule == "bilinear" else "bicubic"
-        image = nn.functional.interpolate(
-            image, size=(rows, columns), mode=mode, align_corners=False, antialias=rule == "antialias"
-        )
-    return image.flatten(2).squeeze(0).T.to(table.dtype)  # (1, C, h, w) -> (h * w, C)
-
-
-# ------------------------------------------------------------------------------------------ attention
-
-
-def block_index(block: int, num_layers: int) -> int:
-    """0-based index, in a network of `num_layers` blocks, of a block counted from 1 in the methods' networks of 12."""
-    return math.ceil(block * num_layers / 12) - 1
-
-
-@dataclass(frozen=True)
-class Term:
-    """One attention map of a recipe: `weight * softmax(d^-0.5 X Yᵀ + locality)`, applied to the last block's values.
-
-    Attributes:
-        scores: which projections meet: `qk`, `qq`, `kk`, `vv`; or `identity`, the map that leaves each value alone.
-        weight: factor of the map. Weights need not sum to one (SCLIP's maps are added).
-        sigma_patches: adds exp(-distance² / (2 sigma²)) to the scores between patches (NACLIP); None adds nothing.
-        block: whose projections, 1-based in a network of twelve blocks; scaled to other depths. 12 is the last.
-        iterations: with n >= 1 and t = d^-0.5 times the image's mean length of a normalised token, X goes n times
-            through X <- softmax(t X Xᵀ) X, at unit length before each turn and after the last one, and the map is
-            softmax(t X Xᵀ) (GEM, CVPR 2024, section 3.2).
-    """
-
-    scores: str
-    weight: float = 1.0
-    sigma_patches: float | None = None
-    block: int = 12
-    iterations: int = 0
-
-    def __post_init__(self) -> None:
-        one_of("recipe term's scores", self.scores, SCORES)
-        if self.sigma_patches is not None and not self.sigma_patches > 0:
-            raise ValueError(f"sigma_patches is {self.sigma_patches}; it must be positive, or None for no locality.")
-        if not 1 <= self.block <= 12:
-            raise ValueError(f"recipe term's block is {self.block}; it must be 1 to 12 (12 is the last block).")
-        if self.iterations < 0 or (self.iterations and self.scores not in ("qq", "kk", "vv")):
-            raise ValueError(
-                f"recipe term's iterations is {self.iterations} with scores {self.scores!r}; it must be 0, or at "
-                "least 1 with qq, kk or vv."
-            )
-
-    def index(self, num_layers: int) -> int:
-        """0-based index of the term's block in a network of `num_layers` blocks."""
-        return block_index(self.block, num_layers)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How the patches leave the last block: `[x +] out_proj(sum of terms) [+ mlp]`.
-
-    Attributes:
-        terms: the attention maps that are summed.
-        residual: keep the block's input.
-        feed_forward: run the block's MLP on the result.
-        blocks: with n > 1, a second path starts at the input of the n-th last block and collects out_proj(sum of
-            terms) of each block from there, while the usual path goes on unchanged (CLIP Surgery).
-    """
-
-    terms: tuple[Term, ...]
-    residual: bool = True
-    feed_forward: bool = True
-    blocks: int = 1
-
-    def __post_init__(self) -> None:
-        terms = tuple(term if isinstance(term, Term) else Term(**term) for term in self.terms)
-        object.__setattr__(self, "terms", terms)
-        if not terms:
-            raise ValueError("recipe has no terms; give at least one, such as {'scores': 'identity'}.")
-        if self.blocks < 1:
-            raise ValueError(f"recipe's blocks is {self.blocks}; it must be at least 1.")
-        if self.blocks > 1 and (self.feed_forward or any(term.block != 12 for term in terms)):
-            raise ValueError("a recipe over several blocks takes feed_forward=False and terms of its own block only.")
-
-    def to_dict(self) -> dict:
-        """JSON form, for a configuration."""
-        return {**asdict(self), "terms": [asdict(term) for term in self.terms]}
 
 
 def locality_bias(grid_hw: tuple[int, int], sigma_patches: float, like: torch.Tensor) -> torch.Tensor:

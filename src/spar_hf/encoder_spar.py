@@ -14,7 +14,8 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_spar import DenseConfig, DenseVisionConfig
-from .dense_spar import attend, attention_map, fit_to_patches, merge_heads, project_heads
+from .dense_spar import attend, attention_map, merge_heads, project_heads
+from .grid_spar import fit_to_patches
 from .reach_spar import WindowReach
 
 

@@ -1,153 +1,131 @@
-"""The table of methods: training-free ways to get one text-aligned vector per patch out of CLIP, one row each.
+"""Recipes: what the methods do in CLIP's last block, as data. The table of methods is `spar_hf.methods.table`.
 
-Adding a method is adding a row, or a row and a file of `spar_hf.methods`. The command line, the tests, the docs and
-the menus read this table; nothing else in the code knows a method's name. Recipes were written from the papers.
-`reported` holds the authors' mean IoU in per cent with CLIP ViT-B/16, each under its own protocol.
+A *recipe* is a sum of attention maps, each applied to the last block's values; every purely CLIP-based method that
+changes only the last block's attention is one choice of its numbers ("Training-Free Open-Vocabulary Semantic
+Segmentation", arXiv 2505.22209, gives the survey of them). Recipes were written from the papers.
 """
 
 from __future__ import annotations
 
-import difflib
-from dataclasses import dataclass, field
+import math
+from dataclasses import asdict, dataclass
 
-from .dense_spar import Recipe, Term
+from .grid_spar import one_of, unknown
 
-BENCHMARKS = ("voc21", "context60", "coco_object", "voc20", "context59", "coco_stuff", "cityscapes", "ade20k")
+SCORES = ("identity", "qk", "qq", "kk", "vv")
 
 
-# The network that the methods' windows, strides and block numbers were chosen for: CLIP ViT-B/16.
-AUTHORS_NATIVE_PX, AUTHORS_PATCH_PX = 224, 16
+def block_index(block: int, num_layers: int) -> int:
+    """0-based index, in a network of `num_layers` blocks, of a block counted from 1 in the methods' networks of 12."""
+    return math.ceil(block * num_layers / 12) - 1
 
 
 @dataclass(frozen=True)
-class Method:
-    """A row of the table.
+class Term:
+    """One attention map of a recipe: `weight * softmax(d^-0.5 X Yᵀ + locality)`, applied to the last block's values.
 
     Attributes:
-        title: the method's own name.
-        paper: where it was published.
-        recipe: its last block; None for a method that is more than a last block.
-        file: for such a method, the module of `spar_hf.methods` that holds it.
-        position_interpolation: the rule its authors ran with.
-        window_px: side of the sliding window its authors evaluated with; None is the network's native size.
-        stride_px: step of that window. Where the authors ran whole images: the field's common window, see
-            `window_for`.
-        branch: branch of the field (arXiv 2505.22209): "clip", "vfm" or "generative".
-        kind: "feature" (can be a teacher) or "label".
-        needs: the further networks it takes, as the ids of those its authors used.
-        reported: mean IoU in per cent by benchmark, as published.
-        note: what `reported` had beside the features, where that is more than the protocol.
+        scores: which projections meet: `qk`, `qq`, `kk`, `vv`; or `identity`, the map that leaves each value alone.
+        weight: factor of the map. Weights need not sum to one (SCLIP's maps are added).
+        sigma_patches: adds exp(-distance² / (2 sigma²)) to the scores between patches (NACLIP); None adds nothing.
+        block: whose projections, 1-based in a network of twelve blocks; scaled to other depths. 12 is the last.
+        iterations: with n >= 1 and t = d^-0.5 times the image's mean length of a normalised token, X goes n times
+            through X <- softmax(t X Xᵀ) X, at unit length before each turn and after the last one, and the map is
+            softmax(t X Xᵀ) (GEM, CVPR 2024, section 3.2).
     """
 
-    title: str
-    paper: str
-    recipe: Recipe | None = None
-    file: str | None = None
+    scores: str
+    weight: float = 1.0
+    sigma_patches: float | None = None
+    block: int = 12
+    iterations: int = 0
+
+    def __post_init__(self) -> None:
+        one_of("recipe term's scores", self.scores, SCORES)
+        if self.sigma_patches is not None and not self.sigma_patches > 0:
+            raise ValueError(f"sigma_patches is {self.sigma_patches}; it must be positive, or None for no locality.")
+        if not 1 <= self.block <= 12:
+            raise ValueError(f"recipe term's block is {self.block}; it must be 1 to 12 (12 is the last block).")
+        if self.iterations < 0 or (self.iterations and self.scores not in ("qq", "kk", "vv")):
+            raise ValueError(
+                f"recipe term's iterations is {self.iterations} with scores {self.scores!r}; it must be 0, or at "
+                "least 1 with qq, kk or vv."
+            )
+
+    def index(self, num_layers: int) -> int:
+        """0-based index of the term's block in a network of `num_layers` blocks."""
+        return block_index(self.block, num_layers)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the patches leave the last block: `[x +] out_proj(sum of terms) [+ mlp]`.
+
+    Attributes:
+        terms: the attention maps that are summed.
+        residual: keep the block's input.
+        feed_forward: run the block's MLP on the result.
+        blocks: with n > 1, a second path starts at the input of the n-th last block and collects out_proj(sum of
+            terms) of each block from there, while the usual path goes on unchanged (CLIP Surgery).
+    """
+
+    terms: tuple[Term, ...]
+    residual: bool = True
+    feed_forward: bool = True
+    blocks: int = 1
+
+    def __post_init__(self) -> None:
+        terms = tuple(term if isinstance(term, Term) else Term(**term) for term in self.terms)
+        object.__setattr__(self, "terms", terms)
+        if not terms:
+            raise ValueError("recipe has no terms; give at least one, such as {'scores': 'identity'}.")
+        if self.blocks < 1:
+            raise ValueError(f"recipe's blocks is {self.blocks}; it must be at least 1.")
+        if self.blocks > 1 and (self.feed_forward or any(term.block != 12 for term in terms)):
+            raise ValueError("a recipe over several blocks takes feed_forward=False and terms of its own block only.")
+
+    def to_dict(self) -> dict:
+        """JSON form, for a configuration."""
+        return {**asdict(self), "terms": [asdict(term) for term in self.terms]}
+
+
+@dataclass(frozen=True)
+class NamedRecipe:
+    """A recipe and the position rule that its authors ran it with; see `resize_positions`."""
+
+    recipe: Recipe
     position_interpolation: str = "offset"
-    window_px: int | None = None
-    stride_px: int = 112
-    branch: str = "clip"
-    kind: str = "feature"
-    needs: tuple[str, ...] = ()
-    reported: dict[str, float] = field(default_factory=dict)
-    note: str = ""
-
-    def window_for(self, native_px: int, patch_px: int) -> tuple[int, int]:
-        """Side and step in pixels of the method's window for any network.
-
-        Lengths that are whole patches of the authors' network (112 and 336 of 224) keep their share of the native
-        size, rounded to whole patches: 64 and 192 of 128. Lengths that are not (SPAR's 24, ITACLIP's 28) stay as
-        they are: there, where in the patch a window begins is the point. No step is longer than its window.
-        """
-
-        def scaled(length_px: int) -> int:
-            if length_px % AUTHORS_PATCH_PX:
-                return length_px
-            return max(round(length_px * native_px / AUTHORS_NATIVE_PX / patch_px), 1) * patch_px
-
-        window_px = native_px if self.window_px is None else scaled(self.window_px)
-        return window_px, min(scaled(self.stride_px), window_px)
 
 
-def _reported(*values: float | None) -> dict[str, float]:
-    return {name: value for name, value in zip(BENCHMARKS, values, strict=True) if value is not None}
-
-
-METHODS: dict[str, Method] = {
-    "clip": Method(
-        "CLIP",
-        "Radford et al., ICML 2021",
-        Recipe((Term("qk"),)),
-        position_interpolation="size",
-        reported=_reported(16.4, 8.4, 5.6, 41.9, 9.2, 4.4, 5.0, 2.9),
-    ),
-    "maskclip": Method(
-        "MaskCLIP, the last block of SPAR's CLIP",
-        "Zhou et al., ECCV 2022; Kombol et al., CVPR 2026",
-        Recipe((Term("identity"),)),
-        stride_px=24,
-        reported=_reported(43.4, 23.2, 20.6, 74.9, 26.4, 16.7, 24.9, 11.9),
-    ),
-    "sclip": Method(
-        "SCLIP",
-        "Wang et al., ECCV 2024",
-        Recipe((Term("qq"), Term("kk"))),  # a sum, not a mean: rows of the map add to 2 in the authors' code as well
-        reported=_reported(59.6, 31.7, 33.5, 81.5, 34.5, 22.8, 32.3, 16.5),
-    ),
-    "clearclip": Method(
-        "ClearCLIP",
-        "Lan et al., ECCV 2024",
-        Recipe((Term("qq"),), residual=False, feed_forward=False),
-        reported=_reported(51.8, 32.6, 33.0, 80.9, 35.9, 23.9, 30.0, 16.7),
-    ),
-    "naclip": Method(
-        "NACLIP",
-        "Hajimiri et al., WACV 2025",
-        Recipe((Term("kk", sigma_patches=5.0),), residual=False, feed_forward=False),
-        reported=_reported(58.9, 32.2, 33.2, 79.7, 35.2, 23.3, 35.5, 17.4),
-    ),
-    "cliptrase": Method(
-        "CLIPtrase",
-        "Shao et al., ECCV 2024",
-        Recipe((Term("qq"), Term("kk"), Term("vv"))),
-        reported=_reported(53.0, 30.8, 44.8, 81.2, 34.9, 24.1, None, 17.0),
-    ),
-    "clip_surgery": Method(
-        "CLIP Surgery",
-        "Li et al., Pattern Recognition 2025",
-        Recipe((Term("vv"),), feed_forward=False, blocks=6),
-        position_interpolation="bilinear",
-    ),
-    "gem": Method(
-        "GEM",
-        "Bousselham et al., CVPR 2024",
+RECIPES: dict[str, NamedRecipe] = {
+    "clip": NamedRecipe(Recipe((Term("qk"),)), "size"),
+    "maskclip": NamedRecipe(Recipe((Term("identity"),))),
+    # A sum, not a mean: the rows of the map add to 2 in the authors' code as well.
+    "sclip": NamedRecipe(Recipe((Term("qq"), Term("kk")))),
+    "clearclip": NamedRecipe(Recipe((Term("qq"),), residual=False, feed_forward=False)),
+    "naclip": NamedRecipe(Recipe((Term("kk", sigma_patches=5.0),), residual=False, feed_forward=False)),
+    "cliptrase": NamedRecipe(Recipe((Term("qq"), Term("kk"), Term("vv")))),
+    "clip_surgery": NamedRecipe(Recipe((Term("vv"),), feed_forward=False, blocks=6), "bilinear"),
+    "gem": NamedRecipe(
         Recipe(
             tuple(Term(scores, weight=1 / 3, iterations=1) for scores in ("qq", "kk", "vv")),
             feed_forward=False,
             blocks=6,
         ),
-        position_interpolation="antialias",
-        reported=_reported(46.2, 32.6, None, 79.9, 35.9, 23.7, 30.8, 15.7),
+        "antialias",
     ),
-    "itaclip": Method(
-        "ITACLIP, without its text and image ensembles",
-        "Aydın et al., CVPR Workshops 2025",
+    "itaclip": NamedRecipe(
         Recipe(
             (
                 *(Term(scores, weight=1 / 2) for scores in ("qq", "kk")),
                 *(Term(scores, weight=1 / 6, block=block) for block in (7, 8, 10) for scores in ("qq", "kk")),
             ),
             feed_forward=False,
-        ),
-        stride_px=28,
-        reported=_reported(67.9, 37.5, 37.7, None, None, 27.0, 40.2, None),
-        note="with image and text ensembles, PAMR and a closing of the label map",
+        )
     ),
-    "resclip": Method(
-        "ResCLIP, without its label-dependent second pass",
-        "Yang et al., CVPR 2025",
-        # tau ((1 - lambda) softmax(kk + locality) + lambda R), R the mean plain attention of blocks 6 to 9;
-        # tau = 2, lambda = 0.4, the authors' for three of their eight data sets (0.2 to 0.6).
+    # tau ((1 - lambda) softmax(kk + locality) + lambda R), R the mean plain attention of blocks 6 to 9;
+    # tau = 2, lambda = 0.4, the authors' for three of their eight data sets (0.2 to 0.6).
+    "resclip": NamedRecipe(
         Recipe(
             (
                 Term("kk", weight=2 * 0.6, sigma_patches=5.0),
@@ -155,59 +133,20 @@ METHODS: dict[str, Method] = {
             ),
             residual=False,
             feed_forward=False,
-        ),
-        reported=_reported(61.1, 33.5, 35.0, 86.0, 36.8, 24.7, 35.9, 18.0),
-        note="with the second pass, lambda chosen for each data set",
-    ),
-    "sc_clip": Method(
-        "SC-CLIP",
-        "Bai et al., arXiv 2411.15869",
-        file="sc_clip",
-        reported=_reported(64.6, 36.8, 37.7, 84.3, 40.1, 26.6, 41.0, 20.1),
-    ),
-    "cliper": Method(
-        "CLIPer, without diffusion",
-        "Sun et al., ICCV 2025",
-        file="cliper",
-        position_interpolation="bilinear",
-        reported=_reported(62.1, 35.7, 37.5, 85.0, 39.6, 26.4, 38.3, 20.6),
-        note="with the maps of all blocks in the labels",
-    ),
-    "proxyclip": Method(
-        "ProxyCLIP",
-        "Lan et al., ECCV 2024",
-        file="proxyclip",
-        window_px=336,
-        branch="vfm",
-        needs=("facebook/dino-vitb8",),
-        reported=_reported(61.3, 35.3, 37.5, 80.3, 39.1, 26.5, 38.1, 20.2),
+        )
     ),
 }
 
 
-def find_method(name: str) -> Method:
-    """The row called `name`.
+def find_recipe(name: str) -> NamedRecipe:
+    """The recipe called `name`.
 
     Raises:
-        ValueError: there is none; the message lists the rows and the nearest name.
+        ValueError: there is none; the message lists those that there are and the nearest name.
     """
-    if name in METHODS:
-        return METHODS[name]
-    near = difflib.get_close_matches(str(name), METHODS, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"there is no method {name!r}; choose one of {', '.join(METHODS)}.{hint}")
-
-
-def find_recipe(name: str) -> Recipe:
-    """The last block of the row called `name`.
-
-    Raises:
-        ValueError: there is no such row, or its method is more than a last block.
-    """
-    recipe = find_method(name).recipe
-    if recipe is None:
+    if name not in RECIPES:
         raise ValueError(
-            f"method {name!r} is more than a last block, so a model cannot be loaded with it; load the model without "
-            f"and wrap its vision tower: spar_hf.build_encoder(vision, {name!r})."
+            unknown("recipe", name, RECIPES) + " A method that is more than a last block goes around a loaded tower: "
+            f"spar_hf.build_encoder(vision, {name!r})."
         )
-    return recipe
+    return RECIPES[name]

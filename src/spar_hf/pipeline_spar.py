@@ -82,7 +82,8 @@ class OpenVocabularySegmentationPipeline(Pipeline):
         Returns:
             For each image a dictionary; a list of them for a list, an iterator for a dataset or a generator:
                 `segmentation`: class ids (H, W), int32, at the image's own, upright size.
-                `segments`: `{"id", "label", "share"}` of each class that occurs, largest share first; shares sum to 1.
+                `segments`: `{"id", "label", "area_fraction"}` of each class that occurs, largest
+                    first; they sum to 1.
                 `labels`: The `Labels`.
                 `size_hw`: Height and width of the pixels that the encoder saw.
                 `grid_hw`: Rows and columns of patches.
@@ -172,20 +173,24 @@ class OpenVocabularySegmentationPipeline(Pipeline):
         segmentation = label_map.cpu().numpy()
         return {
             "segmentation": segmentation,
-            "segments": _segments(segmentation, labels.titles),
+            "segments": _segments(segmentation, labels.class_names),
             "labels": labels,
             "size_hw": image.image_hw,
             "grid_hw": tuple(image.patch_embeds.shape[1:3]),
         }
 
 
-def _segments(segmentation: np.ndarray, titles: Sequence[str]) -> list[dict[str, Any]]:
-    """The classes that occur, largest share first; an id outside the vocabulary is the background's."""
+def _segments(segmentation: np.ndarray, class_names: Sequence[str]) -> list[dict[str, Any]]:
+    """The classes that occur, largest area first; an id outside the vocabulary is the background's."""
     ids, counts = np.unique(segmentation, return_counts=True)
-    shares = sorted(zip((counts / segmentation.size).tolist(), ids.tolist(), strict=True), reverse=True)
+    areas = sorted(zip((counts / segmentation.size).tolist(), ids.tolist(), strict=True), reverse=True)
     return [
-        {"id": index, "label": titles[index] if 0 <= index < len(titles) else "background", "share": share}
-        for share, index in shares
+        {
+            "id": index,
+            "label": class_names[index] if 0 <= index < len(class_names) else "background",
+            "area_fraction": area,
+        }
+        for area, index in areas
     ]
 
 

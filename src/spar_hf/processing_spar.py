@@ -170,7 +170,7 @@ class SparProcessor(ProcessorMixin):
             logit_scale: Factor on the cosine before the soft-max; it matters to thresholds only.
             background_threshold: Pixels whose best probability is below it become `background_class`.
             background_class: Class id of the background; may lie outside the vocabulary.
-            area_threshold: Foreground classes with at most this share of the foreground pixels are struck out.
+            area_threshold: Foreground classes with at most this share of the foreground pixels are masked out.
             label_maps: What to call in the place of `segmentation_spar.label_map`, one function for each image, such
                 as a `Refinement` gives; None is that function itself.
 
@@ -195,9 +195,9 @@ class SparProcessor(ProcessorMixin):
             )
         if not (torch.isfinite(patch_embeds).all() and torch.isfinite(text_embeds).all()):
             raise ValueError("the features hold NaN or infinite numbers; run the model in fp32 or bf16, not in fp16.")
-        covered_hw = (1.0, 1.0)
+        coverage_hw = (1.0, 1.0)
         if outputs.extent_hw is not None:
-            covered_hw = tuple(
+            coverage_hw = tuple(
                 image / extent for image, extent in zip(outputs.image_hw, outputs.extent_hw, strict=True)
             )
         if label_maps is None:
@@ -208,7 +208,7 @@ class SparProcessor(ProcessorMixin):
                 text_embeds,
                 class_ids,
                 size_hw,
-                covered_hw,
+                coverage_hw,
                 logit_scale,
                 background_threshold,
                 background_class,

@@ -165,7 +165,7 @@ class Labels:
         return tuple(class_id for class_id, names in enumerate(self.classes) for _ in names)
 
     @cached_property
-    def titles(self) -> tuple[str, ...]:
+    def class_names(self) -> tuple[str, ...]:
         """The first name of each class."""
         return tuple(names[0] for names in self.classes)
 

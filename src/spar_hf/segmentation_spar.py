@@ -19,7 +19,7 @@ def label_map(
     text_embeds: Tensor,
     class_ids: Tensor,
     size_hw: tuple[int, int],
-    covered_hw: tuple[float, float] = (1.0, 1.0),
+    coverage_hw: tuple[float, float] = (1.0, 1.0),
     logit_scale: float = 40.0,
     background_threshold: float | None = None,
     background_class: int = 0,
@@ -35,19 +35,19 @@ def label_map(
         text_embeds: One row per name (K, D), on the same device.
         class_ids: The class of each name (K), on the same device.
         size_hw: Height and width of the label map, pixels.
-        covered_hw: Image size divided by the pixels the grid covers, per axis; see `axis_weights`.
+        coverage_hw: Image size divided by the pixels the grid covers, per axis; see `axis_weights`.
         logit_scale: Factor on the cosine before the soft-max.
         background_threshold: Pixels whose best probability is below it become `background_class`.
         background_class: Class id of the background; may lie outside the vocabulary (say -1 or 255).
-        area_threshold: Foreground classes with at most this share of the foreground pixels are struck out, and
+        area_threshold: Foreground classes with at most this share of the foreground pixels are masked out, and
             the arg-max is taken again among the others.
 
     Returns:
         Class ids (H, W), int32.
     """
     patches, names = F.normalize(patch_embeds.float(), dim=-1), F.normalize(text_embeds.float(), dim=-1) * logit_scale
-    rows = axis_weights(size_hw[0], patches.shape[0], covered_hw[0]).to(patches.device)
-    columns = axis_weights(size_hw[1], patches.shape[1], covered_hw[1]).to(patches.device)
+    rows = axis_weights(size_hw[0], patches.shape[0], coverage_hw[0]).to(patches.device)
+    columns = axis_weights(size_hw[1], patches.shape[1], coverage_hw[1]).to(patches.device)
     labels = torch.full(size_hw, background_class, dtype=torch.int32, device=patches.device)
     running = torch.ones_like(class_ids, dtype=torch.bool)
 
@@ -65,17 +65,17 @@ def label_map(
         return labels
     for tile, logits in _upsampled_tiles(patches, names, rows, columns):
         best, winner = _max_over_names(logits[running])
-        probability = (best - logits.logsumexp(0)).exp()  # of all names: striking one out does not help the others
+        probability = (best - logits.logsumexp(0)).exp()  # of all names: masking one out does not help the others
         labels[tile] = running_ids[winner].masked_fill_(probability < background_threshold, background_class)
     return labels
 
 
 def foreground_left(labels: Tensor, class_ids: Tensor, background_class: int, area_threshold: float) -> Tensor:
-    """Which names (K) are in the running after foreground classes of too small a share are struck out."""
+    """Which names (K) are in the running after foreground classes of too small a share are masked out."""
     area = torch.bincount(labels.flatten(), minlength=int(class_ids.max()) + 1)
     is_foreground = torch.arange(len(area), device=area.device) != background_class
-    struck_out = is_foreground & (area <= area_threshold * area[is_foreground].sum())
-    return ~struck_out[class_ids]
+    masked_out = is_foreground & (area <= area_threshold * area[is_foreground].sum())
+    return ~masked_out[class_ids]
 
 
 def axis_weights(size_px: int, grid: int, covered: float = 1.0) -> Tensor:

@@ -18,8 +18,8 @@ from transformers.models.siglip.modeling_siglip import (
 )
 
 from .configuration_spar import DenseConfig, DenseVisionConfig
-from .dense_spar import resize_positions
 from .encoder_spar import DenseAttention, DenseEncoderLayer, DenseModel, DenseVisionModel, embed_patches
+from .grid_spar import resize_positions
 
 WEIGHTS_NEEDED = "a SigLIP or SigLIP2 checkpoint of fixed resolution, such as google/siglip2-base-patch16-512"
 

@@ -16,7 +16,7 @@ from .segmentation_spar import axis_weights
 
 MIN_SIDE_PX = 480  # smaller pictures are enlarged by a whole factor, so that outlines and legend can be read
 MIN_LEGEND_PX = 240
-MAX_LEGEND_ROWS = 24  # more classes than this share one last line
+MAX_LEGEND_ROWS = 24  # more classes than this fraction one last line
 INK, PAPER, FRAME = (32, 33, 36), (255, 255, 255), (140, 140, 140)
 
 # The seven colours of Okabe and Ito, "Color Universal Design" (2008), without black.
@@ -183,14 +183,14 @@ def overlay(
 ) -> Image.Image:
     """The image with each region tinted and outlined in its class's colour, and a legend underneath.
 
-    The legend lists the classes that occur, largest first, with their share of the image. Labels are drawn as plain
+    The legend lists the classes that occur, largest first, with their fraction of the image. Labels are drawn as plain
     text, whatever they contain, and cut with an ellipsis where they do not fit. A picture under 480 px is enlarged.
 
     Args:
         image: any mode; converted to RGB.
         segmentation: (H, W) class ids, of the image's size. An id without a label (a background of -1 or 255) leaves
             its pixels as they are.
-        labels: the classes; `labels[i]` or `labels.titles[i]` names class i.
+        labels: the classes; `labels[i]` or `labels.class_names[i]` names class i.
         opacity: of the tint, 0 to 1.
 
     Returns:
@@ -199,7 +199,7 @@ def overlay(
     Raises:
         ValueError: sizes differ, or opacity is out of range.
     """
-    titles = labels.titles if isinstance(labels, Labels) else tuple(labels)
+    class_names = labels.class_names if isinstance(labels, Labels) else tuple(labels)
     segmentation = _class_ids(segmentation)
     if segmentation.shape != (image.height, image.width):
         raise ValueError(
@@ -209,15 +209,15 @@ def overlay(
     if not 0 <= opacity <= 1:
         raise ValueError(f"opacity is {opacity}; it must be 0 to 1.")
 
-    labelled = (segmentation >= 0) & (segmentation < len(titles))
+    labelled = (segmentation >= 0) & (segmentation < len(class_names))
     segmentation = np.where(labelled, segmentation, -1)
-    shares = np.bincount(segmentation[labelled], minlength=len(titles)) / segmentation.size
+    fractions = np.bincount(segmentation[labelled], minlength=len(class_names)) / segmentation.size
     factor = max(1, -(-MIN_SIDE_PX // max(segmentation.shape)))
     if factor > 1:
         image = image.resize((image.width * factor, image.height * factor), Image.Resampling.BICUBIC)
         segmentation = segmentation.repeat(factor, axis=0).repeat(factor, axis=1)
-    picture = _tint(image.convert("RGB"), segmentation, palette(len(titles)), opacity)
-    return _with_legend(picture, titles, shares)
+    picture = _tint(image.convert("RGB"), segmentation, palette(len(class_names)), opacity)
+    return _with_legend(picture, class_names, fractions)
 
 
 def _class_ids(segmentation: np.ndarray) -> np.ndarray:
@@ -254,25 +254,25 @@ def _near_a_border(segmentation: np.ndarray, reach_px: int, both_sides: bool = T
     return near
 
 
-def _with_legend(picture: Image.Image, titles: Sequence[str], shares: np.ndarray) -> Image.Image:
-    """`picture` above a panel of swatches, class names and shares, in as many columns as fit."""
+def _with_legend(picture: Image.Image, class_names: Sequence[str], fractions: np.ndarray) -> Image.Image:
+    """`picture` above a panel of swatches, class names and fractions, in as many columns as fit."""
     text_px = int(np.clip(np.sqrt(picture.width * picture.height) / 44, 14, 72))
     width = max(picture.width, MIN_LEGEND_PX, 16 * text_px)
     line_px, gap_px = round(1.6 * text_px), text_px
-    present = [int(index) for index in np.argsort(-shares, kind="stable") if shares[index] > 0]
+    present = [int(index) for index in np.argsort(-fractions, kind="stable") if fractions[index] > 0]
     shown, rest = present[:MAX_LEGEND_ROWS], present[MAX_LEGEND_ROWS:]
-    colours = palette(len(titles)).tolist()
+    colours = palette(len(class_names)).tolist()
     rows: list[tuple[tuple[int, ...] | None, str, ImageFont.FreeTypeFont, float]] = [
-        (tuple(colours[index]), *drawable(plain_text(titles[index]), f"class {index}", text_px), shares[index])
+        (tuple(colours[index]), *drawable(plain_text(class_names[index]), f"class {index}", text_px), fractions[index])
         for index in shown
     ]
     _, digits = drawable("0 %", "", text_px)
     if rest:
-        rows.append((None, f"and {len(rest)} more", digits, shares[rest].sum()))
-    if shares.sum() < 1 - 1e-9:
-        rows.append((None, "no class", digits, 1 - shares.sum()))
+        rows.append((None, f"and {len(rest)} more", digits, fractions[rest].sum()))
+    if fractions.sum() < 1 - 1e-9:
+        rows.append((None, "no class", digits, 1 - fractions.sum()))
 
-    fixed_px = 3 * text_px + digits.getlength("100.0 %")  # swatch, share and the space before each
+    fixed_px = 3 * text_px + digits.getlength("100.0 %")  # swatch, fraction and the space before each
     # One very long name gets an ellipsis and does not cost all the others their column.
     name_px = min(max(font.getlength(text) for _, text, font, _ in rows), 12 * text_px)
     wanted_px = min(fixed_px + name_px, width - 2 * gap_px)
@@ -284,7 +284,7 @@ def _with_legend(picture: Image.Image, titles: Sequence[str], shares: np.ndarray
     canvas = Image.new("RGB", (width, picture.height + lines * line_px + 2 * gap_px), PAPER)
     canvas.paste(picture, ((width - picture.width) // 2, 0))
     draw = ImageDraw.Draw(canvas)
-    for index, (colour, text, font, share) in enumerate(rows):
+    for index, (colour, text, font, fraction) in enumerate(rows):
         column, line = divmod(index, lines)
         left = gap_px + column * (column_px + 2 * gap_px)
         middle = picture.height + gap_px + (line + 0.5) * line_px
@@ -293,19 +293,19 @@ def _with_legend(picture: Image.Image, titles: Sequence[str], shares: np.ndarray
             draw.rectangle(swatch, fill=colour, outline=FRAME)
         name = fit_text(text, font, column_px - fixed_px)
         draw.text((left + 2 * text_px, middle), name, fill=INK, font=font, anchor="lm")
-        draw.text((left + column_px, middle), share_text(share), fill=INK, font=digits, anchor="rm")
+        draw.text((left + column_px, middle), percent_text(fraction), fill=INK, font=digits, anchor="rm")
     return canvas
 
 
-def share_text(share: float) -> str:
-    """A share of the image, 0 to 1, in per cent: `12.3 %`; `< 0.1 %` for what rounds to nothing and is not."""
-    return "< 0.1 %" if 0 < share < 0.0005 else f"{100 * share:.1f} %"
+def percent_text(fraction: float) -> str:
+    """A fraction of the image, 0 to 1, in per cent: `12.3 %`; `< 0.1 %` for what rounds to nothing and is not."""
+    return "< 0.1 %" if 0 < fraction < 0.0005 else f"{100 * fraction:.1f} %"
 
 
 def pca_picture(
     patch_embeds: torch.Tensor,
     size_hw: tuple[int, int] | None = None,
-    covered_hw: tuple[float, float] = (1.0, 1.0),
+    coverage_hw: tuple[float, float] = (1.0, 1.0),
 ) -> Image.Image:
     """Patch features as colours: their first three principal components as red, green and blue.
 
@@ -315,7 +315,7 @@ def pca_picture(
     Args:
         patch_embeds: (h, w, D) features of one image.
         size_hw: (height, width) of the picture, bilinear between patches; None is one pixel for each patch.
-        covered_hw: image size divided by the pixels that the grid covers, per axis; see `axis_weights`.
+        coverage_hw: image size divided by the pixels that the grid covers, per axis; see `axis_weights`.
 
     Returns:
         RGB of size `size_hw`.
@@ -336,6 +336,6 @@ def pca_picture(
     colours = torch.where(flat, 0.5, (parts - low) / (high - low).masked_fill(flat, 1)).clamp(0, 1)
     colours = torch.nn.functional.pad(colours, (0, 3 - colours.shape[1]), value=0.5).reshape(height, width, 3)
     if size_hw is not None:
-        rows, columns = (axis_weights(*axis) for axis in zip(size_hw, (height, width), covered_hw, strict=True))
+        rows, columns = (axis_weights(*axis) for axis in zip(size_hw, (height, width), coverage_hw, strict=True))
         colours = torch.einsum("yh,hwc,xw->yxc", rows, colours, columns)
     return Image.fromarray((255 * colours).round().byte().numpy())

@@ -12,9 +12,9 @@ from typing import Any
 import gradio as gr
 
 from ..checkpoints import ASSETS
-from ..data import load_vocabulary
-from ..data.picture_book import CLASSES as PICTURE_BOOK
-from ..methods_spar import BENCHMARKS, METHODS
+from ..evaluation import load_vocabulary
+from ..methods.table import BENCHMARKS, METHODS
+from ..picture_book.dataset import CLASSES as PICTURE_BOOK
 from .engine import DemoError, Engine, Stopped
 from .payload import Downloads, facts, feature_view, message, milliseconds, view
 from .settings import Settings
@@ -317,7 +317,7 @@ def add_api(page: Page, asked: list[Any], quick: dict[str, Any], slow: dict[str,
     def segment(picture: str, words: str, model: str, method: str) -> tuple[dict[str, Any], str, str]:
         """Segments a picture in one pass.
 
-        Returns the classes with their shares and how long the encoder took, the overlay with its legend (PNG), and
+        Returns the classes with their areas and how long the encoder took, the overlay with its legend (PNG), and
         the label map (PNG), whose pixel values are positions in `words`, from 0.
         """
         try:
@@ -329,7 +329,7 @@ def add_api(page: Page, asked: list[Any], quick: dict[str, Any], slow: dict[str,
     def compare(picture: str, words: str, model: str, method: str) -> dict[str, Any]:
         """Segments a picture in one pass, with the sliding window, and with the distilled student where there is one.
 
-        Returns for each the classes with their shares, the number of windows and the encoder's milliseconds.
+        Returns for each the classes with their areas, the number of windows and the encoder's milliseconds.
         """
         engine = page.engine
         try:

@@ -20,14 +20,15 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from ..build import build_encoder
 from ..checkpoints import load
+from ..encoders.base import DenseEncoder, EncoderWrapper
+from ..encoders.sliding_window import SlidingWindow
 from ..image_processing_spar import InvalidImageError, SparImageProcessor
-from ..methods import build_encoder
-from ..methods_spar import METHODS
+from ..methods.table import METHODS
 from ..pipeline_spar import OpenVocabularySegmentationPipeline
 from ..processing_spar import Labels
 from ..segmentation_spar import axis_weights
-from ..sliding_window import Around, DenseEncoder, SlidingWindow
 from ..visualize import pca_picture
 from .settings import Settings
 
@@ -62,7 +63,7 @@ class Answer:
     Attributes:
         image: RGB, upright, at its own size (H, W).
         segmentation: Class ids (H, W).
-        segments: `{"id", "label", "share"}` of each class that occurs, largest first.
+        segments: `{"id", "label", "area_fraction"}` of each class that occurs, largest first.
         labels: The vocabulary.
         grid_hw: Rows and columns of patches.
         input_hw: Height and width of the pixels that the model saw.
@@ -87,18 +88,18 @@ class Features:
     Attributes:
         size_hw: Height and width of the picture.
         patch_embeds: (h, w, D), normalised.
-        covered_hw: Image size over the pixels that the grid covers, per axis; see `axis_weights`.
+        coverage_hw: Image size over the pixels that the grid covers, per axis; see `axis_weights`.
         pca: RGB of the picture's size.
     """
 
     image: Image.Image
     size_hw: tuple[int, int]
     patch_embeds: torch.Tensor
-    covered_hw: tuple[float, float]
+    coverage_hw: tuple[float, float]
     pca: Image.Image
 
 
-class Watched(Around):
+class Watched(EncoderWrapper):
     """A dense encoder that reports what it has done and times itself."""
 
     def __init__(self, encoder: DenseEncoder, watch: Watch | None = None) -> None:
@@ -330,10 +331,10 @@ class Engine:
                 outputs = encoder(inputs["pixel_values"].to(encoder.device, encoder.dtype))
         except ValueError as error:
             raise DemoError(str(error)) from error
-        covered_hw = tuple(side / extent for side, extent in zip(outputs.image_hw, outputs.extent_hw, strict=True))
+        coverage_hw = tuple(side / extent for side, extent in zip(outputs.image_hw, outputs.extent_hw, strict=True))
         patch_embeds = F.normalize(outputs.patch_embeds[0].float().cpu(), dim=-1)
-        pca = pca_picture(patch_embeds, (image.height, image.width), (covered_hw[0], covered_hw[1]))
-        found = Features(image, (image.height, image.width), patch_embeds, (covered_hw[0], covered_hw[1]), pca)
+        pca = pca_picture(patch_embeds, (image.height, image.width), (coverage_hw[0], coverage_hw[1]))
+        found = Features(image, (image.height, image.width), patch_embeds, (coverage_hw[0], coverage_hw[1]), pca)
         with self._caching:
             self._features[key] = found
             if len(self._features) > KEPT_FEATURES:
@@ -357,10 +358,10 @@ class Engine:
         places = (row_share, column_share)
         row, column = (
             min(int(min(max(place, 0.0), 1.0) * covered * side), side - 1)
-            for place, covered, side in zip(places, features.covered_hw, grid_hw, strict=True)
+            for place, covered, side in zip(places, features.coverage_hw, grid_hw, strict=True)
         )
         cosines = features.patch_embeds @ features.patch_embeds[row, column]  # (h, w, D) @ (D) -> (h, w)
         rows, columns = (
-            axis_weights(*axis) for axis in zip(features.size_hw, grid_hw, features.covered_hw, strict=True)
+            axis_weights(*axis) for axis in zip(features.size_hw, grid_hw, features.coverage_hw, strict=True)
         )
         return (rows @ cosines @ columns.T).numpy(), (row, column)

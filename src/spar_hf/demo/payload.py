@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..visualize import label_map_image, overlay, palette, plain_text, share_text
+from ..visualize import label_map_image, overlay, palette, percent_text, plain_text
 from .engine import Answer, Features
 
 SHOWN_PX = 1280  # longer side of a picture on the page; the downloads have its own size
@@ -58,25 +58,25 @@ def view(panels: Sequence[dict[str, Any]], answers: Sequence[Answer], key: str) 
 
     Args:
         panels: For each picture its `title`, `note` and `answer` (an `Answer`), or `wait`, what it waits for.
-        answers: All answers, for the legend; their classes in the order of the last one's shares.
+        answers: All answers, for the legend; their classes in the order of the last one's areas.
         key: Tells one request from the next: the isolated class stays where it is the same.
     """
     last = answers[-1]
-    titles, names = last.labels.titles, last.labels.classes
-    colours = palette(len(titles)).tolist()
-    shares = [{segment["id"]: segment["share"] for segment in answer.segments} for answer in answers]
-    present = sorted({index for found in shares for index in found}, key=lambda index: -shares[-1].get(index, 0.0))
+    class_names, names = last.labels.class_names, last.labels.classes
+    colours = palette(len(class_names)).tolist()
+    areas = [{segment["id"]: segment["area_fraction"] for segment in answer.segments} for answer in answers]
+    present = sorted({index for found in areas for index in found}, key=lambda index: -areas[-1].get(index, 0.0))
     classes = [
         {
             "id": index,
-            "label": plain_text(titles[index]),
+            "label": plain_text(class_names[index]),
             "names": plain_text(", ".join(names[index])),
             "colour": colours[index],
-            "share": " · ".join(share_text(found.get(index, 0.0)) for found in shares),
-            "fraction": shares[-1].get(index, 0.0),
+            "area": " · ".join(percent_text(found.get(index, 0.0)) for found in areas),
+            "fraction": areas[-1].get(index, 0.0),
         }
         for index in present
-        if 0 <= index < len(titles)
+        if 0 <= index < len(class_names)
     ]
     size = shown_size(last.image)
     shown = []
@@ -84,7 +84,9 @@ def view(panels: Sequence[dict[str, Any]], answers: Sequence[Answer], key: str) 
         answer = panel.pop("answer", None)
         if answer is not None:
             panel["labels"] = data_url(ids_as_colours(answer.segmentation, size), "PNG")
-            found = ", ".join(f"{segment['label']} {share_text(segment['share'])}" for segment in answer.segments[:8])
+            found = ", ".join(
+                f"{segment['label']} {percent_text(segment['area_fraction'])}" for segment in answer.segments[:8]
+            )
             panel["description"] = plain_text(f"{panel['title']}: {found}")
         shown.append(panel)
     photo = last.image.resize(size, Image.Resampling.BICUBIC if size[0] > last.image.width else Image.Resampling.BOX)
@@ -127,8 +129,8 @@ def heat(image: Image.Image, cosines: np.ndarray) -> Image.Image:
 
 
 def facts(answer: Answer) -> dict[str, Any]:
-    """An answer as JSON: classes in the order of the vocabulary with their shares."""
-    shares = {segment["id"]: segment["share"] for segment in answer.segments}
+    """An answer as JSON: classes in the order of the vocabulary with their areas."""
+    areas = {segment["id"]: segment["area_fraction"] for segment in answer.segments}
     return {
         "size_hw": [answer.image.height, answer.image.width],
         "input_hw": list(answer.input_hw),
@@ -136,8 +138,13 @@ def facts(answer: Answer) -> dict[str, Any]:
         "windows": answer.windows,
         "encode_ms": round(answer.encode_ms, 1),
         "classes": [
-            {"id": index, "label": title, "names": list(answer.labels.classes[index]), "share": shares.get(index, 0.0)}
-            for index, title in enumerate(answer.labels.titles)
+            {
+                "id": index,
+                "label": title,
+                "names": list(answer.labels.classes[index]),
+                "area_fraction": areas.get(index, 0.0),
+            }
+            for index, title in enumerate(answer.labels.class_names)
         ],
     }
 

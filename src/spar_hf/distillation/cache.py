@@ -9,7 +9,6 @@ A store is used only by a run that would make the same features: everything they
 
 from __future__ import annotations
 
-import hashlib
 import json
 import zlib
 from collections.abc import Iterator
@@ -19,20 +18,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import nn
 
-from .files import write_atomically, write_json
+from ..files import write_atomically, write_json
 
 FORMAT = "spar_hf feature store 1"
-
-
-def weights_hash(network: nn.Module) -> str:
-    """Short hash of all weights of a network: names, shapes and bytes."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def differences(ours: Any, theirs: Any, path: str = "") -> Iterator[str]:

@@ -17,8 +17,8 @@ from safetensors.torch import save
 from torch import nn
 from torch.distributed.checkpoint import state_dict as dcp
 
+from ..files import write_atomically
 from .cache import differences
-from .files import write_atomically
 
 KEPT = 2
 OPTIONS = dcp.StateDictOptions(

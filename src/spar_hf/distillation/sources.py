@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image, ImageOps
 
-from ..data.picture_book import PictureBook
-from .files import write_atomically
+from ..files import write_atomically
+from ..picture_book.dataset import PictureBook
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 HEADER_BYTES = 65536  # enough for the header of nearly every file; the rest is read only where it is not

@@ -12,13 +12,15 @@ import torch
 from torch import nn
 from transformers import ProcessorMixin
 
+from ..build import build_encoder
 from ..checkpoints import TOWERS, WHOLE, class_of, load, resolve
-from ..composition import MeanOf, OtherGrid, Resized
 from ..encoder_spar import DenseVisionModel
-from ..methods import build_encoder
-from ..methods_spar import find_method
-from ..sliding_window import DenseEncoder, SlidingWindow
-from .cache import FeatureStore, weights_hash
+from ..encoders.base import DenseEncoder
+from ..encoders.composition import Ensemble, Regridded, Resized
+from ..encoders.sliding_window import SlidingWindow
+from ..files import weights_digest
+from ..methods.table import find_method
+from .cache import FeatureStore
 from .sources import BadImage
 from .views import Views
 
@@ -56,7 +58,7 @@ def describe_trunk(vision: DenseVisionModel, first_block: int) -> dict[str, Any]
     # Not on the method and its last block, which come after it.
     fields = ("position_interpolation", "size_rule", "attention_reach")
     runs = {field: getattr(vision.config, field) for field in fields}
-    return {"first_block": first_block, "weights": weights_hash(vision), **runs}
+    return {"first_block": first_block, "weights": weights_digest(vision), **runs}
 
 
 def build_teacher(args: argparse.Namespace) -> tuple[DenseEncoder, dict[str, Any]]:
@@ -80,7 +82,7 @@ def build_teacher(args: argparse.Namespace) -> tuple[DenseEncoder, dict[str, Any
         encoder.requires_grad_(False)
         config = encoder.config
         fields = {
-            "weights": weights_hash(encoder),
+            "weights": weights_digest(encoder),
             **config.features_depend_on(),
             "window_px": None,
             "stride_px": None,
@@ -94,7 +96,7 @@ def build_teacher(args: argparse.Namespace) -> tuple[DenseEncoder, dict[str, Any
             windows = [SlidingWindow(encoder, window_px, stride, args.window_batch) for stride in strides]
             fields |= {"window_px": windows[0].window_px, "stride_px": single(strides)}
         if config.patch_size != patch_px:
-            windows = [OtherGrid(window, patch_px) for window in windows]
+            windows = [Regridded(window, patch_px) for window in windows]
         sides = args.teacher_short_side_px
         teachers += [Resized(window, side) if side else window for window in windows for side in sides or [0]]
         depend_on.append(fields)
@@ -106,7 +108,7 @@ def build_teacher(args: argparse.Namespace) -> tuple[DenseEncoder, dict[str, Any
         "short_side_px": single(args.teacher_short_side_px or [None]),
         "mean": None if len(teachers) == 1 else "normalised features" if len(depend_on) > 1 else "features",
     }
-    return teachers[0] if len(teachers) == 1 else MeanOf(teachers, normalise=len(depend_on) > 1), described
+    return teachers[0] if len(teachers) == 1 else Ensemble(teachers, normalise=len(depend_on) > 1), described
 
 
 def single(values: list) -> Any:
@@ -199,7 +201,7 @@ def _(teacher: SlidingWindow, size_hw: tuple[int, int]) -> int:
 
 
 @pixels_seen.register
-def _(teacher: OtherGrid, size_hw: tuple[int, int]) -> int:
+def _(teacher: Regridded, size_hw: tuple[int, int]) -> int:
     return pixels_seen(teacher.encoder, size_hw)
 
 
@@ -209,7 +211,7 @@ def _(teacher: Resized, size_hw: tuple[int, int]) -> int:
 
 
 @pixels_seen.register
-def _(teacher: MeanOf, size_hw: tuple[int, int]) -> int:
+def _(teacher: Ensemble, size_hw: tuple[int, int]) -> int:
     return sum(pixels_seen(encoder, size_hw) for encoder in teacher.encoders)
 
 

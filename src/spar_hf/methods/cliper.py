@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 
+from ..clip_spar import SparVisionModel
 from ..dense_spar import attend, attention_map, merge_heads, project_heads
 from ..encoder_spar import SparVisionOutput
-from ..modeling_spar import SparVisionModel
 from ..reach_spar import WindowReach
 from .encoder import ROW_NUMBERS, MethodEncoder
 

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..dense_spar import class_token_attention, fit_to_patches, merge_heads, project_heads
+from ..clip_spar import SparVisionModel
+from ..dense_spar import class_token_attention, merge_heads, project_heads
 from ..encoder_spar import SparVisionOutput, check_pixels
-from ..modeling_spar import SparVisionModel
+from ..grid_spar import fit_to_patches
 
 # Numbers of a similarity matrix that are held at once, 16 MB in fp32; a window's whole matrix is far smaller.
 ROW_NUMBERS = 2**22

@@ -29,10 +29,11 @@ from transformers import MODEL_FOR_BACKBONE_MAPPING, AutoConfig, AutoModel, ViTM
 from transformers.image_processing_base import ImageProcessingMixin
 
 from ..checkpoints import resolve
-from ..composition import resample
-from ..dense_spar import fit_to_patches, merge_heads, project_heads, resize_positions
+from ..clip_spar import SparVisionModel
+from ..dense_spar import merge_heads, project_heads
 from ..encoder_spar import SparVisionOutput
-from ..modeling_spar import SparVisionModel
+from ..encoders.composition import resample
+from ..grid_spar import fit_to_patches, resize_positions
 from .encoder import MethodEncoder, above_mean, attend_by_similarity, mean_similarity
 
 SHIFT, SHARPNESS = 1.2, 3.0  # beta and gamma

@@ -25,9 +25,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..dense_spar import attend, block_index, merge_heads, project_heads
+from ..clip_spar import SparVisionModel
+from ..dense_spar import attend, merge_heads, project_heads
 from ..encoder_spar import SparVisionOutput
-from ..modeling_spar import SparVisionModel
+from ..methods_spar import block_index
 from ..reach_spar import WindowReach
 from .encoder import ROW_NUMBERS, MethodEncoder, above_mean, attend_by_similarity, mean_similarity
 
@@ -77,7 +78,7 @@ def repair(patches: torch.Tensor, outliers: torch.Tensor, grid_hw: tuple[int, in
     return torch.where(outliers.unsqueeze(-1) & (count > 0.5), total / count.clamp(min=1), patches)
 
 
-def shares(cosines: torch.Tensor) -> torch.Tensor:
+def row_fractions(cosines: torch.Tensor) -> torch.Tensor:
     """Similarities from the threshold up, each row divided by its sum."""
     cosines.masked_fill_(cosines < THRESHOLD, 0)
     return cosines.div_(cosines.sum(dim=-1, keepdim=True) + 1e-6)
@@ -106,14 +107,14 @@ class Encoder(MethodEncoder):
         outliers = outliers > outliers.quantile(1 - OUTLIER_SHARE, dim=1, keepdim=True) * (1 + 1e-5)
 
         late = unit(repair(outputs[self.late][:, 1:], outliers, grid_hw))
-        patches = attend_by_similarity(late, repair(x[:, 1:], outliers, grid_hw), shares)
+        patches = attend_by_similarity(late, repair(x[:, 1:], outliers, grid_hw), row_fractions)
         many = torch.zeros_like(x)
         for index in self.summed:
             many += outputs[index]
 
         # The two paths meet here already: all that follows their soft-maxes is linear.
         attended = self.attend([patches, many[:, 1:]], late, reach) + CLASS_WEIGHT * (x[:, :1] + many[:, :1])
-        patches = attend_by_similarity(unit(outputs[self.first][:, 1:]), attended, shares)
+        patches = attend_by_similarity(unit(outputs[self.first][:, 1:]), attended, row_fractions)
         return self.output(patches, x, grid_hw, extent_hw, pixel_values)
 
     def attend(self, paths: list[torch.Tensor], late: torch.Tensor, reach: WindowReach | None) -> torch.Tensor:

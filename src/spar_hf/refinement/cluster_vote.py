@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..segmentation_spar import axis_weights
-from .tapped import TappedImage
+from .clip_internals import ClipInternals
 
 BLOCK = 11
 CELLS, MEDIAN = 4, 7  # cells a patch, and the side of the median filter in cells
@@ -72,7 +72,7 @@ def median(maps: Tensor) -> Tensor:
     return torch.stack(filtered)
 
 
-def cluster_vote(labels: Tensor, image: TappedImage) -> Tensor:
+def cluster_vote(labels: Tensor, image: ClipInternals) -> Tensor:
     """The label map (H, W) with each cluster in one class."""
     correlation = image.self_correlation(BLOCK)
     rows = (correlation[1:, 1:] - correlation[:1, 1:]).clamp(min=0)  # (N, N)
@@ -85,7 +85,7 @@ def cluster_vote(labels: Tensor, image: TappedImage) -> Tensor:
     maps = median(F.interpolate(maps[None], size=fine_hw, mode="bilinear", align_corners=False)[0])
     down, across = (
         axis_weights(size, fine, covered).to(maps.device)
-        for size, fine, covered in zip(labels.shape, fine_hw, image.covered_hw, strict=True)
+        for size, fine, covered in zip(labels.shape, fine_hw, image.coverage_hw, strict=True)
     )
     # The clusters one by one, so that only the best of them is held at full resolution.
     best = torch.full(labels.shape, -torch.inf, device=maps.device)

@@ -74,7 +74,7 @@ def fused(
     experts: Tensor,
     default: Tensor,
     size_hw: tuple[int, int],
-    covered_hw: tuple[float, float],
+    coverage_hw: tuple[float, float],
 ) -> Maps:
     """The probabilities of the expert that is heard at each pixel; K^2 h w numbers are held, 0.24 GB for 150 names.
 
@@ -83,7 +83,7 @@ def fused(
         experts: (K, K, D), from `expert_embeds`.
         default: (K, D), the classifier where no expert is heard.
         size_hw: size of the label map.
-        covered_hw: see `axis_weights`.
+        coverage_hw: see `axis_weights`.
     """
 
     # (K + 1, h, w, K): of each expert, and last of the classifier where nobody is heard.
@@ -92,7 +92,7 @@ def fused(
     )
     down, across = (
         axis_weights(size, grid, covered).to(default.device)
-        for size, grid, covered in zip(size_hw, tables.shape[1:3], covered_hw, strict=True)
+        for size, grid, covered in zip(size_hw, tables.shape[1:3], coverage_hw, strict=True)
     )
     nobody = len(experts)
     heard = torch.full(size_hw, nobody, device=default.device)

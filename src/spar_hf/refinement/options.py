@@ -79,7 +79,7 @@ LABEL_OPTIONS: dict[str, LabelOption] = {
         looks_inside=True,
     ),
     "prompt-denoising": LabelOption(
-        "classes that are sure nowhere are struck out",
+        "classes that are sure nowhere are masked out",
         "MaskCLIP; Zhou et al., ECCV 2022",
         "scores",
         prompt_denoising,

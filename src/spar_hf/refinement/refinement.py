@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..encoders.base import DenseEncoder
+from ..encoders.sliding_window import Windows
 from ..prompts_spar import Labels
 from ..segmentation_spar import axis_weights
-from ..sliding_window import DenseEncoder, Windows
+from .clip_internals import ClipInternals, check_network
 from .floss import candidates, encode_templates, expert_embeds, fused, rank_templates, unit_features
 from .label_maps import Maps, averaged, best_class, upsampled
 from .options import find_options
-from .tapped import TappedImage, check_network
 from .views import ViewEnsemble
 
 
@@ -86,18 +87,20 @@ class Refinement:
             windows: The encoder, if it keeps windows apart: their score maps are averaged, pixel by pixel. Options on
                 scores and templates then run in each window, those on full maps and labels once.
         """
-        return [partial(self._label_map, TappedImage(self.model, single), windows) for single in pixel_values.split(1)]
+        return [
+            partial(self._label_map, ClipInternals(self.model, single), windows) for single in pixel_values.split(1)
+        ]
 
     @torch.no_grad()
     def _label_map(
         self,
-        image: TappedImage,
+        image: ClipInternals,
         windows: Windows | None,
         patch_embeds: Tensor,
         text_embeds: Tensor,
         class_ids: Tensor,
         size_hw: tuple[int, int],
-        covered_hw: tuple[float, float] = (1.0, 1.0),
+        coverage_hw: tuple[float, float] = (1.0, 1.0),
         logit_scale: float = 40.0,
         background_threshold: float | None = None,
         background_class: int = 0,
@@ -107,13 +110,13 @@ class Refinement:
         patches, text_embeds = self._unit_patches(patch_embeds), F.normalize(text_embeds.float(), dim=-1)
         names = (text_embeds, class_ids, None if background_threshold is None else background_class)
         if windows is None:
-            maps = self._maps(image, patches, *names, size_hw, covered_hw)
+            maps = self._maps(image, patches, *names, size_hw, coverage_hw)
         else:
             image_hw = (image.pixel_values.shape[2], image.pixel_values.shape[3])
             places, window_hw = windows.places(image_hw), windows.window_hw(image_hw)
             crops = (image.crop(*place, *window_hw) for place in places)
             parts = [
-                self._maps(crop, single, *names, window_hw, covered_hw)
+                self._maps(crop, single, *names, window_hw, coverage_hw)
                 for crop, single in zip(crops, patches, strict=True)
             ]
             maps = averaged(parts, places, window_hw, image_hw, size_hw)
@@ -130,13 +133,13 @@ class Refinement:
 
     def _maps(
         self,
-        image: TappedImage,
+        image: ClipInternals,
         patches: Tensor,
         text_embeds: Tensor,
         class_ids: Tensor,
         background: int | None,
         size_hw: tuple[int, int],
-        covered_hw: tuple[float, float],
+        coverage_hw: tuple[float, float],
     ) -> Maps:
         """The score maps of an image or a window at full resolution, with the options on scores and templates."""
 
@@ -147,10 +150,10 @@ class Refinement:
             return scores
 
         if self._of("templates"):
-            return fused(scores_of, self._check_experts(text_embeds), text_embeds, size_hw, covered_hw)
+            return fused(scores_of, self._check_experts(text_embeds), text_embeds, size_hw, coverage_hw)
         rows, columns = (
             axis_weights(size, grid, covered).to(patches.device)
-            for size, grid, covered in zip(size_hw, patches.shape, covered_hw, strict=False)
+            for size, grid, covered in zip(size_hw, patches.shape, coverage_hw, strict=False)
         )
         return upsampled(scores_of(text_embeds), rows, columns)
 

@@ -10,8 +10,8 @@ have gone through the output projection, as its ViT hands them on, and its code 
 channel over the whole image, where the paper's formula has the cosine of two keys; the numbers were made with the
 code, which is what runs here. CLIP Surgery's class token is that of CLIP's own path over the whole image; its code
 sharpens with the factor 2 before the soft-max, as here.
-Deviations: synonyms share a probability, so prompt denoising adds them up and strikes out classes; theirs has one name
-a class. If it would strike out all, it strikes out none; theirs then calls every pixel the first class. CLIP Surgery's
+Deviations: synonyms share a probability, so prompt denoising adds them up and masks out classes; theirs has one name
+a class. If it would mask out all, it masks out none; theirs then calls every pixel the first class. CLIP Surgery's
 demo divides each channel of the image's features by its length over all tokens, here each token has length one; for a
 single name, of which nothing is left once the mean is subtracted, it subtracts the text features of "" instead.
 """
@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .tapped import TappedImage
+from .clip_internals import ClipInternals
 
 SOFTMAX_SCALE = 100.0
-STRUCK_OUT = -100.0  # below any cosine, and finite, so that it can be interpolated
+MASKED_OUT = -100.0  # below any cosine, and finite, so that it can be interpolated
 MIN_CONFIDENCE = 0.5
 SMOOTH_BELOW = 1.0
 SHARPNESS = 2.0
@@ -38,16 +38,16 @@ def sum_of_classes(probabilities: Tensor, class_ids: Tensor) -> Tensor:
 
 
 def prompt_denoising(
-    scores: Tensor, image: TappedImage, text_embeds: Tensor, class_ids: Tensor, background: int | None = None
+    scores: Tensor, image: ClipInternals, text_embeds: Tensor, class_ids: Tensor, background: int | None = None
 ) -> Tensor:
-    """Strikes out the classes that reach a probability of 0.5 at no patch; (K, h, w) -> (K, h, w)."""
+    """masks out the classes that reach a probability of 0.5 at no patch; (K, h, w) -> (K, h, w)."""
     confidence = sum_of_classes((SOFTMAX_SCALE * scores).softmax(0), class_ids).amax((1, 2))  # (C)
-    struck_out = (confidence < MIN_CONFIDENCE)[class_ids]
-    return scores if struck_out.all() else scores.masked_fill(struck_out[:, None, None], STRUCK_OUT)
+    masked_out = (confidence < MIN_CONFIDENCE)[class_ids]
+    return scores if masked_out.all() else scores.masked_fill(masked_out[:, None, None], MASKED_OUT)
 
 
 def key_smoothing(
-    scores: Tensor, image: TappedImage, text_embeds: Tensor, class_ids: Tensor, background: int | None = None
+    scores: Tensor, image: ClipInternals, text_embeds: Tensor, class_ids: Tensor, background: int | None = None
 ) -> Tensor:
     """Where no name is certain, the sum of all patches' probabilities, weighted by how alike the keys are.
 
@@ -61,7 +61,7 @@ def key_smoothing(
 
 
 def redundancy_removal(
-    scores: Tensor, image: TappedImage, text_embeds: Tensor, class_ids: Tensor, background: int | None = None
+    scores: Tensor, image: ClipInternals, text_embeds: Tensor, class_ids: Tensor, background: int | None = None
 ) -> Tensor:
     """Weighs each name by the image's own similarity to it, then subtracts the mean over names.
 

@@ -1,4 +1,4 @@
-"""TagCLIP's class re-identification: which classes are in the image at all; the others are struck out.
+"""TagCLIP's class re-identification: which classes are in the image at all; the others are masked out.
 
 Paper: TagCLIP (Lin et al., AAAI 2024, arXiv 2312.12828): patch probabilities, refined with the attention of the blocks
 9 to 11 where at least 4 blocks agree ("dual-masking attention refinement"), give a first score for each class; a crop
@@ -7,11 +7,11 @@ around each likely class is looked at again by CLIP ("class-wise re-identificati
 Choices, as the authors' code runs: the soft-max is over all names, with the model's own logit scale; thresholds are
 half of the way from the lowest to the highest score, first of the refined map, at the end of the classes; boxes stop
 one short of the last row and column; if one class's box is empty the crops after it are left out. Names of the
-background are columns of their own in the maps, and no classes: they have no crops and are never struck out.
+background are columns of their own in the maps, and no classes: they have no crops and are never masked out.
 The second mask is the union of the bounding boxes (8-connected) of what lies above the map's mean, in 256 steps.
 Deviations: patch probabilities come from the encoder at hand and not from MaskCLIP; positions and sides that are no
 multiple of the patch follow the network's own rules (theirs stretches the image); the probabilities of synonyms are
-added up; the classes that fail are struck out of the label map, while the authors stop at the tags; of their settings
+added up; the classes that fail are masked out of the label map, while the authors stop at the tags; of their settings
 there is the one for objects. In a network of another depth a third of the blocks must agree, and the maps are those of
 the blocks after two thirds of the depth but for the last.
 """
@@ -24,16 +24,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .scores import STRUCK_OUT, sum_of_classes
-from .tapped import TappedImage, covered_pixels
+from .clip_internals import ClipInternals, covered_pixels
+from .scores import MASKED_OUT, sum_of_classes
 
 HALF = 0.5
 
 
 def reidentification(
-    scores: Tensor, image: TappedImage, text_embeds: Tensor, class_ids: Tensor, background: int | None = None
+    scores: Tensor, image: ClipInternals, text_embeds: Tensor, class_ids: Tensor, background: int | None = None
 ) -> Tensor:
-    """Strikes out the names of classes that are not in the image; (K, h, w) -> (K, h, w)."""
+    """masks out the names of classes that are not in the image; (K, h, w) -> (K, h, w)."""
     columns, num_classes = columns_of(class_ids, background)
     if num_classes == 0:
         return scores
@@ -41,7 +41,7 @@ def reidentification(
     found = torch.ones(int(columns.max()) + 1, dtype=torch.bool, device=tags.device)  # the background's stay
     found[:num_classes] = tags > tags.min() + HALF * (tags.max() - tags.min())
     found[tags.argmax()] = True
-    return scores.masked_fill(~found[columns][:, None, None], STRUCK_OUT)
+    return scores.masked_fill(~found[columns][:, None, None], MASKED_OUT)
 
 
 def columns_of(class_ids: Tensor, background: int | None) -> tuple[Tensor, int]:
@@ -59,7 +59,9 @@ def columns_of(class_ids: Tensor, background: int | None) -> tuple[Tensor, int]:
     return result, len(classes)
 
 
-def class_scores(scores: Tensor, image: TappedImage, text_embeds: Tensor, columns: Tensor, num_classes: int) -> Tensor:
+def class_scores(
+    scores: Tensor, image: ClipInternals, text_embeds: Tensor, columns: Tensor, num_classes: int
+) -> Tensor:
     """How much each class is in the image, (C), from 0 to about 1; `columns` as `columns_of` gives them."""
     grid_hw = (scores.shape[1], scores.shape[2])
     coarse = sum_of_classes((image.logit_scale * scores).softmax(0), columns).flatten(1).T  # (N, C + background names)
@@ -80,7 +82,7 @@ def class_scores(scores: Tensor, image: TappedImage, text_embeds: Tensor, column
     return tags
 
 
-def voted_attention(image: TappedImage) -> Tensor:
+def voted_attention(image: ClipInternals) -> Tensor:
     """Mean attention of the blocks 9 to 11, (N, N), zero where fewer than 4 blocks are above their own mean."""
     last = max(image.num_blocks - 1, 1)
     first = min(math.ceil(8 * image.num_blocks / 12), last - 1)  # counted from 0; 8, 9 and 10 of 12
@@ -148,7 +150,7 @@ def box_of(mask: Tensor) -> tuple[int, int, int, int, Tensor] | None:
 
 
 def crop_probability(
-    image: TappedImage, top: int, bottom: int, left: int, right: int, mask: Tensor, text_embeds: Tensor
+    image: ClipInternals, top: int, bottom: int, left: int, right: int, mask: Tensor, text_embeds: Tensor
 ) -> Tensor:
     """Probability of each name (K) for the crop, at the network's native size, its class token kept to the mask."""
     patch_px, native_px = image.network.config.patch_size, image.network.config.image_size

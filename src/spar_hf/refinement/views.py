@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..encoder_spar import SparVisionOutput
-from ..sliding_window import Around, DenseEncoder
-from .tapped import covered_pixels
+from ..encoders.base import DenseEncoder, EncoderWrapper
+from .clip_internals import covered_pixels
 
 LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601, as torchvision rounds it
 BLUR_PX, BLUR_SIGMA_PX = 11, 5.0
@@ -68,7 +68,7 @@ FLIPS = (
 )
 
 
-class ViewEnsemble(Around, nn.Module):
+class ViewEnsemble(EncoderWrapper, nn.Module):
     """Weighted mean of the L2-normalised features of an image and of views of it; itself a dense encoder.
 
     The plain image and the changed ones weigh the same; all flips together weigh 0.3 of the whole.

@@ -67,7 +67,7 @@ function legend(classes, bars) {
     button.setAttribute('aria-pressed', 'false');
     const swatch = node('i');
     swatch.style.background = `rgb(${entry.colour.join(',')})`;
-    button.append(swatch, node('span', 'label', entry.label), node('span', 'share', entry.share));
+    button.append(swatch, node('span', 'label', entry.label), node('span', 'area', entry.area));
     if (bars) {
       const bar = node('span', 'bar'), fill = node('em');
       fill.style.width = `${100 * entry.fraction}%`;

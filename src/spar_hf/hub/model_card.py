@@ -15,7 +15,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-TEMPLATE = Path(__file__).parent / "assets" / "model_card.md"
+TEMPLATE = Path(__file__).parents[1] / "assets" / "model_card.md"
 MADE_BY_US = "<!-- Written by `spar publish`. -->"
 MADE_BY_OTHERS = "<!-- This model card has been generated automatically"  # of transformers' trainers
 GIVEN = ("license", "license_name", "license_link", "language", "datasets", "base_model", "tags")

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from .dense_spar import fit_to_patches
-from .encoder_spar import SparVisionOutput, check_pixels
-from .sliding_window import Around, DenseEncoder
+from ..encoder_spar import SparVisionOutput, check_pixels
+from ..grid_spar import fit_to_patches
+from .base import DenseEncoder, EncoderWrapper
 
 
-class Resized(Around, nn.Module):
+class Resized(EncoderWrapper, nn.Module):
     """Runs a dense encoder on the image resized to a shorter side of its own, and returns to the image's grid.
 
     A teacher sees best at some size: below it a thing has too few patches, above it a thing outgrows the window.
@@ -99,7 +99,7 @@ def resample(
     return sampled.to(features.dtype)
 
 
-class OtherGrid(nn.Module):
+class Regridded(nn.Module):
     """Gives a dense encoder's features on the grid of another patch size, bilinearly.
 
     So a teacher whose patches are not the student's can still teach it.
@@ -136,7 +136,7 @@ class OtherGrid(nn.Module):
         )
 
 
-class MeanOf(nn.Module):
+class Ensemble(nn.Module):
     """The mean of several dense encoders' features. No gradients.
 
     Args:

@@ -17,9 +17,9 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image
 
+from ..picture_book.dataset import CLASSES as PICTURE_BOOK_CLASSES
+from ..picture_book.dataset import PictureBook
 from ..prompts_spar import Labels
-from .picture_book import CLASSES as PICTURE_BOOK_CLASSES
-from .picture_book import PictureBook
 
 IGNORED = -1  # the class id of a pixel that is not scored
 _UNKNOWN = -2
@@ -152,7 +152,7 @@ class Sample:
 
     name: str
     image: Image.Image
-    truth: np.ndarray
+    target: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -329,15 +329,15 @@ def read_sample(name: str, image_path: Path, mask_path: Path, table: LabelTable)
     lookup = np.full(2**16, _UNKNOWN, dtype=np.int32)
     lookup[list(table)] = list(table.values())
     in_range = (stored >= 0) & (stored < len(lookup))
-    truth = np.where(in_range, lookup[np.where(in_range, stored, 0)], _UNKNOWN)
-    if (truth == _UNKNOWN).any():
-        unknown = np.unique(stored[truth == _UNKNOWN])
+    target = np.where(in_range, lookup[np.where(in_range, stored, 0)], _UNKNOWN)
+    if (target == _UNKNOWN).any():
+        unknown = np.unique(stored[target == _UNKNOWN])
         shown = ", ".join(map(str, unknown[:5].tolist())) + (", ..." if len(unknown) > 5 else "")
         raise ValueError(
             f"{mask_path} holds the labels {shown}, outside the vocabulary of {max(table.values()) + 1} classes. "
             "Check that the label map and the benchmark belong together."
         )
-    return Sample(name, image, truth.astype(np.int32))
+    return Sample(name, image, target.astype(np.int32))
 
 
 def _open(path: Path) -> Image.Image:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .picture_book_shapes import BODY, MATERIAL_RGB, SHADE, TINT
-from .picture_book_stuff import STUFF, pack
-from .picture_book_things import THINGS
+from .shapes import BODY, MATERIAL_RGB, SHADE, TINT
+from .stuff import STUFF, pack
+from .things import THINGS
 
 # The vocabulary: the ids of a mask index it, things first, then stuff; each class with its synonyms.
 CLASSES: tuple[tuple[str, ...], ...] = (*THINGS, *STUFF)
@@ -140,8 +140,8 @@ class Sketch:
                 rng.uniform(0, 2 * np.pi),
             )
         self.band_angle_rad = rng.normal(0, 0.35) + (np.pi / 2 if rng.random() < 0.3 else 0.0)
-        shares = rng.uniform(0.7, 1.3, count)
-        self.band_cuts = np.cumsum(shares / shares.sum())[:-1]
+        fractions = rng.uniform(0.7, 1.3, count)
+        self.band_cuts = np.cumsum(fractions / fractions.sum())[:-1]
         self.wave = (rng.uniform(0, 0.06), rng.uniform(4, 14), rng.uniform(0, 2 * np.pi))
         self.texture_angle_rad = rng.normal(0, 0.15, len(self.stuff_ids))
         self.texture_shift_yx = rng.uniform(0, 20, (len(self.stuff_ids), 2))

@@ -1,30 +1,75 @@
-"""SparVisionModel and SparModel: CLIP with any-resolution positions and dense, text-aligned patch features."""
+"""The CLIP family: configurations, and models with positions of any resolution and text-aligned patch features."""
 
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import CLIPModel, CLIPVisionModel
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, CLIPVisionModel
 from transformers import initialization as init
+from transformers.configuration_utils import SubConfigSpec
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import PrefixChange, WeightRenaming
 from transformers.models.clip.modeling_clip import CLIPAttention, CLIPEncoderLayer, CLIPVisionEmbeddings
 
-from .configuration_spar import SparConfig, SparVisionConfig
-from .dense_spar import (
-    Recipe,
-    class_token_attention,
-    mean_length,
-    merge_heads,
-    mix_maps,
-    mix_patches,
-    project_heads,
-    resize_positions,
-)
+from .configuration_spar import CLIP_MEAN, CLIP_STD, DenseConfig, DenseVisionConfig
+from .dense_spar import class_token_attention, mean_length, merge_heads, mix_maps, mix_patches, project_heads
 from .encoder_spar import DenseAttention, DenseEncoderLayer, DenseModel, DenseVisionModel, embed_patches
+from .grid_spar import resize_positions
+from .methods_spar import Recipe, find_recipe
 from .reach_spar import WindowReach
+
+
+class SparVisionConfig(DenseVisionConfig, CLIPVisionConfig):
+    """`CLIPVisionConfig` and what dense features at any resolution need beside it; see `DenseVisionConfig`.
+
+    Args:
+        method: row of the table of methods; gives `recipe` and `position_interpolation` where these are not given.
+        recipe: the last block, `spar_hf.methods_spar.Recipe` as a dictionary. A saved model keeps it written out, so
+            it does not depend on a later version of the table.
+    """
+
+    model_type = "spar_vision"
+    stock_class = CLIPVisionConfig
+    vision_types = ("clip_vision_model", "spar_vision")
+
+    image_size: int = 224
+    patch_size: int = 16
+    method: str = "maskclip"
+    recipe: dict[str, Any] | None = None
+    image_mean: list[float] | tuple[float, ...] = CLIP_MEAN
+    image_std: list[float] | tuple[float, ...] = CLIP_STD
+
+    def settle_method(self) -> None:
+        if self.recipe is None:
+            self.recipe = find_recipe(self.method).recipe.to_dict()
+        if self.position_interpolation is None:
+            self.position_interpolation = find_recipe(self.method).position_interpolation
+
+    def features_depend_on(self) -> dict[str, Any]:
+        return {**super().features_depend_on(), "recipe": Recipe(**self.recipe).to_dict()}
+
+    def validate_spar(self) -> None:
+        Recipe(**self.recipe)
+        super().validate_spar()
+
+
+class SparConfig(DenseConfig, CLIPConfig):
+    """A `SparVisionConfig` and CLIP's text configuration; see `DenseConfig`."""
+
+    model_type = "spar"
+    stock_type = "clip"
+    vision_class = SparVisionConfig
+    sub_configs_defaults = {  # the long form: transformers 5.20, the last for Python 3.10, reads no other
+        "vision_config": SubConfigSpec(config_class=SparVisionConfig),
+        "text_config": SubConfigSpec(config_class=CLIPTextConfig),
+    }
+
+    text_config: dict | CLIPTextConfig | None = None
+    vision_config: dict | SparVisionConfig | None = None
+
 
 WEIGHTS_NEEDED = (
     "a CLIP checkpoint with its projection (CLIPModel or CLIPVisionModelWithProjection), or projection_dim=0 for "

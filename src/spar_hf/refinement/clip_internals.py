@@ -1,4 +1,4 @@
-"""TappedImage: what a label option may ask CLIP itself about one image, whatever encoder made the patch features.
+"""ClipInternals: what a label option may ask CLIP itself about one image, whatever encoder made the patch features.
 
 One plain pass of the network over the whole image, made when the first option asks and kept for the others. Blocks are
 counted from 1 in a network of twelve, as in `dense_spar.Term`; in one of L blocks, block b is number ceil(b L / 12).
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..dense_spar import attend, fit_to_patches, merge_heads, project_heads
-from ..modeling_spar import SparVisionModel
+from ..clip_spar import SparVisionModel
+from ..dense_spar import attend, merge_heads, project_heads
+from ..grid_spar import fit_to_patches
 
 
 def check_network(network: Any, option: str) -> None:
@@ -34,7 +35,7 @@ def covered_pixels(pixel_values: Tensor, config: Any) -> Tensor:
     return pixels[..., : pixels.shape[2] // patch_px * patch_px, : pixels.shape[3] // patch_px * patch_px]
 
 
-class TappedImage:
+class ClipInternals:
     """One image, and CLIP's own view of it.
 
     Args:
@@ -46,9 +47,9 @@ class TappedImage:
         self.model = model
         self.pixel_values = pixel_values
 
-    def crop(self, top: int, left: int, height: int, width: int) -> TappedImage:
+    def crop(self, top: int, left: int, height: int, width: int) -> ClipInternals:
         """A part of the image as an image of its own; pixels."""
-        return TappedImage(self.model, self.pixel_values[..., top : top + height, left : left + width])
+        return ClipInternals(self.model, self.pixel_values[..., top : top + height, left : left + width])
 
     @property
     def network(self) -> Any:
@@ -75,7 +76,7 @@ class TappedImage:
         return tuple(self._outputs.patch_embeds.shape[1:3])
 
     @property
-    def covered_hw(self) -> tuple[float, float]:
+    def coverage_hw(self) -> tuple[float, float]:
         """Image size over the pixels that the grid covers, per axis; see `axis_weights`."""
         (height, width), (rows, columns) = self._outputs.image_hw, self._outputs.extent_hw
         return height / rows, width / columns

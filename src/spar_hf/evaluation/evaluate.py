@@ -7,10 +7,8 @@ print(result.table())
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
 import shlex
 import statistics
 import sys
@@ -28,10 +26,13 @@ from safetensors.numpy import save
 from torch import nn
 from tqdm.auto import tqdm
 
-from .data import IGNORED, BenchmarkData, Protocol, Sample, load_protocol
-from .metrics import SegmentationCounts
-from .refinement import Refinement
-from .sliding_window import DenseEncoder, Windows
+from ..encoders.base import DenseEncoder
+from ..encoders.sliding_window import Windows
+from ..files import digest, weights_digest, write_atomically
+from ..refinement import Refinement
+from .benchmarks import IGNORED, BenchmarkData, Sample
+from .counts import SegmentationCounts
+from .protocols import Protocol, load_protocol
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class EvaluationResult:
         refine: Label options that were on, in the order in which they ran.
         protocol: Every constant of the protocol, under "name" its name.
         num_images: Images that were counted.
-        mean_iou: Mean over the classes that occur in prediction or truth, 0 to 1. All scores are nan if none does.
+        mean_iou: Mean over the classes that occur in prediction or target, 0 to 1. All scores are nan if none does.
         pixel_accuracy: Share of the pixels that were predicted right.
         mean_accuracy: Mean over the true classes of the share of their pixels that were predicted right.
         boundary_iou: Mean boundary IoU over the same classes as `mean_iou`; see `SegmentationCounts`.
@@ -177,10 +178,10 @@ def evaluate(
             pixel_values, sample = read(number)
             started = _now(device)
             prediction = _label_map(
-                encoder, processor, pixel_values, sample.truth.shape, label_features, protocol, label_maps
+                encoder, processor, pixel_values, sample.target.shape, label_features, protocol, label_maps
             )
             state.seconds.append(_now(device) - started)
-            state.counts.update(prediction, sample.truth)
+            state.counts.update(prediction, sample.target)
             if progress:
                 bar.set_postfix_str(f"mIoU {100 * float(np.nan_to_num(state.counts.scores()['mean_iou'])):.1f}")
             if state_path is not None and (state.counts.num_images % save_every == 0 or number + 1 == count):
@@ -198,7 +199,7 @@ def evaluate(
         pixel_accuracy=scores["overall_accuracy"],
         mean_accuracy=scores["mean_accuracy"],
         boundary_iou=scores["boundary_iou"],
-        per_class_iou=dict(zip(benchmark.labels.titles, scores["per_category_iou"], strict=True)),
+        per_class_iou=dict(zip(benchmark.labels.class_names, scores["per_category_iou"], strict=True)),
         seconds_per_image=statistics.median(state.seconds),
         seconds_per_image_mean=statistics.fmean(state.seconds),
         peak_memory_mb=max(state.peak_memory_mb, peak_memory_mb(device)),
@@ -218,7 +219,7 @@ def _label_map(
     protocol: Protocol,
     label_maps: Callable[[torch.Tensor], list] | None,
 ) -> np.ndarray:
-    """The class ids (H, W) of one preprocessed image at the size of its truth."""
+    """The class ids (H, W) of one preprocessed image at the size of its target."""
     outputs = encoder(pixel_values.to(encoder.device, encoder.dtype))
     (label_map,) = processor.post_process_semantic_segmentation(
         outputs,
@@ -295,30 +296,16 @@ def _fingerprint(
     """What decides the scores, by name, so that a refused state can say what changed."""
     return {
         # A module's repr holds its structure and, for a window, its side and stride.
-        "encoder": _digest([repr(encoder).encode(), encoder.config.to_json_string().encode()]),
-        "weights": _digest(_weights(part for part in (encoder, model) if isinstance(part, nn.Module))),
-        "processor": _digest([processor.to_json_string().encode()]),
+        "encoder": digest([repr(encoder).encode(), encoder.config.to_json_string().encode()]),
+        "weights": weights_digest(*(part for part in (encoder, model) if isinstance(part, nn.Module))),
+        "processor": digest([processor.to_json_string().encode()]),
         "benchmark": json.dumps(
-            [benchmark.name, benchmark.variant, _digest([json.dumps(benchmark.labels.classes).encode()])]
+            [benchmark.name, benchmark.variant, digest([json.dumps(benchmark.labels.classes).encode()])]
         ),
-        "images": json.dumps([count, _digest(name.encode() + b"\0" for name in benchmark.sample_names)]),
+        "images": json.dumps([count, digest(name.encode() + b"\0" for name in benchmark.sample_names)]),
         "protocol": json.dumps(asdict(protocol)),
         "label options": json.dumps(refine),
     }
-
-
-def _weights(modules: Iterable[nn.Module]) -> Iterable[bytes]:
-    for module in modules:
-        for name, tensor in module.state_dict().items():
-            yield f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
-            yield tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-
-
-def _digest(parts: Iterable[bytes]) -> str:
-    sha = hashlib.sha256()
-    for part in parts:
-        sha.update(part)
-    return sha.hexdigest()[:16]
 
 
 def _now(device: torch.device) -> float:
@@ -343,17 +330,6 @@ def markdown_table(header: list[str], rows: Iterable[Iterable[str]]) -> list[str
     """The lines of a Markdown table, numbers to the right."""
     alignment = ["---", *["---:"] * (len(header) - 1)]
     return [f"| {' | '.join(row)} |" for row in (header, alignment, *rows)]
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes beside the file and moves it over, so that a reader never sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        beside.write_bytes(content)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _without_nan(value: Any) -> Any:

@@ -8,50 +8,13 @@ from __future__ import annotations
 
 import math
 from itertools import product
-from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from .dense_spar import fit_to_patches
-from .encoder_spar import SparVisionOutput, check_pixels
-
-
-class DenseEncoder(Protocol):
-    """Whatever turns pixels (B, 3, H, W) into an output with `patch_embeds` (B, h, w, D).
-
-    A `SparVisionModel` in one pass, a `SlidingWindow` around any dense encoder, a method with a second network around
-    both: those who call one never ask which it is. `config` has patch_size, image_size, num_channels and size_rule.
-    """
-
-    @property
-    def config(self) -> Any: ...
-
-    @property
-    def dtype(self) -> torch.dtype: ...
-
-    @property
-    def device(self) -> torch.device: ...
-
-    def __call__(self, pixel_values: torch.Tensor) -> Any: ...
-
-
-class Around:
-    """A dense encoder around another one is as large, as precise and where that one is."""
-
-    encoder: DenseEncoder
-
-    @property
-    def config(self) -> Any:
-        return self.encoder.config
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.encoder.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.encoder.device
+from ..encoder_spar import SparVisionOutput, check_pixels
+from ..grid_spar import fit_to_patches
+from .base import DenseEncoder, EncoderWrapper
 
 
 def window_starts(length_px: int, window_px: int, stride_px: int) -> list[int]:
@@ -61,7 +24,7 @@ def window_starts(length_px: int, window_px: int, stride_px: int) -> list[int]:
     return starts if starts[-1] == last else [*starts, last]
 
 
-class SlidingWindow(Around, nn.Module):
+class SlidingWindow(EncoderWrapper, nn.Module):
     """Runs a dense encoder on every window of an image and averages the features; itself a dense encoder.
 
     Each window's (h, w, D) map is resized bilinearly by r, the smallest divisor of the patch size p such that the
@@ -163,7 +126,7 @@ class SlidingWindow(Around, nn.Module):
         )
 
 
-class Windows(Around, nn.Module):
+class Windows(EncoderWrapper, nn.Module):
     """Runs a dense encoder on every window of one image and keeps the features of each.
 
     For evaluations that average the windows' logits pixel by pixel, as SCLIP's and those that follow its code. Windows

@@ -27,7 +27,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils._validators import validate_repo_id
 from safetensors import SafetensorError
 
-from .distillation.teacher import load_tower
+from ..distillation.teacher import load_tower
 from .model_card import model_card, read_records, without_path
 
 HTTPError: Any = HfHubHTTPError.__bases__[0]  # httpx's or httpx2's, whichever this huggingface_hub speaks with
@@ -245,7 +245,7 @@ def _commit_once(
 
 def _publish_space(api: HfApi, repo_id: str, private: bool) -> str:
     """The Space `owner/name-space`: three small files that start `spar_hf.demo` with the model."""
-    from .demo.space import space_files
+    from ..demo.space import space_files
 
     space_id = f"{repo_id}-space"
     with tempfile.TemporaryDirectory(prefix="spar-space-") as place, _words(f"open the Space {space_id}", api):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .picture_book_shapes import (
+from .shapes import (
     BODY,
     FLAME,
     GLASS,

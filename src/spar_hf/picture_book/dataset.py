@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from .picture_book_scene import CLASSES, COLOUR_NAMES, COLOURS, HELD_OUT, NUM_THINGS, PATTERNS, Sketch
+from .scene import CLASSES, COLOUR_NAMES, COLOURS, HELD_OUT, NUM_THINGS, PATTERNS, Sketch
 
 if TYPE_CHECKING:
     from datasets import Dataset

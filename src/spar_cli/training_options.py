@@ -7,9 +7,9 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from ..reach_spar import REACHES
-from .sources import PictureBookScenes, Source, hub_dataset, image_folder, tar_files
-from .views import EXTENDED, SCALE_LAWS, Augmentation, Views
+from spar_hf.distillation.sources import PictureBookScenes, Source, hub_dataset, image_folder, tar_files
+from spar_hf.distillation.views import EXTENDED, SCALE_LAWS, Augmentation, Views
+from spar_hf.reach_spar import REACHES
 
 
 class Parser(argparse.ArgumentParser):

@@ -17,7 +17,7 @@ BOUNDARY_RATIO = 0.02  # of the image's diagonal; Cheng et al., "Boundary IoU", 
 class ConfusionMatrix:
     """Pixels counted by true class (row) and predicted class (column).
 
-    A class that is neither in the truth nor in the predictions has no score: it is nan and left out of the means, as
+    A class that is neither in the target nor in the predictions has no score: it is nan and left out of the means, as
     in MMSegmentation. A class that was predicted but never true has an IoU of 0 and counts in the mean.
 
     Args:
@@ -37,30 +37,30 @@ class ConfusionMatrix:
         self.ignore_index = ignore_index
         self.matrix = np.zeros((num_classes, num_classes), dtype=np.int64)
 
-    def update(self, prediction: np.ndarray, truth: np.ndarray) -> None:
+    def update(self, prediction: np.ndarray, target: np.ndarray) -> None:
         """Counts one image.
 
         Args:
             prediction: Class ids, (H, W), integers.
-            truth: Class ids or `ignore_index`, (H, W), integers.
+            target: Class ids or `ignore_index`, (H, W), integers.
 
         Raises:
             ValueError: If the sizes differ or a label is outside the vocabulary.
         """
-        if prediction.shape != truth.shape:
+        if prediction.shape != target.shape:
             raise ValueError(
-                f"the prediction is {prediction.shape} and the truth {truth.shape}; both must have one size. "
-                "Pass the truth's size as target_sizes in the post-processing."
+                f"the prediction is {prediction.shape} and the target {target.shape}; both must have one size. "
+                "Pass the target's size as target_sizes in the post-processing."
             )
-        counted = truth != self.ignore_index
-        prediction, truth = prediction[counted], truth[counted]
-        for what, labels in (("prediction", prediction), ("truth", truth)):
+        counted = target != self.ignore_index
+        prediction, target = prediction[counted], target[counted]
+        for what, labels in (("prediction", prediction), ("target", target)):
             if labels.size and (labels.min() < 0 or labels.max() >= self.num_classes):
                 raise ValueError(
                     f"the {what} has labels from {labels.min()} to {labels.max()}; the vocabulary has "
                     f"{self.num_classes} classes, 0 to {self.num_classes - 1}. Check vocabulary and label shift."
                 )
-        pairs = truth.astype(np.int64) * self.num_classes + prediction
+        pairs = target.astype(np.int64) * self.num_classes + prediction
         self.matrix += np.bincount(pairs, minlength=self.num_classes**2).reshape(self.matrix.shape)
 
     def iou(self) -> np.ndarray:
@@ -95,7 +95,7 @@ class SegmentationCounts:
     """What an evaluation accumulates: the counts of all pixels and of the pixels near a boundary.
 
     Boundary IoU (Cheng et al., CVPR 2021) is the IoU of what lies within a distance of each class's contour, taken
-    separately in prediction and truth. Here it is the IoU of two label maps in which every pixel farther away belongs
+    separately in prediction and target. Here it is the IoU of two label maps in which every pixel farther away belongs
     to one more class, "interior", that is not scored. Counts run over the data set, as for the mean IoU. Ignored
     pixels are removed from both maps first, so that their rim is a contour in both.
 
@@ -121,12 +121,12 @@ class SegmentationCounts:
         # Ignored pixels are -1 here: the caller's own index may be K, which is the class "interior".
         self.boundary = ConfusionMatrix(self.num_classes + 1, ignore_index=-1)
 
-    def update(self, prediction: np.ndarray, truth: np.ndarray) -> None:
+    def update(self, prediction: np.ndarray, target: np.ndarray) -> None:
         """Counts one image: class ids (H, W) against class ids or `ignore_index` (H, W)."""
-        self.pixels.update(prediction, truth)
-        ignored = truth == self.ignore_index
-        distance_px = max(1, round(self.boundary_ratio * float(np.hypot(*truth.shape))))
-        maps = [np.where(ignored, -1, labels) for labels in (prediction, truth)]
+        self.pixels.update(prediction, target)
+        ignored = target == self.ignore_index
+        distance_px = max(1, round(self.boundary_ratio * float(np.hypot(*target.shape))))
+        maps = [np.where(ignored, -1, labels) for labels in (prediction, target)]
         for labels in maps:
             labels[~boundary_region(labels, distance_px) & ~ignored] = self.num_classes
         self.boundary.update(*maps)

@@ -5,7 +5,7 @@ counts in `add_batch`, so that nothing grows. It needs no Hub:
 
     from spar_hf.metrics.mean_iou import MeanIoU
     metric = MeanIoU(num_labels=19)
-    metric.add_batch(predictions=[label_map], references=[truth])
+    metric.add_batch(predictions=[label_map], references=[target])
     metric.compute()["mean_iou"]
 
 or, through the library, `evaluate.load("<folder of this file>/mean_iou.py", num_labels=19)`.
@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 # Absolute, because evaluate.load copies this file elsewhere before it imports it.
-from spar_hf.metrics.counts import BOUNDARY_RATIO, Scores, SegmentationCounts
+from .counts import BOUNDARY_RATIO, Scores, SegmentationCounts
 
 _DESCRIPTION = """Mean intersection over union of semantic segmentation, with per-class IoU, accuracies, boundary IoU.
 A class in neither the predictions nor the references is nan and left out of the means."""

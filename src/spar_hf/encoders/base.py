@@ -1,0 +1,44 @@
+"""DenseEncoder: the one call that distillation, segmenters and wrappers see."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+
+
+class DenseEncoder(Protocol):
+    """Whatever turns pixels (B, 3, H, W) into an output with `patch_embeds` (B, h, w, D).
+
+    A `SparVisionModel` in one pass, a `SlidingWindow` around any dense encoder, a method with a second network around
+    both: those who call one never ask which it is. `config` has patch_size, image_size, num_channels and size_rule.
+    """
+
+    @property
+    def config(self) -> Any: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def __call__(self, pixel_values: torch.Tensor) -> Any: ...
+
+
+class EncoderWrapper:
+    """A dense encoder around another one is as large, as precise and where that one is."""
+
+    encoder: DenseEncoder
+
+    @property
+    def config(self) -> Any:
+        return self.encoder.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.encoder.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.encoder.device

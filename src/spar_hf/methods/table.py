@@ -1,0 +1,203 @@
+"""The table of methods: training-free ways to get one text-aligned vector per patch out of CLIP, one row each.
+
+Adding a method is adding a row, and beside it a recipe (`methods_spar.RECIPES`) or a file of `spar_hf.methods`. The
+command line, the tests, the docs and the menus read this table; nothing else in the code knows a method's name.
+`reported` holds the authors' mean IoU in per cent with CLIP ViT-B/16, each under its own protocol.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from importlib import import_module
+from typing import Any
+
+from ..grid_spar import unknown
+from ..methods_spar import RECIPES, Recipe
+
+BENCHMARKS = ("voc21", "context60", "coco_object", "voc20", "context59", "coco_stuff", "cityscapes", "ade20k")
+
+
+# The network that the methods' windows, strides and block numbers were chosen for: CLIP ViT-B/16.
+AUTHORS_NATIVE_PX, AUTHORS_PATCH_PX = 224, 16
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table.
+
+    Attributes:
+        name: what it is called everywhere: a key of `RECIPES`, or the file of `spar_hf.methods` that holds it.
+        title: the method's own name.
+        paper: where it was published.
+        positions: the position rule its authors ran with, for a method with a file; a recipe brings its own.
+        window_px: side of the sliding window its authors evaluated with; None is the network's native size.
+        stride_px: step of that window. Where the authors ran whole images: the field's common window, see
+            `window_for`.
+        branch: branch of the field (arXiv 2505.22209): "clip", "vfm" or "generative".
+        needs: the further networks it takes: what each is called -> the id of the one its authors used.
+        extra: the extra of the package that must be installed for it, if any.
+        licence: of the authors' code; "" where none is given. No line of any of them is here.
+        reported: mean IoU in per cent by benchmark, as published.
+        note: what `reported` had beside the features, where that is more than the protocol.
+    """
+
+    name: str
+    title: str
+    paper: str
+    positions: str = "offset"
+    window_px: int | None = None
+    stride_px: int = 112
+    branch: str = "clip"
+    needs: dict[str, str] = field(default_factory=dict)
+    extra: str = ""
+    licence: str = ""
+    reported: dict[str, float] = field(default_factory=dict)
+    note: str = ""
+
+    @property
+    def recipe(self) -> Recipe | None:
+        """Its last block; None for a method that is more than a last block, and so has a file."""
+        return RECIPES[self.name].recipe if self.name in RECIPES else None
+
+    @property
+    def position_interpolation(self) -> str:
+        """The rule its authors ran with; see `resize_positions`."""
+        return RECIPES[self.name].position_interpolation if self.name in RECIPES else self.positions
+
+    @property
+    def module(self) -> Any:
+        """Its file, imported; None for a recipe."""
+        return None if self.recipe is not None else import_module(f"{__package__}.{self.name}")
+
+    @property
+    def kind(self) -> str:
+        """`feature` (a dense encoder, and so a teacher) or `label` (a segmenter), as its file has it."""
+        return "label" if hasattr(self.module, "Segmenter") else "feature"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form, for `spar methods --json`."""
+        recipe = None if self.recipe is None else self.recipe.to_dict()
+        return {**asdict(self), "kind": self.kind, "recipe": recipe}
+
+    def window_for(self, native_px: int, patch_px: int) -> tuple[int, int]:
+        """Side and step in pixels of the method's window for any network.
+
+        Lengths that are whole patches of the authors' network (112 and 336 of 224) keep their share of the native
+        size, rounded to whole patches: 64 and 192 of 128. Lengths that are not (SPAR's 24, ITACLIP's 28) stay as
+        they are: there, where in the patch a window begins is the point. No step is longer than its window.
+        """
+
+        def scaled(length_px: int) -> int:
+            if length_px % AUTHORS_PATCH_PX:
+                return length_px
+            return max(round(length_px * native_px / AUTHORS_NATIVE_PX / patch_px), 1) * patch_px
+
+        window_px = native_px if self.window_px is None else scaled(self.window_px)
+        return window_px, min(scaled(self.stride_px), window_px)
+
+
+def _reported(*values: float | None) -> dict[str, float]:
+    return {name: value for name, value in zip(BENCHMARKS, values, strict=True) if value is not None}
+
+
+_ROWS = (
+    Method(
+        "clip",
+        "CLIP",
+        "Radford et al., ICML 2021",
+        reported=_reported(16.4, 8.4, 5.6, 41.9, 9.2, 4.4, 5.0, 2.9),
+    ),
+    Method(
+        "maskclip",
+        "MaskCLIP, the last block of SPAR's CLIP",
+        "Zhou et al., ECCV 2022; Kombol et al., CVPR 2026",
+        stride_px=24,
+        reported=_reported(43.4, 23.2, 20.6, 74.9, 26.4, 16.7, 24.9, 11.9),
+    ),
+    Method(
+        "sclip",
+        "SCLIP",
+        "Wang et al., ECCV 2024",
+        reported=_reported(59.6, 31.7, 33.5, 81.5, 34.5, 22.8, 32.3, 16.5),
+    ),
+    Method(
+        "clearclip",
+        "ClearCLIP",
+        "Lan et al., ECCV 2024",
+        reported=_reported(51.8, 32.6, 33.0, 80.9, 35.9, 23.9, 30.0, 16.7),
+    ),
+    Method(
+        "naclip",
+        "NACLIP",
+        "Hajimiri et al., WACV 2025",
+        reported=_reported(58.9, 32.2, 33.2, 79.7, 35.2, 23.3, 35.5, 17.4),
+    ),
+    Method(
+        "cliptrase",
+        "CLIPtrase",
+        "Shao et al., ECCV 2024",
+        reported=_reported(53.0, 30.8, 44.8, 81.2, 34.9, 24.1, None, 17.0),
+    ),
+    Method(
+        "clip_surgery",
+        "CLIP Surgery",
+        "Li et al., Pattern Recognition 2025",
+    ),
+    Method(
+        "gem",
+        "GEM",
+        "Bousselham et al., CVPR 2024",
+        reported=_reported(46.2, 32.6, None, 79.9, 35.9, 23.7, 30.8, 15.7),
+    ),
+    Method(
+        "itaclip",
+        "ITACLIP, without its text and image ensembles",
+        "Aydın et al., CVPR Workshops 2025",
+        stride_px=28,
+        reported=_reported(67.9, 37.5, 37.7, None, None, 27.0, 40.2, None),
+        note="with image and text ensembles, PAMR and a closing of the label map",
+    ),
+    Method(
+        "resclip",
+        "ResCLIP, without its label-dependent second pass",
+        "Yang et al., CVPR 2025",
+        reported=_reported(61.1, 33.5, 35.0, 86.0, 36.8, 24.7, 35.9, 18.0),
+        note="with the second pass, lambda chosen for each data set",
+    ),
+    Method(
+        "sc_clip",
+        "SC-CLIP",
+        "Bai et al., arXiv 2411.15869",
+        reported=_reported(64.6, 36.8, 37.7, 84.3, 40.1, 26.6, 41.0, 20.1),
+    ),
+    Method(
+        "cliper",
+        "CLIPer, without diffusion",
+        "Sun et al., ICCV 2025",
+        positions="bilinear",
+        reported=_reported(62.1, 35.7, 37.5, 85.0, 39.6, 26.4, 38.3, 20.6),
+        note="with the maps of all blocks in the labels",
+    ),
+    Method(
+        "proxyclip",
+        "ProxyCLIP",
+        "Lan et al., ECCV 2024",
+        window_px=336,
+        branch="vfm",
+        needs={"dino": "facebook/dino-vitb8"},
+        reported=_reported(61.3, 35.3, 37.5, 80.3, 39.1, 26.5, 38.1, 20.2),
+    ),
+)
+
+METHODS: dict[str, Method] = {row.name: row for row in _ROWS}
+
+
+def find_method(name: str) -> Method:
+    """The row called `name`.
+
+    Raises:
+        ValueError: there is none; the message lists the rows and the nearest name.
+    """
+    if name not in METHODS:
+        raise ValueError(unknown("method", name, METHODS))
+    return METHODS[name]
