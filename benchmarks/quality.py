@@ -7,7 +7,8 @@
 A row is NAME=CHECKPOINT, with ",method=NAME" for another method (",network=ID" its second network), ",stride=N" for a
 native-size sliding window around it, ",window=paper" for the window and stride of the method's authors,
 ",reach=window" for attention that reaches as far as the native window. Rows of one name are one cell: their mean and,
-after the sign, their standard deviation. An interrupted run goes on when it is started again with the same --state folder.
+after the sign, their standard deviation. An interrupted run goes on when it is started again with the same
+--state folder.
 """
 
 from __future__ import annotations
