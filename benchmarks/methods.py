@@ -39,8 +39,8 @@ def build(names: list[str]) -> dict[str, Any]:
 
     torch.manual_seed(0)
     vision = SparVisionModel(SparVisionConfig()).eval()
-    needs = {"network": ViTModel(ViTConfig()).eval()} if any(METHODS[name].needs for name in names) else {}
-    return {name: build_encoder(vision, name, **(needs if METHODS[name].needs else {})) for name in names}
+    network = ViTModel(ViTConfig()).eval() if any(METHODS[name].needs for name in names) else None
+    return {name: build_encoder(vision, name, networks=dict.fromkeys(METHODS[name].needs, network)) for name in names}
 
 
 def pixels_of(size: str) -> torch.Tensor:

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from spar_hf.segmentation_spar import label_map
+from spar_hf.encoder_spar import SparVisionOutput
+from spar_hf.segmentation_spar import feature_scores, label_map
 
 RESULTS = Path(__file__).parent / "results" / "post_processing.json"
 PATCH_PX, DIM, LOGIT_SCALE = 16, 512, 40.0
@@ -47,13 +48,19 @@ def whole(patches: Tensor, text: Tensor, class_ids: Tensor, size_hw: tuple[int, 
     return class_ids[(scores * LOGIT_SCALE).softmax(0).argmax(0)]
 
 
+def tiled(patches: Tensor, text: Tensor, class_ids: Tensor, size_hw: tuple[int, int], **thresholds: float) -> Tensor:
+    """`label_map` of features, in tiles."""
+    (maps,) = feature_scores(SparVisionOutput(patch_embeds=patches[None]), text, size_hw)
+    return label_map(maps, class_ids, **thresholds)
+
+
 def thresholds(patches: Tensor, text: Tensor, class_ids: Tensor, size_hw: tuple[int, int]) -> Tensor:
-    return label_map(patches, text, class_ids, size_hw, background_threshold=0.1, area_threshold=0.001)
+    return tiled(patches, text, class_ids, size_hw, background_threshold=0.1, area_threshold=0.001)
 
 
 FORMULATIONS: dict[str, Callable[[Tensor, Tensor, Tensor, tuple[int, int]], Tensor]] = {
     "whole": whole,
-    "tiled": label_map,
+    "tiled": tiled,
     "thresholds": thresholds,
 }
 

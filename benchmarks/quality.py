@@ -4,10 +4,10 @@
     python benchmarks/quality.py --limit 64 --scales 4 "single pass=tiny" "teacher 24=tiny,stride=24"
     python benchmarks/quality.py "student=runs/seed0" "student=runs/seed1" "student=runs/seed2"
 
-A row is NAME=CHECKPOINT, with ",method=NAME" for another method (",network=ID" its second network), ",stride=N" for a
-native-size sliding window around it, ",window=paper" for the window and stride of the method's authors,
-",reach=window" for attention that reaches as far as the native window. Rows of one name are one cell: their mean and,
-after the sign, their standard deviation. An interrupted run goes on when it is started again with the same
+A row is NAME=CHECKPOINT, with ",method=NAME" for another method (",network=NAME=ID" a further network of it),
+",stride=N" for a native-size sliding window around it, ",window=paper" for the window and stride of the method's
+authors, ",reach=window" for attention that reaches as far as the native window. Rows of one name are one cell: their
+mean and, after the sign, their standard deviation. An interrupted run goes on when it is started again with the same
 --state folder.
 """
 
@@ -30,9 +30,7 @@ import torch
 import transformers
 
 import spar_hf
-from spar_hf.build import build_encoder
-from spar_hf.encoders.base import DenseEncoder
-from spar_hf.encoders.sliding_window import SlidingWindow
+from spar_hf.build import build_segmenter
 from spar_hf.evaluation import load_benchmark
 from spar_hf.evaluation.evaluate import EvaluationResult, evaluate, markdown_table
 from spar_hf.files import write_atomically
@@ -69,27 +67,29 @@ class Row:
         known = {"stride", "method", "network", "window", "reach"}
         if not (equals and name.strip() and checkpoint) or not values.keys() <= known:
             raise ValueError(
-                f"row is {spec!r}; a row is NAME=CHECKPOINT[,stride=N][,window=paper][,method=NAME][,network=ID]"
+                f"row is {spec!r}; a row is NAME=CHECKPOINT[,stride=N][,window=paper][,method=NAME][,network=NAME=ID]"
                 f"[,reach=window], as in {ROWS[1]!r}."
             )
         stride, window = values.get("stride"), values.get("window")
         if stride is not None and not stride.isdecimal():
             raise ValueError(f"stride is {stride!r} in {spec!r}; it must be a whole number of pixels, such as 24.")
         if window not in (None, "paper", "native"):
-            raise ValueError(f"window is {window!r} in {spec!r}; it must be own or native.")
+            raise ValueError(f"window is {window!r} in {spec!r}; it must be paper or native.")
         stride_px = None if stride is None else int(stride)
         fields = (values.get(name) for name in ("method", "network", "window", "reach"))
         return cls(name.strip(), checkpoint, stride_px, *fields)
 
-    def encoder(self, model: spar_hf.SparModel, batch: int) -> DenseEncoder:
-        """What the row evaluates: the model in one pass or in a sliding window, as its method runs."""
-        fields = {} if self.reach is None else {"attention_reach": self.reach}
-        encoder = build_encoder(model.vision_model, self.method, self.network, **fields)
-        if self.stride_px is None and self.window is None:
-            return encoder
-        config = encoder.config
-        window_px = config.window_px if self.window == "own" else config.image_size
-        return SlidingWindow(encoder, window_px, self.stride_px or config.stride_px, batch_size=batch)
+    def choices(self, batch: int) -> dict[str, Any]:
+        """The arguments of the builders: one pass or a sliding window, as the row's method runs."""
+        network, _, where = (self.network or "").partition("=")
+        return {
+            "method": self.method,
+            "networks": {network: where} if network else None,
+            "window": self.window or (None if self.stride_px is None else "native"),
+            "stride_px": self.stride_px,
+            "window_batch": batch,
+            "reach": self.reach,
+        }
 
 
 @cache
@@ -104,12 +104,11 @@ def measure(
 ) -> EvaluationResult:
     """Evaluates one row at one scale."""
     model, processor = load(row.checkpoint, device)
-    encoder = row.encoder(model, batch)
-    data = load_benchmark("picturebook", scale=scale, split=split, native_px=encoder.config.image_size)
+    segmenter = build_segmenter(model, processor, **row.choices(batch))
+    data = load_benchmark("picturebook", scale=scale, split=split, native_px=segmenter.config.image_size)
     what = re.sub(r"\W+", "-", f"{' '.join(map(str, vars(row).values()))} {split} {scale:g} {limit}")
     return evaluate(
-        encoder,
-        model,
+        segmenter,
         processor,
         data,
         limit=limit,

@@ -19,13 +19,13 @@ from typing import Any
 
 import torch
 import transformers
+from spar_hf.refinement.options import STAGES
 
 import spar_hf
-from spar_hf import LABEL_OPTIONS, Refinement
+from spar_hf import REFINEMENTS, build_segmenter
 from spar_hf.evaluation import load_benchmark
 from spar_hf.evaluation.evaluate import evaluate, markdown_table
 from spar_hf.files import write_atomically
-from spar_hf.refinement.options import STAGES
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "refinements.json"
@@ -47,19 +47,19 @@ def measure(rows: list[list[str]], args: argparse.Namespace) -> dict[str, Any]:
     }
     for names in rows:
         print(" + ".join(names) or "none", file=sys.stderr)
-        refinement = Refinement(model, names)
-        result = evaluate(refinement.encoder, model, processor, data, limit=args.limit, refinement=refinement)
-        document["results"].append({**json.loads(result.to_json()), "command": document["command"]})
+        segmenter = build_segmenter(model, processor, refine=names)
+        result = evaluate(segmenter, processor, data, limit=args.limit)
+        document["results"].append({**json.loads(result.to_json()), "refine": names, "command": document["command"]})
         write_atomically(args.output, (json.dumps(document, indent=1) + "\n").encode())
     return document
 
 
 def table(document: dict[str, Any]) -> list[str]:
-    """The Markdown table of the options with what was measured of each alone."""
+    """The Markdown table of the refinements with what was measured of each alone."""
     measured = {tuple(entry["refine"]): entry for entry in document["results"]}
     plain = measured[()]
     lines = []
-    for name, option in LABEL_OPTIONS.items():
+    for name, option in REFINEMENTS.items():
         entry = measured.get((name,))
         score = change = ""
         if entry is not None:
@@ -68,10 +68,10 @@ def table(document: dict[str, Any]) -> list[str]:
         does = f"{option.title} ({option.paper})"
         needs = ", ".join(option.needs) or "nothing"
         lines.append([f"`{name}`", does, STAGES[option.stage], needs, score, change])
-    header = ["option", "does", "changes", "needs", "mIoU", "change"]
+    header = ["refinement", "does", "changes", "needs", "mIoU", "change"]
     return [
         f"`{document['model']}` in one pass at {document['scale']:g}× its native side, {plain['num_images']} scenes "
-        f"of the picture book's test split: {100 * plain['mean_iou']:.1f} % mean IoU without any option.",
+        f"of the picture book's test split: {100 * plain['mean_iou']:.1f} % mean IoU without any.",
         "",
         f"| {' | '.join(header)} |",
         f"| {' | '.join(['---'] * 4 + ['---:'] * 2)} |",
@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
         write_docs(json.loads(args.output.read_text(encoding="utf-8")))
         return
     try:
-        document = measure([[], *(row.split("+") for row in args.rows or LABEL_OPTIONS)], args)
+        document = measure([[], *(row.split("+") for row in args.rows or REFINEMENTS)], args)
     except ValueError as error:
         parser.error(str(error))
     if args.output == RESULTS:

@@ -37,13 +37,14 @@ from teachers_report import PAPERS, chapter, mean, plot
 
 import spar_hf
 from spar_cli.methods import renew
+from spar_hf.build import build_encoder
 from spar_hf.checkpoints import resolve
 from spar_hf.encoders.composition import Ensemble
-from spar_hf.evaluation import load_benchmark
-from spar_hf.evaluation.evaluate import evaluate
+from spar_hf.evaluation import evaluate, load_benchmark
 from spar_hf.files import write_atomically
 from spar_hf.methods.table import METHODS
 from spar_hf.reach_spar import REACHES
+from spar_hf.segmentation_spar import FromFeatures
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "teachers.json"
@@ -87,10 +88,11 @@ def measure(subject: Subject, split: str, scale: float, limit: int, state_path: 
         Row("", subject.checkpoint, None, method, subject.network if needed else None, subject.window, subject.reach)
         for method, needed in zip(subject.methods, needs, strict=True)
     ]
-    encoders = [row.encoder(model, batch=32) for row in rows]
+    encoders = [build_encoder(model.vision_model, **row.choices(batch=32)) for row in rows]
     encoder = encoders[0] if len(encoders) == 1 else Ensemble(encoders, normalise=True)
     data = load_benchmark("picturebook", scale=scale, split=split, native_px=encoder.config.image_size)
-    result = evaluate(encoder, model, processor, data, limit=limit, progress=False, state_path=state_path)
+    segmenter = FromFeatures(encoder, model, processor)
+    result = evaluate(segmenter, processor, data, limit=limit, progress=False, state_path=state_path)
     kept = ("num_images", "mean_iou", "pixel_accuracy", "boundary_iou", "seconds_per_image")
     return {"split": split, "scale": scale, **{name: getattr(result, name) for name in kept}}
 

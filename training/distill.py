@@ -350,8 +350,8 @@ def finish(args: argparse.Namespace, weights: dict[str, torch.Tensor], run: dict
 
 def evaluate_picture_book(args: argparse.Namespace, student: nn.Module, processor: Any) -> None:
     """Mean IoU in one pass before and after, in metrics.json. The teacher's: `spar evaluate --stride-px 24`."""
-    from spar_hf.evaluation import load_benchmark
-    from spar_hf.evaluation.evaluate import evaluate
+    from spar_hf.evaluation import evaluate, load_benchmark
+    from spar_hf.segmentation_spar import FromFeatures
 
     start, _, _ = load_tower(args.student)
     native_px = student.vision_model.config.image_size
@@ -359,7 +359,9 @@ def evaluate_picture_book(args: argparse.Namespace, student: nn.Module, processo
     for scale in args.evaluate_scales:
         data = load_benchmark("picturebook", scale=scale, native_px=native_px)
         for name, model in (("start", start), ("student", student)):
-            result = evaluate(model.vision_model, model, processor, data, limit=args.evaluate_limit)
+            result = evaluate(
+                FromFeatures(model.vision_model, model, processor), processor, data, limit=args.evaluate_limit
+            )
             metrics.setdefault(name, {})[f"{scale:g}x"] = result.mean_iou
         print(f"picture book {scale:g}x: mean IoU {100 * metrics['start'][f'{scale:g}x']:.1f} -> "
               f"{100 * metrics['student'][f'{scale:g}x']:.1f}")  # fmt: skip

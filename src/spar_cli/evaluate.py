@@ -15,7 +15,7 @@ EPILOG = """examples:
   spar evaluate --benchmark picturebook --scale 4 --window-px native --stride-px 24
       the same in a sliding window, SPAR's teacher
   spar evaluate --benchmark picturebook --scale 4 --refine pamr --refine prompt-denoising
-      with label options, which 'spar methods' lists
+      with refinements, which 'spar methods' lists
   spar evaluate --benchmark ade20k --data data --model openai/clip-vit-base-patch16 --json ade20k.json
       a data set laid out as MMSegmentation's data guide describes
   spar evaluate --images photos --masks masks --classes classes.txt --model FOLDER
@@ -54,8 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from spar_hf.evaluation import BENCHMARKS, load_benchmark, load_protocol
-    from spar_hf.evaluation.evaluate import evaluate
+    from spar_hf.evaluation import BENCHMARKS, evaluate, load_benchmark, load_protocol
 
     check_outputs(args)
     if args.benchmark is None:
@@ -67,11 +66,12 @@ def run(args: argparse.Namespace) -> None:
     check_one_of("benchmark", args.benchmark, BENCHMARKS)
     protocol = load_protocol(args.protocol, args.benchmark)
     opened = open_model(args, args.refine)
+    segmenter = opened.segmenter(args.refine)
     benchmark = load_benchmark(
         args.benchmark,
         args.data,
         scale=args.scale,
-        native_px=opened.encoder.config.image_size,
+        native_px=segmenter.config.image_size,
         images=args.images,
         masks=args.masks,
         classes=args.classes,
@@ -81,13 +81,12 @@ def run(args: argparse.Namespace) -> None:
     if "window_px" in opened.facts and protocol.window_px is not None:
         protocol = protocol.replace(window_px=None, stride_px=None)  # the window of the command line, not both
     result = evaluate(
-        opened.encoder,
-        opened.model,
+        segmenter,
         opened.processor,
         benchmark,
         protocol=protocol,
         limit=args.limit,
-        refinement=opened.refinement,
+        record=opened.facts,
         state_path=args.state,
         command=command_line(args),
     )

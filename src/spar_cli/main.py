@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The words after `spar`; None takes those of the process.
 
     Returns:
-        The exit status: 0, or 2 after a mistake of the user's.
+        The exit status: 0; 1 where some of several pictures could not be done; 2 after a mistake of the user's.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     verbose = "-v" in argv or "--verbose" in argv
@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")  # a label or name that the terminal's encoding lacks
         with _loudness(verbose):
-            COMMANDS[args.command].run(args)
+            status = COMMANDS[args.command].run(args)
         sys.stdout.flush()
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
@@ -131,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "out of memory" not in str(error).lower() and "not enough memory" not in str(error).lower():
             raise
         return _fail("out of memory; give a smaller --short-side, or --dtype bfloat16", 2)
-    return 0
+    return status or 0
 
 
 class _Notes(logging.Handler):

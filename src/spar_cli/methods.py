@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .output import check_outputs, table
 
-HELP = "List the training-free methods that --method takes and the label options that --refine takes."
+HELP = "List the training-free methods that --method takes and the refinements that --refine takes."
 EPILOG = """examples:
   spar methods
   spar segment street.jpg --labels "road; car; sky" --model openai/clip-vit-base-patch16 --method naclip"""
@@ -23,7 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from spar_hf.files import write_json
     from spar_hf.methods.table import BENCHMARKS, METHODS
-    from spar_hf.refinement import LABEL_OPTIONS
+    from spar_hf.refinement import REFINEMENTS
+    from spar_hf.refinement.table import STAGES
 
     check_outputs(args)
     if args.markdown is not None:
@@ -38,24 +39,25 @@ def run(args: argparse.Namespace) -> None:
         rows.append((name, method.branch, method.kind, window, str(method.stride_px), needs, paper))
         reported = (f"{method.reported[key]:.1f}" if key in method.reported else "-" for key in BENCHMARKS)
         numbers.append((name, *reported))
-    for name, option in LABEL_OPTIONS.items():
-        paper = f"{option.title}; {option.paper}"
-        rows.append((name, "clip", "label", "-", "-", ", ".join(option.needs) or "-", paper))
     print(table(rows, "<<<>><<"))
     print("\nReported mean IoU in %, CLIP ViT-B/16, each under its authors' own protocol:\n")
     print(table(numbers, "<" + ">" * len(BENCHMARKS)))
     print("\nbranch: clip alone, a vision foundation model beside it (vfm), or a generative one.")
+    print("gives: feature, one text-aligned vector per patch; or label, score maps. Both can be teachers.")
     print("window, stride: the authors', in pixels, for a native side of 224; other networks scale them.")
-    print("needs: of a feature row a second network, which --network replaces; of a label row what it looks at.")
-    print("gives: feature, one text-aligned vector per patch, which can be a teacher; or label, only a label map.")
-    print("The label rows go with any feature row: --refine NAME, several times if need be; they run in this order.")
+    print("needs: further networks; --network NAME=ID takes another one.")
+    print("\nRefinements, which go with any method: --refine NAME, several if need be; they run in this order.\n")
+    refinements = [("refinement", "changes", "needs", "paper")]
+    for name, row in REFINEMENTS.items():
+        refinements.append((name, STAGES[row.stage], ", ".join(row.needs) or "-", f"{row.title}; {row.paper}"))
+    print(table(refinements, "<<<<"))
     if args.json is not None:
         options = {
             name: {key: getattr(option, key) for key in ("title", "paper", "stage", "needs")}
-            for name, option in LABEL_OPTIONS.items()
+            for name, option in REFINEMENTS.items()
         }
         methods = {name: method.to_dict() for name, method in METHODS.items()}
-        write_json(args.json, {"methods": methods, "label_options": options})
+        write_json(args.json, {"methods": methods, "refinements": options})
 
 
 def markdown() -> str:

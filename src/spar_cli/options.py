@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from spar_hf.encoder_spar import DenseModel
     from spar_hf.processing_spar import SparProcessor
-    from spar_hf.refinement import Refinement
+    from spar_hf.segmentation_spar import Segmenter
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -41,11 +41,30 @@ def whole_number(word: str) -> int:
     return int(word)
 
 
+def fraction(word: str) -> float:
+    """An argparse type: a number from 0 to 1."""
+    try:
+        value = float(word)
+    except ValueError:
+        value = float("nan")
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"it is {word!r}; give a number from 0 to 1")
+    return value
+
+
 def window_px(word: str) -> int | str:
     """An argparse type: a whole number of pixels, or the word `native` or `paper`."""
     if word not in ("native", "paper") and not re.fullmatch(r"[0-9]{1,15}", word):
         raise argparse.ArgumentTypeError(f"it is {word!r}; give a whole number of pixels, or native, or paper")
     return word if word in ("native", "paper") else int(word)
+
+
+def name_and_value(word: str) -> tuple[str, str]:
+    """An argparse type: NAME=VALUE."""
+    name, equals, value = word.partition("=")
+    if not (name and equals and value):
+        raise argparse.ArgumentTypeError(f"it is {word!r}; write NAME=VALUE")
+    return name, value
 
 
 def add_refine_option(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +73,7 @@ def add_refine_option(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help="a label option, such as pamr; may be given again, they run in the order in which 'spar methods' lists "
+        help="a refinement, such as pamr; may be given again, they run in the order in which 'spar methods' lists "
         "them (default: none)",
     )
 
@@ -74,8 +93,22 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--network",
-        metavar="ID|FOLDER",
-        help="the second network of a method that needs one: a ViT (default: the one of its authors)",
+        action="append",
+        default=[],
+        type=name_and_value,
+        metavar="NAME=ID|FOLDER",
+        help="a further network of the method, such as dino=facebook/dino-vitb8; may be given again (default: those "
+        "of its authors, which 'spar methods' lists)",
+    )
+    group.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        type=name_and_value,
+        dest="settings",
+        metavar="NAME=VALUE",
+        help="a number of the method (shift=1.1) or of a refinement (pamr.steps=5) that differs from its authors'; "
+        "may be given again",
     )
     group.add_argument(
         "--attention-reach",
@@ -116,41 +149,53 @@ def add_image_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class Opened:
-    """A model ready to run.
+    """A model ready to run, and what the builders are told.
 
     Attributes:
-        encoder: The model's vision tower, a method around it, or a sliding window around either.
-        refinement: The label options that are on, if any.
+        choices: Arguments of `build_encoder` and `build_segmenter`: method, networks, settings, window, reach.
         facts: What was opened and how, for the JSON output.
     """
 
     model: DenseModel
     processor: SparProcessor
-    encoder: Any
-    refinement: Refinement | None
+    choices: dict[str, Any]
     facts: dict[str, Any]
+
+    def encoder(self) -> Any:
+        """The dense encoder that the options ask for."""
+        from spar_hf.build import build_encoder
+
+        return build_encoder(self.model.vision_model, **self.choices)
+
+    def segmenter(self, refine: Sequence[str] = ()) -> Segmenter:
+        """The segmenter that the options ask for, with refinements."""
+        from spar_hf.build import build_segmenter
+
+        return build_segmenter(self.model, self.processor, refine=refine, **self.choices)
 
 
 def open_model(args: argparse.Namespace, refine: Sequence[str] = ()) -> Opened:
-    """The model, processor and dense encoder that the model options ask for, with the label options of those names.
+    """The model and processor that the model options ask for.
 
     Raises:
-        ValueError: no such model, method, label option or device, a window or stride out of range.
+        ValueError: no such model, method, setting, refinement or device.
         OSError: the Hub or the files can't be read.
     """
     import torch
 
-    from spar_hf.build import build_encoder
+    from spar_hf.build import record, vision_config_of, window_of
     from spar_hf.checkpoints import load
-    from spar_hf.encoders.sliding_window import SlidingWindow
-    from spar_hf.methods.table import METHODS
-    from spar_hf.refinement import LABEL_OPTIONS, Refinement
 
     check_one_of("dtype", args.dtype, DTYPES)
-    if args.method is not None:
-        check_one_of("method", args.method, METHODS)
-    for name in refine:
-        check_one_of("label option", name, LABEL_OPTIONS)
+    choices = {
+        "method": args.method,
+        "networks": dict(args.network),
+        "settings": dict(args.settings),
+        "window": args.window_px,
+        "stride_px": args.stride_px,
+        "reach": args.attention_reach,
+    }
+    chosen = record(args.method, choices["networks"], choices["settings"], refine)  # mistakes are told before loading
     device = _device(args.device)
     model, processor = load(args.model, dtype=getattr(torch, args.dtype))
     model.to(device)
@@ -161,25 +206,20 @@ def open_model(args: argparse.Namespace, refine: Sequence[str] = ()) -> Opened:
     if args.max_pixels is not None:
         image_processor.max_image_pixels = image_processor.max_input_pixels = args.max_pixels
 
-    fields = {} if args.attention_reach is None else {"attention_reach": args.attention_reach}
-    encoder: Any = build_encoder(model.vision_model, args.method, args.network, **fields)
-    config = encoder.config
-    facts = {"model": args.model, "method": config.method, "attention_reach": config.attention_reach}
-    facts |= {"dtype": args.dtype, "device": str(device)}
-    if args.network is not None:
-        facts["network"] = args.network
-    refinement = None
-    if refine:
-        refinement = Refinement(model, refine, encoder)
-        encoder = refinement.encoder  # a window goes around the views, as their authors ran them
-        facts["refine"] = list(refinement.names)
+    vision = model.vision_model.config
+    facts = {
+        "model": args.model,
+        "method": args.method or vision.method,
+        "attention_reach": args.attention_reach or vision.attention_reach,
+        "dtype": args.dtype,
+        "device": str(device),
+        **chosen,
+    }
     if args.window_px is not None or args.stride_px is not None:
-        sides_px = {None: config.window_px, "paper": config.window_px, "native": None}
-        side_px = sides_px.get(args.window_px, args.window_px)
-        stride_px = config.stride_px if args.stride_px is None else args.stride_px
-        encoder = SlidingWindow(encoder, window_px=side_px, stride_px=stride_px)
-        facts |= {"window_px": encoder.window_px, "stride_px": encoder.stride_px}
-    return Opened(model, processor, encoder, refinement, facts)
+        facts["window_px"], facts["stride_px"] = window_of(
+            vision_config_of(model.vision_model, args.method), args.window_px, args.stride_px
+        )
+    return Opened(model, processor, choices, facts)
 
 
 def _device(name: str) -> Any:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import sys
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -90,6 +92,58 @@ def progress(pairs: Sequence[T]) -> Iterable[T]:
     from tqdm import tqdm
 
     return tqdm(pairs, unit="image", disable=True if len(pairs) < 2 else None)
+
+
+class Batch:
+    """Several pictures, one after the other: a bad one is named and counted, and the others are done.
+
+    batch = Batch(args.images)
+    for path, stem in batch:
+        with batch.may_fail(path):
+            ...
+    return batch.status()
+    """
+
+    def __init__(self, images: Sequence[Path]) -> None:
+        self.images = list(images)
+        self.failed: list[tuple[Path, str]] = []
+
+    def __iter__(self) -> Iterator[tuple[Path, str]]:
+        yield from progress(list(zip(self.images, output_stems(self.images), strict=True)))
+
+    @contextmanager
+    def may_fail(self, path: Path, count: bool = True) -> Iterator[None]:
+        """Counts a picture that cannot be read instead of ending the command; other errors pass."""
+        from spar_hf.image_processing_spar import InvalidImageError
+
+        try:
+            yield
+        except InvalidImageError as error:
+            if len(self.images) == 1:
+                raise
+            if count:
+                self.failed.append((path, str(error)))
+                complain(str(error))
+
+    def status(self) -> int:
+        """The exit status, after a summary if pictures failed: 0, or 1 where some could not be done."""
+        if not self.failed:
+            return 0
+        complain(f"{len(self.failed)} of {len(self.images)} pictures could not be done; the others are.")
+        return 1
+
+    def as_json(self) -> list[dict[str, str]]:
+        """What failed and why, for the JSON output."""
+        return [{"image": str(path), "error": reason} for path, reason in self.failed]
+
+
+def complain(text: str) -> None:
+    """An error that does not end the command, on one line of the error stream."""
+    from tqdm import tqdm
+
+    from spar_hf.visualize import plain_text
+
+    tqdm.write(f"spar: error: {plain_text(text)}", file=sys.stderr)
 
 
 def say(text: str) -> None:

@@ -4,10 +4,25 @@ from __future__ import annotations
 
 import argparse
 import time
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from .options import add_image_arguments, add_model_options, add_refine_option, check_images, open_image, open_model
-from .output import check_outputs, command_line, output_stems, progress, say, shorten, table
+from .options import (
+    add_image_arguments,
+    add_model_options,
+    add_refine_option,
+    check_images,
+    check_one_of,
+    fraction,
+    open_image,
+    open_model,
+)
+from .output import Batch, check_outputs, command_line, say, shorten, table
+
+if TYPE_CHECKING:
+    from spar_hf.prompts_spar import Labels
 
 HELP = "Segment pictures into classes that you name; writes an overlay and a label map for each."
 EPILOG = """examples:
@@ -17,73 +32,155 @@ EPILOG = """examples:
   spar segment street.jpg --labels "road; car; sky" --model openai/clip-vit-base-patch16 --method naclip
       real photographs need a real checkpoint; 'tiny' knows drawings only
   spar segment street.jpg --labels "road; car; sky" --refine pamr
-      edges that follow the picture; 'spar methods' lists the label options
+      edges that follow the picture; 'spar methods' lists the refinements
+  spar segment street.jpg --labels car --background-threshold 0.5
+      only what is surely a car; the rest has no class
   spar segment street.jpg --labels "road; car; sky" --window-px native --stride-px 24
       slow: a window slides over the picture, SPAR's teacher
 
 files:
   NAME-overlay.png  the picture tinted by class, with a legend
-  NAME-labels.png   the label map: the value of a pixel is the position of its class in --labels, from 0"""
+  NAME-labels.png   the label map: the value of a pixel is the position of its class in --labels, from 0; a pixel
+                    without a class has the highest value, 255 or 65535"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_image_arguments(parser)
     parser.add_argument(
-        "--labels", required=True, metavar="TEXT", help="what to look for: classes split by ';', synonyms by ','"
+        "--labels",
+        required=True,
+        metavar="TEXT|@FILE",
+        help="what to look for: classes split by ';', synonyms by ','; or a file: a class a line, JSON or CSV",
+    )
+    group = parser.add_argument_group("what counts as nothing (default: every pixel belongs to a class)")
+    group.add_argument(
+        "--background-threshold",
+        type=fraction,
+        metavar="P",
+        help="pixels whose best class has a lower probability have no class; a single class competes with everyday "
+        "words, as it has nothing else to lose against",
+    )
+    group.add_argument(
+        "--score-threshold", type=float, metavar="S", help="pixels whose best score (cosine) is lower have no class"
+    )
+    group.add_argument(
+        "--area-threshold",
+        type=fraction,
+        metavar="F",
+        help="classes with at most this fraction of the pixels are masked out",
+    )
+    group.add_argument(
+        "--not",
+        dest="against",
+        metavar="TEXT",
+        help="names split by ';' that compete with the classes and are never reported, such as 'shadow; reflection'",
+    )
+    group.add_argument(
+        "--background", metavar="NAME", help="the class that such pixels become, one of --labels (default: no class)"
+    )
+    parser.add_argument(
+        "--scores", action="store_true", help="also write NAME-scores.png: the best probability of each pixel"
     )
     add_refine_option(parser)
     add_model_options(parser)
 
 
-def run(args: argparse.Namespace) -> None:
-    from spar_hf.files import whole_files, write_json
+def run(args: argparse.Namespace) -> int:
+    from spar_hf.files import write_json
     from spar_hf.pipeline_spar import OpenVocabularySegmentationPipeline
-    from spar_hf.prompts_spar import Labels
-    from spar_hf.visualize import label_map_image, overlay
 
-    labels = Labels.parse(args.labels)
+    labels = read_labels(args.labels)
+    thresholds = {name: getattr(args, name) for name in ("background_threshold", "score_threshold", "area_threshold")}
+    options: dict[str, Any] = {name: value for name, value in thresholds.items() if value is not None}
+    if args.background is not None:
+        check_one_of("class", args.background, labels.class_names)
+        options["background_class"] = labels.class_names.index(args.background)
+        labels = replace(labels, background=options["background_class"])
     check_outputs(args)
     check_images(args.images)
     opened = open_model(args, args.refine)
+    segmenter = opened.segmenter(args.refine)
     segment = OpenVocabularySegmentationPipeline(
         model=opened.model, processor=opened.processor, device=opened.model.device
     )
-    opened.processor.encode_labels(opened.model, labels)  # cached: the first image's seconds are its own
-    if opened.refinement is not None:
-        unlabelled = (
-            opened.processor(images=open_image(path, opened), return_tensors="pt")["pixel_values"]
-            for path in args.images
-        )
-        opened.refinement.fit(opened.encoder, opened.processor, labels, unlabelled)
-    results = []
-    for path, stem in progress(list(zip(args.images, output_stems(args.images), strict=True))):
-        image = open_image(path, opened)
-        started = time.perf_counter()
-        found = segment(image, candidate_labels=labels, encoder=opened.encoder, refinement=opened.refinement)
-        seconds = time.perf_counter() - started
-        overlay_path, label_map_path = args.output / f"{stem}-overlay.png", args.output / f"{stem}-labels.png"
-        with whole_files(overlay_path, label_map_path) as (overlay_partial, label_map_partial):
-            overlay(image, found["segmentation"], labels).save(overlay_partial, format="PNG")
-            label_map_image(found["segmentation"]).save(label_map_partial, format="PNG")
-        areas = {entry["id"]: entry["area_fraction"] for entry in found["segments"]}
-        results.append(
-            {
-                "image": str(path),
-                "size_hw": [image.height, image.width],
-                "input_hw": list(found["size_hw"]),
-                "grid_hw": list(found["grid_hw"]),
-                "seconds": round(seconds, 4),
-                "classes": [
-                    {"id": index, "label": title, "area_fraction": areas.get(index, 0.0)}
-                    for index, title in enumerate(labels.class_names)
-                ],
-                "overlay": str(overlay_path),
-                "label_map": str(label_map_path),
-            }
-        )
-        say(report(results[-1]))
+    labels = competing(labels, args)
+    batch, results = Batch(args.images), []
+
+    def unlabelled() -> Iterator[Any]:
+        for path in args.images:
+            with batch.may_fail(path, count=False):
+                yield opened.processor(images=open_image(path, opened), return_tensors="pt")["pixel_values"]
+
+    encoded = segmenter.encode_labels(labels, unlabelled=unlabelled())  # once, for all pictures
+    for path, stem in batch:
+        with batch.may_fail(path):
+            image = open_image(path, opened)
+            started = time.perf_counter()
+            found = segment(
+                image, candidate_labels=encoded, segmenter=segmenter, return_scores=args.scores or None, **options
+            )
+            seconds = time.perf_counter() - started
+            results.append(write_result(path, stem, args, image, found, seconds))
+            say(report(results[-1]))
     if args.json is not None:
-        write_json(args.json, {"command": command_line(args), **opened.facts, "images": results})
+        facts = {"command": command_line(args), **opened.facts, **thresholds}
+        write_json(args.json, {**facts, "images": results, "failed": batch.as_json()})
+    return batch.status()
+
+
+def read_labels(text: str) -> Labels:
+    """The vocabulary of `--labels`: words, or a file after an @."""
+    from spar_hf.prompts_spar import Labels
+
+    if text.startswith("@"):
+        return Labels.read(text[1:])
+    if text.strip() and "\n" not in text and len(text) < 200 and Path(text).is_file():
+        raise ValueError(f"--labels is {text!r}, which is a file; write --labels @{text} to read the labels in it")
+    return Labels.parse(text)
+
+
+def competing(labels: Labels, args: argparse.Namespace) -> Labels:
+    """The vocabulary with the names that only compete."""
+    from spar_hf.prompts_spar import EVERYDAY_WORDS
+
+    if args.against is not None:
+        return labels.against(name for name in args.against.split(";") if name.strip())
+    return labels.against(EVERYDAY_WORDS) if len(labels) == 1 and args.background_threshold is not None else labels
+
+
+def write_result(
+    path: Path, stem: str, args: argparse.Namespace, image: Any, found: dict[str, Any], seconds: float
+) -> dict[str, Any]:
+    """Writes the pictures of one result; returns what is to know of them."""
+    from spar_hf.files import whole_files
+    from spar_hf.visualize import label_map_image, overlay, scores_image
+
+    labels = found["labels"]
+    made = {
+        "overlay": overlay(image, found["segmentation"], labels),
+        "label_map": label_map_image(found["segmentation"]),
+    }
+    if args.scores:
+        made["scores"] = scores_image(found["scores"])
+    suffixes = {"overlay": "overlay", "label_map": "labels", "scores": "scores"}
+    paths = {what: args.output / f"{stem}-{suffixes[what]}.png" for what in made}
+    with whole_files(*paths.values()) as drafts:
+        for picture, draft in zip(made.values(), drafts, strict=True):
+            picture.save(draft, format="PNG")
+    areas = {entry["id"]: entry["area_fraction"] for entry in found["segments"]}
+    return {
+        "image": str(path),
+        "size_hw": [image.height, image.width],
+        "input_hw": list(found["size_hw"]),
+        "grid_hw": list(found["grid_hw"]),
+        "seconds": round(seconds, 4),
+        "classes": [
+            {"id": index, "label": name, "area_fraction": areas.get(index, 0.0)}
+            for index, name in enumerate(labels.class_names)
+        ],
+        "no_class": areas.get(-1, 0.0),
+        **{what: str(written) for what, written in paths.items()},
+    }
 
 
 def report(result: dict[str, Any]) -> str:
@@ -99,10 +196,14 @@ def report(result: dict[str, Any]) -> str:
         for entry in classes
         if entry["area_fraction"]
     ]
+    if result["no_class"]:
+        found.append(("(no class)", percent_text(result["no_class"])))
     lines.append(table([("class", "area"), *found], "<>", indent="  "))
     absent = [plain_text(entry["label"]) for entry in classes if not entry["area_fraction"]]
     if absent:
         lines.append(f"  not found: {shorten(', '.join(absent), 100)}")
     lines.append(f"  overlay    {plain_text(result['overlay'])}")
     lines.append(f"  label map  {plain_text(result['label_map'])}")
+    if "scores" in result:
+        lines.append(f"  scores     {plain_text(result['scores'])}")
     return "\n".join(lines) + "\n"

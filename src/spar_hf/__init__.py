@@ -12,7 +12,7 @@ from transformers import (
     AutoProcessor,
 )
 
-from .build import build_encoder
+from .build import build_encoder, build_segmenter
 from .checkpoints import FAMILIES, load
 from .clip_spar import SparConfig, SparModel, SparVisionConfig, SparVisionModel
 from .dinov3_spar import SparDinov3Config, SparDinov3Model, SparDinov3VisionConfig, SparDinov3VisionModel
@@ -23,22 +23,28 @@ from .image_processing_spar import InvalidImageError, SparImageProcessor
 from .methods.table import METHODS, Method
 from .pipeline_spar import OpenVocabularySegmentationPipeline, register_pipeline
 from .processing_spar import LabelFeatures, Labels, SparProcessor
-from .refinement import LABEL_OPTIONS, LabelOption, Refinement, floss_templates
+from .refinement import REFINEMENTS, Refined, Refinement, floss_templates
+from .segmentation_spar import FromFeatures, ScoreMaps, Segmenter, label_map
+from .segmenters import SlidingScores
 from .siglip_spar import SparSiglipConfig, SparSiglipModel, SparSiglipVisionConfig, SparSiglipVisionModel
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "LABEL_OPTIONS",
     "METHODS",
+    "REFINEMENTS",
     "DenseEncoder",
+    "FromFeatures",
     "InvalidImageError",
     "LabelFeatures",
-    "LabelOption",
     "Labels",
     "Method",
     "OpenVocabularySegmentationPipeline",
+    "Refined",
     "Refinement",
+    "ScoreMaps",
+    "Segmenter",
+    "SlidingScores",
     "SlidingWindow",
     "SparConfig",
     "SparDinov3Config",
@@ -57,7 +63,9 @@ __all__ = [
     "SparVisionModel",
     "SparVisionOutput",
     "build_encoder",
+    "build_segmenter",
     "floss_templates",
+    "label_map",
     "load",
 ]
 

@@ -1,7 +1,12 @@
-"""build_encoder(): a dense encoder for any method of the table, be it a recipe or a file of this package."""
+"""build_encoder and build_segmenter: method, networks, window, reach and refinements, chosen once for everybody.
+
+The command line, the page, training and benchmarks call these two; nothing else knows how the parts go together.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import torch
@@ -10,56 +15,283 @@ from torch import nn
 from .clip_spar import SparVisionModel
 from .encoder_spar import DenseVisionModel
 from .encoders.base import DenseEncoder
-from .methods.table import find_method
+from .encoders.sliding_window import SlidingWindow
+from .grid_spar import unknown
+from .methods.table import Method, find_method
+from .refinement import Refined, find_refinements
+from .refinement.views import ViewEnsemble
+from .segmentation_spar import FromFeatures, Segmenter
+from .segmenters import sliding_scores
+
+WINDOWS = ("native", "paper")
+Networks = Mapping[str, str | nn.Module]
 
 
 def build_encoder(
-    vision: DenseVisionModel, method: str | None = None, network: str | nn.Module | None = None, **fields: Any
+    vision: DenseVisionModel,
+    method: str | None = None,
+    *,
+    networks: Networks | None = None,
+    settings: Mapping[str, Any] | None = None,
+    window: int | str | None = None,
+    stride_px: int | None = None,
+    window_batch: int = 32,
+    reach: str | None = None,
+    views: Iterable[str] | Mapping[str, Any] = (),
+    **config: Any,
 ) -> DenseEncoder:
     """A dense encoder that runs a method on a vision tower's weights; the tower itself stays as it is.
 
     Its configuration has the method's own window and step (`window_px`, `stride_px`), scaled to the network as
-    `Method.window_for` says: `SlidingWindow(encoder, encoder.config.window_px, encoder.config.stride_px)`.
+    `Method.window_for` says.
 
     Args:
         vision: the tower.
         method: name of a row of `METHODS`; None is the tower itself.
-        network: the second network of a method that needs one, as a module, an id or a folder; None is the one its
-            authors used.
-        fields: of the tower's configuration, to differ from the method's (`position_interpolation="size"`).
+        networks: the further networks of a method that needs some, by the name they have in its row: a module, an id
+            or a folder. Those left out are its authors'.
+        settings: numbers of the method that differ from its authors', by name; for a recipe, see `Recipe`.
+        window: slide a window over the image and average the features: its side in pixels, `native` (what the tower
+            was trained at) or `paper` (that of the method's authors). None is one pass.
+        stride_px: step of the window; None is that of the method's authors.
+        window_batch: windows run at once.
+        reach: how far attention reaches, `image` or `window`; None as the tower has it.
+        views: refinements of stage `views`, or their settings by name: the features are a mean over changed images.
+        config: fields of the tower's configuration, to differ from the method's (`position_interpolation="size"`).
 
     Raises:
-        ValueError: no such method, a tower of another family than CLIP, or a second network for a method that takes
-            none.
+        ValueError: no such method, network or setting, a method that gives no features, or a tower of another family
+            than CLIP.
     """
+    row = _row_for(vision, method, networks)
+    if row is not None and row.kind == "label":
+        raise ValueError(
+            f"method {method!r} gives score maps and no features; build it with build_segmenter. As a teacher it is "
+            "--teacher-labels."
+        )
+    if reach is not None:
+        config["attention_reach"] = reach
+    tower = _tower(vision, row, settings, config)
+    encoder: Any = tower
+    if row is not None and row.recipe is None:
+        encoder = row.module.Encoder(tower, **_parts(row, networks, settings))
+    for refinement in find_refinements(views, views if isinstance(views, Mapping) else None).values():
+        encoder = ViewEnsemble(encoder, refinement.apply, refinement.settings)
+    if window is None and stride_px is None:
+        return encoder
+    return SlidingWindow(encoder, *window_of(encoder.config, window, stride_px), batch_size=window_batch)
+
+
+def build_segmenter(
+    model: Any,
+    processor: Any,
+    method: str | None = None,
+    *,
+    networks: Networks | None = None,
+    settings: Mapping[str, Any] | None = None,
+    window: int | str | None = None,
+    stride_px: int | None = None,
+    window_batch: int = 32,
+    reach: str | None = None,
+    refine: Iterable[str] = (),
+    **config: Any,
+) -> Segmenter:
+    """A segmenter: pixels and words in, score maps out, by any method of the table, with any refinements.
+
+    Args:
+        model: a `SparModel`, or one of another family.
+        processor: its `SparProcessor`.
+        method, networks, window, stride_px, window_batch, reach, config: see `build_encoder`. Windows of a method that
+            gives no features average its scores.
+        settings: numbers of the method by name (`shift`), and of a refinement by both names (`pamr.steps`).
+        refine: keys of `REFINEMENTS`.
+
+    Raises:
+        ValueError: as `build_encoder`, or a refinement that does not go with the method or the model.
+    """
+    own, of_refinement = _split_settings(settings or {}, refine)
+    refinements = {
+        name: replace(row, settings=_with(row.settings, of_refinement.get(name, {}), f"refinement {name!r}"))
+        for name, row in find_refinements(refine).items()
+    }
+    views = {name: row.settings for name, row in refinements.items() if row.stage == "views"}
+    others = {name: row.settings for name, row in refinements.items() if name not in views}
+    vision = model.vision_model
+    row = _row_for(vision, method, networks)
+    segmenter: Any
+    if row is not None and row.kind == "label":
+        if views:
+            raise ValueError(
+                f"refinement {next(iter(views))!r} averages features, and method {method!r} has none; leave it out."
+            )
+        if reach is not None:
+            config["attention_reach"] = reach
+        parts = _parts(row, networks, own)
+        segmenter = row.module.Segmenter(model, processor, _tower(vision, row, None, config), **parts)
+        if others:
+            segmenter = Refined(segmenter, others, model, others)
+        if window is not None or stride_px is not None:
+            segmenter = sliding_scores(segmenter, *window_of(segmenter.config, window, stride_px))
+        return segmenter
+    encoder = build_encoder(
+        vision,
+        method,
+        networks=networks,
+        settings=own,
+        window=window,
+        stride_px=stride_px,
+        window_batch=window_batch,
+        reach=reach,
+        views=views,
+        **config,
+    )
+    segmenter = FromFeatures(encoder, model, processor)
+    return Refined(segmenter, others, model, others) if others else segmenter
+
+
+def window_of(config: Any, window: int | str | None, stride_px: int | None) -> tuple[int, int]:
+    """Side and step in pixels of a window that is given in pixels, as `native`, as `paper` or not at all (`paper`).
+
+    Args:
+        config: of the encoder; has the method's own window and step.
+        window: see `build_encoder`.
+        stride_px: see `build_encoder`.
+
+    Raises:
+        ValueError: another word.
+    """
+    if isinstance(window, str) and window not in WINDOWS:
+        raise ValueError(unknown("window", window, WINDOWS) + " Or give its side in pixels.")
+    own_px = config.image_size if config.window_px is None else config.window_px
+    sides = {None: own_px, "paper": own_px, "native": config.image_size}
+    side_px = window if isinstance(window, int) else sides[window]
+    return side_px, min(config.stride_px, side_px) if stride_px is None else stride_px
+
+
+def vision_config_of(vision: Any, method: str | None) -> Any:
+    """The tower's configuration with a method's own window and step; see `Method.window_for`."""
     if method is None:
-        if network is not None:
-            raise ValueError("a second network is given without a method; name one that needs it (`spar methods`).")
-        return reconfigured(vision, **fields) if fields else vision
+        return vision.config
+    window_px, stride_px = find_method(method).window_for(vision.config.image_size, vision.config.patch_size)
+    return type(vision.config).from_dict({**vision.config.to_dict(), "window_px": window_px, "stride_px": stride_px})
+
+
+def record(
+    method: str | None, networks: Networks | None, settings: Mapping[str, Any] | None, refine: Iterable[str]
+) -> dict[str, Any]:
+    """What was chosen, as JSON: networks by name and every number of the method and the refinements."""
+    own, of_refinement = _split_settings(settings or {}, refine)
+    row = None if method is None else find_method(method)
+    chosen: dict[str, Any] = {"networks": {}, "settings": {}}
+    if row is not None:
+        chosen["networks"] = {
+            name: given if isinstance(given, str) else type(given).__name__
+            for name, given in {**row.needs, **(networks or {})}.items()
+        }
+        if row.recipe is None:
+            chosen["settings"] = asdict(_with(row.module.Settings(), own, f"method {method!r}"))
+        else:
+            chosen["settings"] = {**row.recipe.to_dict(), **own}
+    chosen["refine"] = {
+        name: asdict(_with(row.settings, of_refinement.get(name, {}), f"refinement {name!r}"))
+        for name, row in find_refinements(refine).items()
+    }
+    return chosen
+
+
+def _row_for(vision: Any, method: str | None, networks: Networks | None) -> Method | None:
+    """The method's row, if its networks and the tower are such as it takes."""
+    if method is None:
+        if networks:
+            raise ValueError(
+                f"network {next(iter(networks))!r} is given without a method; name one that needs it (`spar methods`)."
+            )
+        return None
     row = find_method(method)
-    if network is not None and not row.needs:
-        raise ValueError(f"method {method!r} takes no second network; leave it out, or choose another method.")
+    for name in networks or ():
+        if not row.needs:
+            raise ValueError(f"method {method!r} takes no further network; leave {name!r} out.")
+        if name not in row.needs:
+            raise ValueError(f"method {method!r}: " + unknown("network", name, row.needs))
     if not isinstance(vision, SparVisionModel):
         raise ValueError(
             f"method {method!r} is about CLIP's blocks, and this network is a {type(vision).__name__}. Leave the "
             "method out."
         )
+    return row
+
+
+def _tower(vision: Any, row: Method | None, settings: Mapping[str, Any] | None, config: dict[str, Any]) -> Any:
+    """The tower with the method's recipe, position rule and window."""
+    if row is None:
+        if settings:
+            raise ValueError(f"setting {next(iter(settings))!r} is given without a method; name one.")
+        return reconfigured(vision, **config) if config else vision
     window_px, stride_px = row.window_for(vision.config.image_size, vision.config.patch_size)
-    chosen = {"window_px": window_px, "stride_px": stride_px, **fields}
-    if row.recipe is not None:
-        return reconfigured(vision, method=method, **chosen)
-    tower = reconfigured(vision, **{"position_interpolation": row.position_interpolation, **chosen})
-    encoder_class = row.module.Encoder
-    needs = {"network": next(iter(row.needs.values())) if network is None else network} if row.needs else {}
-    return encoder_class(tower, method=method, **needs)
+    chosen = {"window_px": window_px, "stride_px": stride_px, **config}
+    if row.recipe is None:
+        return reconfigured(vision, **{"position_interpolation": row.position_interpolation, **chosen})
+    if settings:
+        recipe = _with(row.recipe, settings, f"method {row.name!r}")
+        chosen = {"recipe": recipe.to_dict(), "position_interpolation": row.position_interpolation, **chosen}
+    return reconfigured(vision, method=row.name, **chosen)
 
 
-def reconfigured(vision: Any, **fields: Any) -> Any:
+def _parts(row: Method, networks: Networks | None, settings: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What the class in a method's file takes beside the tower."""
+    own = _with(row.module.Settings(), settings or {}, f"method {row.name!r}")
+    needs = {"networks": {**row.needs, **(networks or {})}} if row.needs else {}
+    return {"settings": own, "method": row.name, **needs}
+
+
+def _split_settings(
+    settings: Mapping[str, Any], refine: Iterable[str]
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Settings of the method, and those of each refinement."""
+    own: dict[str, Any] = {}
+    others: dict[str, dict[str, Any]] = {name: {} for name in find_refinements(refine)}
+    for name, value in settings.items():
+        whose, dot, field = name.partition(".")
+        if not dot:
+            own[name] = value
+        elif whose in others:
+            others[whose][field] = value
+        else:
+            raise ValueError(f"setting {name!r} is of a refinement that is not on; add it, or leave the setting out.")
+    return own, others
+
+
+def _with(settings: Any, changes: Mapping[str, Any], whose: str) -> Any:
+    """Settings with some of their fields changed; a word is read as the field's own type."""
+    known = {field.name for field in fields(settings)}
+    for name in changes:
+        if name not in known:
+            raise ValueError(f"{whose}: " + unknown("setting", name, sorted(known)))
+    return replace(
+        settings, **{name: _as(getattr(settings, name), value, name, whose) for name, value in changes.items()}
+    )
+
+
+def _as(default: Any, value: Any, name: str, whose: str) -> Any:
+    """A value from the command line in the type of the default; any other value as it is."""
+    if not isinstance(value, str) or isinstance(default, str):
+        return value
+    try:
+        if isinstance(default, bool):
+            return {"true": True, "false": False}[value.lower()]
+        if isinstance(default, tuple):
+            return tuple(_as(default[0], part, name, whose) for part in value.split(","))
+        return type(default)(value) if isinstance(default, int | float) else float(value)
+    except (ValueError, KeyError):
+        raise ValueError(f"{whose}: setting {name} is {value!r}; it is a {type(default).__name__}.") from None
+
+
+def reconfigured(vision: Any, **config: Any) -> Any:
     """The same weights under another configuration: nothing is copied, and `vision` keeps its own."""
-    config = type(vision.config).from_dict(vision.config.to_dict(), **fields)
-    config._attn_implementation = vision.config._attn_implementation
+    changed = type(vision.config).from_dict(vision.config.to_dict(), **config)
+    changed._attn_implementation = vision.config._attn_implementation
     with torch.device("meta"):  # takes no memory; the weights are those of `vision`
-        twin = type(vision)(config)
+        twin = type(vision)(changed)
     twin.load_state_dict(vision.state_dict(keep_vars=True), assign=True)
     for name, module in vision.named_modules():  # buffers that are no part of the weights
         twin.get_submodule(name)._buffers.update(module._buffers)

@@ -35,6 +35,7 @@ class SparVisionOutput(ModelOutput):
             map the recipe applied.
         image_hw: (H, W) of the pixels that came.
         extent_hw: (height, width) in those pixels that the patch grid covers; see `fit_to_patches`.
+        normalized: True where `patch_embeds` are means of unit vectors, to be compared with words as they are.
     """
 
     patch_embeds: torch.Tensor | None = None
@@ -45,6 +46,7 @@ class SparVisionOutput(ModelOutput):
     attentions: tuple[torch.Tensor, ...] | None = None
     image_hw: tuple[int, int] | None = None
     extent_hw: tuple[int, int] | None = None
+    normalized: bool | None = None
 
 
 @dataclass

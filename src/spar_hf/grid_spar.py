@@ -95,3 +95,63 @@ def resize_positions(table: torch.Tensor, grid_hw: tuple[int, int], rule: str) -
             image, size=(rows, columns), mode=mode, align_corners=False, antialias=rule == "antialias"
         )
     return image.flatten(2).squeeze(0).T.to(table.dtype)  # (1, C, h, w) -> (h * w, C)
+
+
+# ---------------------------------------------------------------------------------- a grid over an image
+
+
+def coverage(image_hw: tuple[int, int] | None, extent_hw: tuple[int, int] | None) -> tuple[float, float]:
+    """Image size over the pixels that the patch grid covers, per axis.
+
+    Above 1 where a remainder was cut off (`floor`), below 1 where the image was padded (`pad`), 1 where the grid fits.
+    """
+    if image_hw is None or extent_hw is None:
+        return (1.0, 1.0)
+    return (image_hw[0] / extent_hw[0], image_hw[1] / extent_hw[1])
+
+
+def axis_positions(pixels: slice, size_px: int, grid: int, coverage: float, device: torch.device) -> torch.Tensor:
+    """Where some pixels of an axis of `size_px` lie on a grid of patches, in patches from the first one's centre.
+
+    As `align_corners=False`: (y + 0.5) / size_px * coverage * grid - 0.5, kept within the outer patch centres; fp64.
+    """
+    centres = (torch.arange(pixels.start, pixels.stop, dtype=torch.float64, device=device) + 0.5) / size_px
+    return (centres * coverage * grid - 0.5).clamp_(0, grid - 1)
+
+
+def axis_block(
+    pixels: slice, size_px: int, grid: int, coverage: float, device: torch.device
+) -> tuple[slice, torch.Tensor]:
+    """The run of patches that some pixels of an axis lie between, and their bilinear weights (pixels, patches)."""
+    positions = axis_positions(pixels, size_px, grid, coverage, device)
+    patches = slice(int(positions[0]), min(int(positions[-1]) + 2, grid))
+    places = torch.arange(patches.start, patches.stop, dtype=torch.float64, device=device)
+    return patches, (1 - (positions[:, None] - places).abs()).clamp_(min=0).float()
+
+
+def upsample(
+    maps: torch.Tensor, size_hw: tuple[int, int], coverage_hw: tuple[float, float] = (1.0, 1.0)
+) -> torch.Tensor:
+    """Maps on a patch grid, bilinear at the size of the image that the grid lies over; two weights a pixel and axis.
+
+    Args:
+        maps: (..., h, w), fp32.
+        size_hw: height and width wanted, pixels.
+        coverage_hw: see `coverage`.
+
+    Returns:
+        (..., H, W).
+    """
+    for axis, (size_px, covered) in enumerate(zip(size_hw, coverage_hw, strict=True), start=-2):
+        every = slice(0, size_px)
+        maps = resample_axis(maps, axis, axis_positions(every, size_px, maps.shape[axis], covered, maps.device))
+    return maps
+
+
+def resample_axis(maps: torch.Tensor, axis: int, positions: torch.Tensor) -> torch.Tensor:
+    """Maps (..., h, w) at some positions along axis -2 or -1, linear between the two nearest; see `axis_positions`."""
+    before = positions.long()
+    after = (before + 1).clamp_(max=maps.shape[axis] - 1)
+    weight = (positions - before).to(maps.dtype)
+    weight = weight[:, None] if axis == -2 else weight
+    return torch.lerp(maps.index_select(axis, before), maps.index_select(axis, after), weight)

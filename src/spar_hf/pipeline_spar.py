@@ -14,10 +14,27 @@ from transformers import AutoModel, Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .processing_spar import SparProcessor
-from .prompts_spar import Labels
+from .prompts_spar import EVERYDAY_WORDS, Labels
+from .segmentation_spar import (
+    NO_CLASS,
+    FromFeatures,
+    ScoreMaps,
+    Segmenter,
+    check_thresholds,
+    class_probabilities,
+    segment,
+)
 
 TASK = "open-vocabulary-segmentation"
-POST_PROCESSING = ("logit_scale", "background_threshold", "background_class", "area_threshold")
+POST_PROCESSING = (
+    "logit_scale",
+    "background_threshold",
+    "background_class",
+    "score_threshold",
+    "area_threshold",
+    "synonyms",
+)
+MAX_PROBABILITIES = 10**9  # numbers that `return_probabilities` may return, 2 GB
 
 
 @dataclass
@@ -25,21 +42,33 @@ class PreparedImage:
     """One image on its way through the pipeline.
 
     The base class collates these as a list, so that images of different sizes may share a batch, and doesn't move
-    them between devices, so that the label map is made where the features are.
+    them between devices, so that the label map is made where the scores are.
 
     Attributes:
         original_hw: Height and width of the image, upright.
         pixel_values: (3, H, W).
-        patch_embeds: (1, h, w, D), after the encoder.
-        image_hw: Height and width of the pixels that the encoder saw.
-        extent_hw: Height and width that the patches cover, in the same pixels; None where that is all.
+        maps: Its score maps, after the segmenter.
+        labels: The vocabulary they are about.
     """
 
     original_hw: tuple[int, int]
     pixel_values: Tensor
-    patch_embeds: Tensor | None = None
-    image_hw: tuple[int, int] | None = None
-    extent_hw: tuple[int, int] | None = None
+    maps: ScoreMaps | None = None
+    labels: Labels | None = None
+
+
+class SegmentationResult(dict[str, Any]):
+    """What the pipeline gives for an image, a dictionary; `to_dict` is its JSON form."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON: numbers, words and lists; the label map and the scores, which are arrays, stay out."""
+        return {
+            "segments": [dict(segment) for segment in self["segments"]],
+            "labels": list(self["labels"].class_names),
+            "size_hw": list(self["segmentation"].shape),
+            "input_hw": list(self["size_hw"]),
+            "grid_hw": list(self["grid_hw"]),
+        }
 
 
 class OpenVocabularySegmentationPipeline(Pipeline):
@@ -70,23 +99,31 @@ class OpenVocabularySegmentationPipeline(Pipeline):
 
         Args:
             images: An image in any form that `SparImageProcessor` reads, or a list, a dataset or a generator of them.
-            candidate_labels: The vocabulary; see `Labels.parse`. It may be given to `pipeline(...)` once instead.
+            candidate_labels: The vocabulary, see `Labels.parse`; or what the segmenter's `encode_labels` made of it,
+                which saves encoding the words again. It may be given to `pipeline(...)` once instead.
             templates: Prompt templates; see `SparProcessor.encode_labels`.
-            encoder: Any dense encoder, such as a `SlidingWindow`; None is the model's vision tower.
-            refinement: Label options that are on, a `spar_hf.Refinement`; its own encoder runs where none is given.
-            size: Size for the encoder; see `SparImageProcessor`. `do_resize=False` keeps the image's own.
-            logit_scale, background_threshold, background_class, area_threshold: See
-                `SparProcessor.post_process_semantic_segmentation`.
-            batch_size: Images read at once; those of equal size go through the encoder together.
+            segmenter: Any segmenter, such as `spar_hf.build_segmenter` makes; None is one pass of the model.
+            encoder: Any dense encoder, such as a `SlidingWindow`, in the place of a segmenter.
+            size: Size for the model; see `SparImageProcessor`. `do_resize=False` keeps the image's own.
+            logit_scale, background_threshold, background_class, score_threshold, area_threshold, synonyms: See
+                `segmentation_spar.segment`. With a threshold on probabilities, a single class competes with everyday
+                words, as its probability would be 1 otherwise.
+            against: Names that compete with the classes and are never reported; `True` is everyday words.
+            return_scores: Also return the probability of the best class at each pixel.
+            return_probabilities: Also return the probability of every class at each pixel.
+            batch_size: Images read at once; those of equal size go through the model together.
 
         Returns:
-            For each image a dictionary; a list of them for a list, an iterator for a dataset or a generator:
-                `segmentation`: class ids (H, W), int32, at the image's own, upright size.
+            For each image a `SegmentationResult`, which is a dictionary; a list of them for a list, an iterator for a
+            dataset or a generator:
+                `segmentation`: class ids (H, W), int32, at the image's own, upright size; -1 where there is no class.
                 `segments`: `{"id", "label", "area_fraction"}` of each class that occurs, largest
-                    first; they sum to 1.
+                    first; they sum to 1. With `return_scores` also `score`, the mean probability over its pixels.
+                `scores`: (H, W) fp32, if asked for.
+                `probabilities`: (C, H, W) fp16, if asked for.
                 `labels`: The `Labels`.
-                `size_hw`: Height and width of the pixels that the encoder saw.
-                `grid_hw`: Rows and columns of patches.
+                `size_hw`: Height and width of the pixels that the model saw.
+                `grid_hw`: Rows and columns of the grid of patches, or of what the method has in its place.
 
         Raises:
             ValueError: Malformed labels or arguments, or an image that cannot be read (`InvalidImageError`).
@@ -97,6 +134,11 @@ class OpenVocabularySegmentationPipeline(Pipeline):
             images = list(images)
         if isinstance(images, list) and not images:
             return []
+        # Words are encoded once for all images of a call, and anew in the next: the model may have changed.
+        asked = {**self._forward_params, **self._sanitize_parameters(**kwargs)[1]}
+        if "labels" not in asked:
+            raise ValueError("there are no labels; pass candidate_labels, such as 'road; car, automobile; sky'.")
+        kwargs["candidate_labels"] = self.encode_labels(asked.pop("labels"), **asked)
         return super().__call__(images, **kwargs)
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
@@ -104,29 +146,49 @@ class OpenVocabularySegmentationPipeline(Pipeline):
         super().save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory)
 
+    def segmenter_of(self, segmenter: Segmenter | None = None, encoder: Any = None) -> Segmenter:
+        """The segmenter that runs: the one given, one of the encoder given, or one pass of the model."""
+        if segmenter is not None:
+            return segmenter
+        return FromFeatures(self.model.vision_model if encoder is None else encoder, self.model, self.processor)
+
+    def encode_labels(
+        self, candidate_labels: Any, templates: Any = None, segmenter: Segmenter | None = None, encoder: Any = None
+    ) -> Any:
+        """What `candidate_labels` takes in the place of words, to encode them once for many calls."""
+        if is_encoded(candidate_labels):
+            return candidate_labels
+        return self.segmenter_of(segmenter, encoder).encode_labels(Labels.parse(candidate_labels), templates)
+
     def _sanitize_parameters(
         self,
         candidate_labels: Any = None,
         templates: Any = None,
+        segmenter: Segmenter | None = None,
         encoder: Callable[[Tensor], Any] | None = None,
-        refinement: Any = None,
+        against: Any = None,
         size: Any = None,
         do_resize: bool | None = None,
+        return_scores: bool | None = None,
+        return_probabilities: bool | None = None,
         **kwargs: Any,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         if unknown := sorted(set(kwargs) - {*POST_PROCESSING, "local_files_only"}):
             raise ValueError(
                 f"the {TASK} pipeline does not know {', '.join(unknown)}; allowed are candidate_labels, templates, "
-                f"encoder, refinement, size, do_resize, {', '.join(POST_PROCESSING)}."
+                "segmenter, encoder, against, size, do_resize, return_scores, return_probabilities, "
+                f"{', '.join(POST_PROCESSING)}."
             )
+        options = {name: kwargs.get(name) for name in POST_PROCESSING}
+        check_thresholds(options["logit_scale"], options["background_threshold"], options["area_threshold"])
         preprocess = {"size": size, "do_resize": do_resize}
-        if encoder is None and refinement is not None:
-            encoder = refinement.encoder
-        forward = {"encoder": encoder}
-        postprocess = {name: kwargs.get(name) for name in POST_PROCESSING}
-        postprocess |= {"templates": templates, "refinement": refinement}
-        # Parsed here, so that a mistake is told before an image is read.
-        postprocess["labels"] = None if candidate_labels is None else Labels.parse(candidate_labels)
+        forward = {"segmenter": segmenter, "encoder": encoder, "templates": templates, "labels": candidate_labels}
+        if candidate_labels is not None and not is_encoded(candidate_labels):
+            labels = Labels.parse(candidate_labels)
+            if against is None and options["background_threshold"] is not None and len(labels) == 1:
+                against = True
+            forward["labels"] = labels.against(EVERYDAY_WORDS if against is True else against) if against else labels
+        postprocess = {**options, "return_scores": return_scores, "return_probabilities": return_probabilities}
         return _given(preprocess), _given(forward), _given(postprocess)
 
     def preprocess(self, image: Any, **size: Any) -> dict[str, Any]:
@@ -139,59 +201,93 @@ class OpenVocabularySegmentationPipeline(Pipeline):
         height, width = inputs["original_sizes"][0].tolist()
         return {"image": PreparedImage((height, width), inputs["pixel_values"][0])}
 
-    def _forward(self, model_inputs: dict[str, Any], encoder: Any = None) -> dict[str, Any]:
-        dense: Any = self.model.vision_model if encoder is None else encoder
+    def _forward(
+        self, model_inputs: dict[str, Any], labels: Any, segmenter: Any = None, encoder: Any = None, **_: Any
+    ) -> dict[str, Any]:
+        segmenter = self.segmenter_of(segmenter, encoder)
         # One image, or with batch_size > 1 a list of them.
         images = model_inputs["image"] if isinstance(model_inputs["image"], list) else [model_inputs["image"]]
         of_one_size = defaultdict(list)
         for image in images:
             of_one_size[image.pixel_values.shape].append(image)
         for group in of_one_size.values():
-            pixel_values = torch.stack([image.pixel_values for image in group]).to(dense.device, dense.dtype)
-            outputs = dense(pixel_values)
-            for image, patch_embeds in zip(group, outputs.patch_embeds.split(1), strict=True):
-                image.patch_embeds = patch_embeds
-                image.image_hw, image.extent_hw = tuple(pixel_values.shape[2:]), outputs.extent_hw
+            pixel_values = torch.stack([image.pixel_values for image in group])
+            for image, maps in zip(group, segmenter(pixel_values, labels), strict=True):
+                image.maps, image.labels = maps, labels.labels
         return model_inputs
 
     def postprocess(
         self,
         model_outputs: dict[str, Any],
-        labels: Labels | None = None,
-        templates: Any = None,
-        refinement: Any = None,
+        return_scores: bool = False,
+        return_probabilities: bool = False,
         **options: Any,
-    ) -> dict[str, Any]:
-        if labels is None:
-            raise ValueError("there are no labels; pass candidate_labels, such as 'road; car, automobile; sky'.")
-        image = model_outputs["image"]
-        if refinement is not None:
-            options["label_maps"] = refinement.label_maps(image.pixel_values[None])
-        (label_map,) = self.processor.post_process_semantic_segmentation(
-            image, [image.original_hw], self.processor.encode_labels(self.model, labels, templates), **options
+    ) -> SegmentationResult:
+        image, labels = model_outputs["image"], model_outputs["image"].labels
+        maps, class_ids = image.maps.at(image.original_hw), torch.tensor(labels.class_ids)
+        found = segment(maps, class_ids, with_scores=return_scores, **options)
+        segmentation = found.labels.cpu().numpy()
+        scores = None if found.scores is None else found.scores.cpu().numpy()
+        result = SegmentationResult(
+            segmentation=segmentation,
+            segments=segments_of(segmentation, labels.class_names, scores),
+            labels=labels,
+            size_hw=tuple(image.pixel_values.shape[1:]),
+            grid_hw=image.maps.grid_hw,
         )
-        segmentation = label_map.cpu().numpy()
-        return {
-            "segmentation": segmentation,
-            "segments": _segments(segmentation, labels.class_names),
-            "labels": labels,
-            "size_hw": image.image_hw,
-            "grid_hw": tuple(image.patch_embeds.shape[1:3]),
-        }
+        if scores is not None:
+            result["scores"] = scores
+        if return_probabilities:
+            result["probabilities"] = all_probabilities(maps, class_ids, len(labels), options.get("logit_scale"))
+        return result
 
 
-def _segments(segmentation: np.ndarray, class_names: Sequence[str]) -> list[dict[str, Any]]:
-    """The classes that occur, largest area first; an id outside the vocabulary is the background's."""
-    ids, counts = np.unique(segmentation, return_counts=True)
-    areas = sorted(zip((counts / segmentation.size).tolist(), ids.tolist(), strict=True), reverse=True)
-    return [
-        {
+def is_encoded(labels: Any) -> bool:
+    """Whether labels are what a segmenter's `encode_labels` made of them: they hold their `Labels`."""
+    return isinstance(getattr(labels, "labels", None), Labels)
+
+
+def all_probabilities(maps: ScoreMaps, class_ids: Tensor, num_classes: int, logit_scale: float | None) -> np.ndarray:
+    """The probability of every class at every pixel, (C, H, W) fp16.
+
+    Raises:
+        ValueError: They would take more memory than `MAX_PROBABILITIES`.
+    """
+    shape = (num_classes, *maps.size_hw)
+    if np.prod(shape, dtype=np.int64) > MAX_PROBABILITIES:
+        raise ValueError(
+            f"the probabilities of {num_classes} classes at {shape[1]} x {shape[2]} pixels are "
+            f"{2 * np.prod(shape, dtype=np.int64) / 1e9:.1f} GB; at most {2 * MAX_PROBABILITIES / 1e9:.0f} GB are "
+            "returned. Take fewer classes, a smaller image, or class_probabilities, which gives them tile by tile."
+        )
+    probabilities = np.empty(shape, np.float16)
+    for (rows, columns), tile in class_probabilities(maps, class_ids, logit_scale):
+        probabilities[:, rows, columns] = tile.cpu().numpy()
+    return probabilities
+
+
+def segments_of(
+    segmentation: np.ndarray, class_names: Sequence[str], scores: np.ndarray | None = None
+) -> list[dict[str, Any]]:
+    """The classes that occur, largest first, each with its fraction of the image, and its mean score if there are any.
+
+    An id outside the vocabulary is the background's, -1 is no class.
+    """
+    ids, where, counts = np.unique(segmentation, return_inverse=True, return_counts=True)
+    means = None if scores is None else np.bincount(where.ravel(), scores.ravel()) / counts
+    segments = []
+    for place in np.lexsort((ids, counts))[::-1]:
+        index = int(ids[place])
+        name = "no class" if index == NO_CLASS else "background"
+        segment: dict[str, Any] = {
             "id": index,
-            "label": class_names[index] if 0 <= index < len(class_names) else "background",
-            "area_fraction": area,
+            "label": class_names[index] if 0 <= index < len(class_names) else name,
+            "area_fraction": float(counts[place] / segmentation.size),
         }
-        for area, index in areas
-    ]
+        if means is not None:
+            segment["score"] = float(means[place])
+        segments.append(segment)
+    return segments
 
 
 def _given(parameters: dict[str, Any]) -> dict[str, Any]:

@@ -1,27 +1,24 @@
-"""SparProcessor: images and words in, label maps out. Prompts, cached text features, post-processing."""
+"""SparProcessor: images and words in, label maps out. Prompts, text features, post-processing."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import BatchFeature, ProcessorMixin
 from transformers.utils import logging
 
 from .prompts_spar import IMAGENET_TEMPLATES, Labels, check_templates, fill_template
-from .segmentation_spar import label_map
+from .segmentation_spar import feature_scores, label_map
 
 __all__ = ["LabelFeatures", "Labels", "SparProcessor"]
 
 logger = logging.get_logger(__name__)
 
-CACHED_VOCABULARIES = 8  # per model; 10 000 names of 512 numbers take 20 MB
 QUIET_BATCHES = 8  # encoding that takes more batches than this shows a progress bar
 
 
@@ -41,16 +38,6 @@ class LabelFeatures:
     def class_ids(self) -> Tensor:
         """The class of each name (K), on the features' device."""
         return torch.tensor(self.labels.class_ids, device=self.text_embeds.device)
-
-
-class _FeatureCache(WeakKeyDictionary[nn.Module, OrderedDict[tuple, Tensor]]):
-    """Text features by model, which it doesn't keep alive. A copy of a processor starts with an empty one."""
-
-    def __deepcopy__(self, memo: dict) -> _FeatureCache:
-        return _FeatureCache()
-
-    def __reduce__(self) -> tuple:
-        return _FeatureCache, ()
 
 
 class SparProcessor(ProcessorMixin):
@@ -82,7 +69,6 @@ class SparProcessor(ProcessorMixin):
         self.text_padding = text_padding
         self.max_length = max_length
         self.lowercase = lowercase
-        self._text_features = _FeatureCache()
 
     def __call__(
         self, images: Any = None, text: str | Sequence[str] | None = None, return_tensors: str = "pt", **kwargs: Any
@@ -117,49 +103,39 @@ class SparProcessor(ProcessorMixin):
     def encode_labels(
         self,
         model: Any,
-        labels: Labels | str | Sequence[str | Sequence[str]],
+        labels: Any,
         templates: str | Iterable[str] | None = None,
         batch_size: int = 256,
     ) -> LabelFeatures:
         """One vector per name: the mean over templates of L2-normalised text features, L2-normalised (SPAR, CLIP).
 
-        The result is cached by model, names and templates until the text tower's weights change.
+        Nothing is cached, since no cache could know what an adapter, a hook or an optimiser does to the text tower.
+        Keep the result for as long as the model stays as it is: whatever takes labels takes it too.
 
         Args:
             model: Has `get_text_features` and `config.text_config`, as `SparModel`.
-            labels: A vocabulary; see `Labels.parse`.
-            templates: Prompt templates for this call; None is the processor's own.
+            labels: A vocabulary; see `Labels.parse`. `LabelFeatures` are given back as they are.
+            templates: Prompt templates for this call; None is the processor's own. A class with templates of its own
+                keeps them.
             batch_size: Prompts encoded at once; it bounds the memory.
 
         Raises:
             ValueError: Labels or templates are malformed.
         """
+        if isinstance(labels, LabelFeatures):
+            return labels
         labels = Labels.parse(labels)
         templates = check_templates(templates or self.templates or IMAGENET_TEMPLATES)
-        weights = [weight for name, weight in model.named_parameters() if name.startswith("text")]
-        # A weight's version counts its changes in place: training the text tower or loading weights empties the cache.
-        state = tuple((w.device, w.dtype, w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights)
-        key = (labels.names, templates, self.text_padding, self.max_length, self.lowercase, state)
-        cached = self._text_features.setdefault(model, OrderedDict())
-        if key not in cached:
-            cached[key] = self._encode_names(model, labels.names, templates, batch_size)
-            if len(cached) > CACHED_VOCABULARIES:
-                cached.popitem(last=False)
-        cached.move_to_end(key)
-        return LabelFeatures(labels, cached[key])
+        return LabelFeatures(labels, self._encode_names(model, labels, templates, batch_size))
 
     def post_process_semantic_segmentation(
         self,
         outputs: Any,
         target_sizes: Sequence[tuple[int, int]] | Tensor | None = None,
         label_features: LabelFeatures | Tensor | None = None,
-        logit_scale: float = 40.0,
-        background_threshold: float | None = None,
-        background_class: int = 0,
-        area_threshold: float | None = None,
-        label_maps: Sequence[Callable[..., Tensor]] | None = None,
+        **thresholds: Any,
     ) -> list[Tensor]:
-        """Label maps from patch features; see `segmentation_spar.label_map` for the formula.
+        """Label maps from patch features.
 
         Args:
             outputs: A dense encoder's: `patch_embeds` (B, h, w, D), `image_hw`, `extent_hw`.
@@ -167,77 +143,45 @@ class SparProcessor(ProcessorMixin):
                 None is the size of the pixels that the encoder saw.
             label_features: From `encode_labels`; or text features (K, D), each its own class; None is
                 `outputs.text_embeds`.
-            logit_scale: Factor on the cosine before the soft-max; it matters to thresholds only.
-            background_threshold: Pixels whose best probability is below it become `background_class`.
-            background_class: Class id of the background; may lie outside the vocabulary.
-            area_threshold: Foreground classes with at most this share of the foreground pixels are masked out.
-            label_maps: What to call in the place of `segmentation_spar.label_map`, one function for each image, such
-                as a `Refinement` gives; None is that function itself.
+            **thresholds: See `segmentation_spar.segment`: `logit_scale`, `background_threshold`, `background_class`,
+                `score_threshold`, `area_threshold`, `synonyms`.
 
         Returns:
-            One label map (H, W) of class ids, int32, per image.
+            One label map (H, W) of class ids, int32, per image; -1 where no class is sure enough.
 
         Raises:
             ValueError: Sizes that don't fit the batch, a threshold or scale out of range, features that hold NaN.
         """
-        patch_embeds = outputs.patch_embeds
-        text_embeds, class_ids = self._text_side(outputs, label_features, patch_embeds.device)
+        text_embeds, class_ids = self._text_side(outputs, label_features, outputs.patch_embeds.device)
         sizes_hw = _sizes_hw(outputs, target_sizes)
-        for name, threshold in (("background_threshold", background_threshold), ("area_threshold", area_threshold)):
-            if threshold is not None and not 0 <= threshold <= 1:
-                raise ValueError(f"{name} is {threshold}; it must be from 0 to 1, or None for no threshold.")
-        if not logit_scale > 0:
-            raise ValueError(f"logit_scale is {logit_scale}; it must be above 0.")
-        if patch_embeds.shape[-1] != text_embeds.shape[-1]:
-            raise ValueError(
-                f"patch features have {patch_embeds.shape[-1]} numbers and text features {text_embeds.shape[-1]}; "
-                "they must come from the same model."
-            )
-        if not (torch.isfinite(patch_embeds).all() and torch.isfinite(text_embeds).all()):
-            raise ValueError("the features hold NaN or infinite numbers; run the model in fp32 or bf16, not in fp16.")
-        coverage_hw = (1.0, 1.0)
-        if outputs.extent_hw is not None:
-            coverage_hw = tuple(
-                image / extent for image, extent in zip(outputs.image_hw, outputs.extent_hw, strict=True)
-            )
-        if label_maps is None:
-            label_maps = [label_map] * len(patch_embeds)
         return [
-            make(
-                patches,
-                text_embeds,
-                class_ids,
-                size_hw,
-                coverage_hw,
-                logit_scale,
-                background_threshold,
-                background_class,
-                area_threshold,
-            )
-            for make, patches, size_hw in zip(label_maps, patch_embeds, sizes_hw, strict=True)
+            label_map(maps.at(size_hw), class_ids, **thresholds)
+            for maps, size_hw in zip(feature_scores(outputs, text_embeds, sizes_hw[0]), sizes_hw, strict=True)
         ]
 
-    def _encode_names(self, model: Any, names: Sequence[str], templates: Sequence[str], batch_size: int) -> Tensor:
+    def _encode_names(self, model: Any, labels: Labels, templates: tuple[str, ...], batch_size: int) -> Tensor:
         """(K, D): prompts go through the text tower in batches, and each adds to the row of its name."""
         limit = min(self._token_limit(), model.config.text_config.max_position_embeddings)
-        self._warn_of_cut_labels(names, max(templates, key=len), limit)
+        of_name = labels.templates_of(templates)
+        self._warn_of_cut_labels(labels.names, [max(own, key=len) for own in of_name], limit)
         device = next(model.parameters()).device
         sums = torch.empty(0)
-        num_prompts = len(names) * len(templates)
+        # The first prompt of each name, counted through; prompts are written when their turn comes.
+        firsts = torch.tensor([0, *(len(own) for own in of_name)]).cumsum(0)
+        num_prompts = int(firsts[-1])
         starts = range(0, num_prompts, batch_size)
-        # A prompt's number = name * len(templates) + template; prompts are written when their turn comes.
         for start in logging.tqdm(starts, desc="Encoding labels", disable=len(starts) <= QUIET_BATCHES, leave=False):
             numbers = torch.arange(start, min(start + batch_size, num_prompts))
-            name_of = numbers // len(templates)
+            name_of = torch.searchsorted(firsts, numbers, right=True) - 1
             prompts = [
-                fill_template(templates[number % len(templates)], names[number // len(templates)])
-                for number in numbers.tolist()
+                fill_template(of_name[name][number], labels.names[name])
+                for name, number in zip(name_of.tolist(), (numbers - firsts[name_of]).tolist(), strict=True)
             ]
             tokens = self._tokenize(prompts, max_length=limit).to(device)
             embeds = F.normalize(model.get_text_features(**tokens).pooler_output.float(), dim=-1)
             if start == 0:
-                sums = embeds.new_zeros(len(names), embeds.shape[-1])
-            sums.index_add_(0, name_of.to(device), embeds)
+                sums = embeds.new_zeros(len(labels.names), embeds.shape[-1])
+            sums.index_add_(0, name_of.to(embeds.device), embeds)
         return F.normalize(sums, dim=-1)
 
     def _tokenize(self, text: str | Sequence[str], **kwargs: Any) -> Any:
@@ -256,10 +200,10 @@ class SparProcessor(ProcessorMixin):
         # transformers writes 1e30 where a tokenizer has no limit.
         return min(self.tokenizer.model_max_length, 10**5) if self.max_length is None else self.max_length
 
-    def _warn_of_cut_labels(self, names: Sequence[str], template: str, limit: int) -> None:
+    def _warn_of_cut_labels(self, names: Sequence[str], templates: Sequence[str], limit: int) -> None:
         """Says which prompts are longer than the text tower reads, and what of them is lost."""
         room = limit - self.tokenizer.num_special_tokens_to_add()
-        prompts = [fill_template(template, name) for name in names]
+        prompts = [fill_template(template, name) for template, name in zip(templates, names, strict=True)]
         ids = self.tokenizer(prompts, add_special_tokens=False, verbose=False)["input_ids"]
         too_long = [index for index, tokens in enumerate(ids) if len(tokens) > room]
         for index in too_long[:3]:

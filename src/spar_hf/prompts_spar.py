@@ -1,18 +1,33 @@
-"""Labels with synonyms, and the prompt templates that turn a name into sentences for the text tower."""
+"""Labels: classes with their names, and the prompt templates that turn a name into sentences for the text tower."""
 
 from __future__ import annotations
 
+import csv
+import json
 import logging
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from .grid_spar import unknown
 
 logger = logging.getLogger(__name__)
 
 # Ten thousand names are the largest vocabularies in use (ImageNet-21k filtered, LVIS and Objects365 together); more
 # is nearly always a file passed by mistake. `Labels.parse(..., max_labels=N)` raises the limit.
 MAX_LABELS = 10_000
+# No text tower reads more than some hundred characters; a longer name is a mistake, and slow to cut into tokens.
+MAX_CHARACTERS = 2_000
+
+# What pictures mostly show. Names that compete with a single class, which has nothing else to lose against.
+EVERYDAY_WORDS = (
+    "person", "animal", "building", "tree", "grass", "plant", "flower", "sky", "cloud", "water", "road", "pavement",
+    "ground", "sand", "snow", "rock", "mountain", "wall", "floor", "ceiling", "window", "door", "furniture", "fabric",
+    "vehicle", "food", "paper", "sign", "tool", "light",
+)  # fmt: skip
 
 # The 80 templates of CLIP's ImageNet prompt engineering (MIT licence), as used by SPAR and the SCLIP family.
 # https://github.com/openai/CLIP/blob/main/notebooks/Prompt_Engineering_for_ImageNet.ipynb
@@ -105,36 +120,50 @@ class Labels:
     """A vocabulary: classes in order, each with one or more names (synonyms).
 
     Attributes:
-        classes: The names of each class; the index of a class is its id in a label map.
+        classes: The names of each class, as the text tower reads them; the index of a class is its id in a label map.
+        titles: What each class is called in results; empty where that is its first name.
+        class_templates: Prompt templates of each class, None where it has the common ones; empty where all have.
+        negatives: Names that compete with the classes and are never reported: what they win has no class.
+        background: The id of the class that is the background, if there is one.
     """
 
     classes: tuple[tuple[str, ...], ...]
+    titles: tuple[str, ...] = ()
+    class_templates: tuple[tuple[str, ...] | None, ...] = ()
+    negatives: tuple[str, ...] = ()
+    background: int | None = None
 
     @classmethod
-    def parse(cls, labels: str | Sequence[str | Sequence[str]] | Labels, max_labels: int = MAX_LABELS) -> Labels:
-        """Reads a vocabulary from one of three forms.
+    def parse(cls, labels: Any, max_labels: int = MAX_LABELS) -> Labels:
+        """Reads a vocabulary from one of these forms.
 
         Args:
             labels: `"road; car, automobile; sky"` (classes split by `;`, synonyms by `,`),
-                `["road", "car, automobile"]` (one string a class) or `[["road"], ["car", "automobile"]]`
-                (names taken as they are, so that a name may hold a comma).
+                `["road", "car, automobile"]` (one string a class), `[["road"], ["car", "automobile"]]` (names taken as
+                they are, so that a name may hold a comma), `{"car": ["a red car", "automobile"]}` (what a class is
+                called, and its names), or a list that holds mappings with `name` and, as wanted, `names` and
+                `templates`.
             max_labels: Most names that are accepted.
 
         Raises:
-            ValueError: No labels, an empty label, a name that occurs twice, or more than `max_labels` names.
+            ValueError: No labels, an empty label, a name that occurs twice, more than `max_labels` names, or another
+                form, such as a set, whose order would be a matter of chance.
         """
         if isinstance(labels, Labels):
             return labels
         if isinstance(labels, str):
             labels = labels.split(";") if labels.strip() else []
-        elif not isinstance(labels, Iterable):
+        elif isinstance(labels, Mapping):
+            labels = [{"name": name, "names": names} for name, names in labels.items()]
+        elif isinstance(labels, Set | bytes) or not isinstance(labels, Iterable):
             raise ValueError(
-                f"labels are a {type(labels).__name__}; allowed are a string such as 'road; car, automobile; sky' "
-                "or a list. Pass one of these."
+                f"labels are a {type(labels).__name__}; allowed are a string such as 'road; car, automobile; sky', "
+                "a list, or a mapping of class names to names. Pass one of these."
             )
-        classes = tuple(_parse_class(entry, number) for number, entry in enumerate(labels, start=1))
-        if not classes:
+        entries = [_parse_class(entry, number) for number, entry in enumerate(labels, start=1)]
+        if not entries:
             raise ValueError("there are no labels; at least one is needed. Pass some, such as 'road; car; sky'.")
+        classes = tuple(names for _, names, _ in entries)
         num_names = sum(len(names) for names in classes)
         if num_names > max_labels:
             raise ValueError(
@@ -142,43 +171,129 @@ class Labels:
                 "Pass fewer, or raise max_labels if this is meant."
             )
         _check_unique(classes)
-        if len(classes) == 1 and num_names > 1:
+        if len(classes) == 1 and num_names > 1 and entries[0][0] is None:
             # Commas between classes are the likely slip, and its result (one class everywhere) looks like a bug.
             logger.warning(
                 "the labels make one class with %d synonyms (%s); separate classes with ';'.",
                 num_names,
                 ", ".join(classes[0][:4]) + (", ..." if num_names > 4 else ""),
             )
-        return cls(classes)
+        titles = tuple(names[0] if title is None else title for title, names, _ in entries)
+        if len(set(titles)) < len(titles):
+            twice = next(title for title in titles if titles.count(title) > 1)
+            raise ValueError(f"two classes are called {twice!r}; give each a name of its own.")
+        templates = tuple(own for _, _, own in entries)
+        return cls(
+            classes,
+            titles if any(title is not None for title, _, _ in entries) else (),
+            templates if any(own is not None for own in templates) else (),
+        )
+
+    @classmethod
+    def read(cls, path: str | Path, max_labels: int = MAX_LABELS) -> Labels:
+        """A vocabulary from a file, UTF-8.
+
+        `.json` holds a form of `parse`. `.csv` has a header with `name` and, as wanted, `names` (split by `,`) and
+        `templates` (split by `;`). Any other file has a class a line, synonyms split by `,`, `#` begins a comment.
+
+        Raises:
+            ValueError: The file is no such thing; the message names it.
+            OSError: It cannot be read.
+        """
+        path = Path(path)
+        if path.stat().st_size > max_labels * MAX_CHARACTERS:
+            raise ValueError(f"{path} has {path.stat().st_size / 1e6:.0f} MB; a file of labels is far smaller.")
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+            if path.suffix.lower() == ".json":
+                labels = json.loads(text)
+            elif path.suffix.lower() == ".csv":
+                labels = [_row_of_csv(row) for row in csv.DictReader(text.splitlines())]
+            else:
+                labels = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+                labels = [part for line in labels for part in line.strip().strip(";").split(";")]
+            return cls.parse(labels, max_labels)
+        except (ValueError, csv.Error, RecursionError) as error:  # bad JSON and bad UTF-8 are ValueErrors
+            raise ValueError(f"{path} is no file of labels: {error}") from error
+
+    def against(self, names: Iterable[str]) -> Labels:
+        """The same classes, with names that compete and are never reported. Names of a class are left out.
+
+        Raises:
+            ValueError: A name is empty or malformed.
+        """
+        taken = {name.casefold() for name in self.names}
+        cleaned = [_clean(name, "negative label") for name in names]
+        return replace(self, negatives=tuple(dict.fromkeys(n for n in cleaned if n.casefold() not in taken)))
 
     def __len__(self) -> int:
         return len(self.classes)
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """All names of all classes, flat (K)."""
-        return tuple(name for names in self.classes for name in names)
+        """All names, flat (K): those of the classes in order, then the negatives."""
+        return (*(name for names in self.classes for name in names), *self.negatives)
 
     @cached_property
     def class_ids(self) -> tuple[int, ...]:
-        """The class id of each name (K)."""
-        return tuple(class_id for class_id, names in enumerate(self.classes) for _ in names)
+        """The class id of each name (K); -1 for a negative."""
+        ids = (class_id for class_id, names in enumerate(self.classes) for _ in names)
+        return (*ids, *(-1 for _ in self.negatives))
 
     @cached_property
     def class_names(self) -> tuple[str, ...]:
-        """The first name of each class."""
-        return tuple(names[0] for names in self.classes)
+        """What each class is called in results."""
+        return self.titles or tuple(names[0] for names in self.classes)
+
+    def templates_of(self, common: tuple[str, ...]) -> list[tuple[str, ...]]:
+        """The prompt templates of each name (K), given those of classes that have none of their own."""
+        own = self.class_templates or (None,) * len(self.classes)
+        return [common if index < 0 else own[index] or common for index in self.class_ids]
 
 
-def _parse_class(entry: str | Sequence[str], number: int) -> tuple[str, ...]:
-    """One class from `"car, automobile"` or `["car", "automobile"]`; `number` counts from 1, for messages."""
+def _parse_class(entry: Any, number: int) -> tuple[str | None, tuple[str, ...], tuple[str, ...] | None]:
+    """What a class is called (None: as its first name), its names, its templates; `number` from 1, for messages."""
+    title = templates = None
+    if isinstance(entry, Mapping):
+        for key in entry:
+            if key not in ("name", "names", "templates"):
+                raise ValueError(f"label {number}: " + unknown("field", key, ("name", "names", "templates")))
+        if not isinstance(entry.get("name"), str):
+            raise ValueError(f"label {number} has no name; give {{'name': 'car', 'names': ['car', 'automobile']}}.")
+        title = _clean(entry["name"], f"label {number}")
+        if entry.get("templates"):
+            templates = check_templates(entry["templates"])
+        entry = [title] if entry.get("names") in (None, "", [], ()) else entry["names"]
     names = entry.split(",") if isinstance(entry, str) else entry
-    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"label {number} is {entry!r}; allowed are a string or a list of strings.")
-    names = [re.sub(r"\s+", " ", name).strip() for name in names]
-    if not names or not all(names):
-        raise ValueError(f"label {number} is empty in {entry!r}; every label needs a name. Remove it or name it.")
-    return tuple(names)
+    if not isinstance(names, Sequence) or isinstance(names, bytes) or not all(isinstance(n, str) for n in names):
+        raise ValueError(f"label {number} is {entry!r:.200}; allowed are a string, a list of strings or a mapping.")
+    if not names or not all(name.strip() for name in names):
+        raise ValueError(f"label {number} is empty in {entry!r:.200}; every label needs a name. Remove it or name it.")
+    return title, tuple(_clean(name, f"label {number}") for name in names), templates
+
+
+def _clean(name: str, what: str) -> str:
+    """A name with single spaces; refused where it is empty, too long or no text."""
+    if len(name) > MAX_CHARACTERS:
+        raise ValueError(f"{what} has {len(name)} characters; at most {MAX_CHARACTERS} are read. Shorten it.")
+    if any("\ud800" <= character <= "\udfff" for character in name):
+        raise ValueError(f"{what} is {name!r}, which holds bytes that are no UTF-8 text. Write it as text.")
+    name = re.sub(r"\s+", " ", name).strip()
+    if not name:
+        raise ValueError(f"{what} is empty; every label needs a name. Remove it or name it.")
+    return name
+
+
+def _row_of_csv(row: dict[str | None, Any]) -> dict[str, Any]:
+    """A line of a CSV file as a mapping of `Labels.parse`."""
+    if None in row:
+        raise ValueError(f"a line has more cells than the header: {row.get('name')!r}; quote names that hold commas")
+    fields = {key.strip(): (value or "").strip() for key, value in row.items() if key is not None}
+    split = {"names": ",", "templates": ";"}
+    return {
+        key: [part for part in value.split(split[key]) if part.strip()] if key in split else value
+        for key, value in fields.items()
+    }
 
 
 def _check_unique(classes: tuple[tuple[str, ...], ...]) -> None:

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
+from .grid_spar import upsample
 from .prompts_spar import Labels
-from .segmentation_spar import axis_weights
 
 MIN_SIDE_PX = 480  # smaller pictures are enlarged by a whole factor, so that outlines and legend can be read
 MIN_LEGEND_PX = 240
@@ -157,25 +157,32 @@ def fit_text(text: str, font: ImageFont.FreeTypeFont, width_px: float) -> str:
 
 
 def label_map_image(segmentation: np.ndarray) -> Image.Image:
-    """The label map as a picture whose pixel values are the class ids.
+    """The label map as a picture whose pixel values are the class ids; no class (-1) is the highest value there is.
 
     Args:
-        segmentation: (H, W) class ids, 0 to 65535.
+        segmentation: (H, W) class ids, -1 to 65534.
 
     Returns:
-        A palette picture (mode P, colours of `palette`) for ids up to 255, a 16-bit grey one (mode I;16) above.
+        A palette picture (mode P, colours of `palette`) for ids up to 254, a 16-bit grey one (mode I;16) above.
 
     Raises:
-        ValueError: not two-dimensional, not of whole numbers, or an id outside 0 to 65535.
+        ValueError: not two-dimensional, not of whole numbers, or an id outside -1 to 65534.
     """
     segmentation = _class_ids(segmentation)
-    if segmentation.min() < 0 or segmentation.max() > 65535:
-        raise ValueError(f"class ids span {segmentation.min()} to {segmentation.max()}; a PNG holds 0 to 65535.")
-    if segmentation.max() > 255:
-        return Image.fromarray(segmentation.astype(np.uint16))
-    picture = Image.fromarray(segmentation.astype(np.uint8))
-    picture.putpalette(palette(256).tobytes())  # makes it mode P
+    if segmentation.min() < -1 or segmentation.max() > 65534:
+        raise ValueError(f"class ids span {segmentation.min()} to {segmentation.max()}; a PNG holds -1 to 65534.")
+    if segmentation.max() > 254:
+        return Image.fromarray(segmentation.astype(np.uint16))  # -1 wraps around to 65535
+    picture = Image.fromarray(segmentation.astype(np.uint8))  # and here to 255
+    colours = palette(256).copy()
+    colours[255] = 0
+    picture.putpalette(colours.tobytes())  # makes it mode P
     return picture
+
+
+def scores_image(scores: np.ndarray) -> Image.Image:
+    """Probabilities (H, W), 0 to 1, as a grey picture: 0 is black, 1 is white."""
+    return Image.fromarray((255 * scores).round().clip(0, 255).astype(np.uint8))
 
 
 def overlay(
@@ -315,7 +322,7 @@ def pca_picture(
     Args:
         patch_embeds: (h, w, D) features of one image.
         size_hw: (height, width) of the picture, bilinear between patches; None is one pixel for each patch.
-        coverage_hw: image size divided by the pixels that the grid covers, per axis; see `axis_weights`.
+        coverage_hw: image size divided by the pixels that the grid covers, per axis; see `grid_spar.coverage`.
 
     Returns:
         RGB of size `size_hw`.
@@ -336,6 +343,5 @@ def pca_picture(
     colours = torch.where(flat, 0.5, (parts - low) / (high - low).masked_fill(flat, 1)).clamp(0, 1)
     colours = torch.nn.functional.pad(colours, (0, 3 - colours.shape[1]), value=0.5).reshape(height, width, 3)
     if size_hw is not None:
-        rows, columns = (axis_weights(*axis) for axis in zip(size_hw, (height, width), coverage_hw, strict=True))
-        colours = torch.einsum("yh,hwc,xw->yxc", rows, colours, columns)
+        colours = upsample(colours.movedim(-1, 0), size_hw, coverage_hw).movedim(0, -1)
     return Image.fromarray((255 * colours).round().byte().numpy())

@@ -11,7 +11,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +24,17 @@ from ..build import build_encoder
 from ..checkpoints import load
 from ..encoders.base import DenseEncoder, EncoderWrapper
 from ..encoders.sliding_window import SlidingWindow
+from ..grid_spar import coverage, upsample
 from ..image_processing_spar import InvalidImageError, SparImageProcessor
 from ..methods.table import METHODS
 from ..pipeline_spar import OpenVocabularySegmentationPipeline
 from ..processing_spar import Labels
-from ..segmentation_spar import axis_weights
 from ..visualize import pca_picture
 from .settings import Settings
 
 CHARACTERS_PER_LABEL = 200  # times max_labels: the longest text of words that is looked at
 KEPT_FEATURES = 6  # pictures whose features stay in memory, so that a click costs no pass
+KEPT_VOCABULARIES = 8  # of a model; 10 000 names of 512 numbers take 20 MB
 
 Watch = Callable[[int], None]  # called with the number of windows just done; may raise `Stopped`
 
@@ -48,12 +49,23 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Opened:
-    """A model in memory, with the lock under which its words are encoded."""
+    """A model in memory, with the lock under which its words are encoded, and the vocabularies asked for last."""
 
     name: str
     model: Any
     processor: Any
     lock: threading.Lock
+    encoded: OrderedDict[Labels, Any] = field(default_factory=OrderedDict)
+
+    def encode(self, labels: Labels) -> Any:
+        """The text features of a vocabulary; the weights of a model on the menu never change."""
+        with self.lock:
+            if labels not in self.encoded:
+                self.encoded[labels] = self.processor.encode_labels(self.model, labels)
+                if len(self.encoded) > KEPT_VOCABULARIES:
+                    self.encoded.popitem(last=False)
+            self.encoded.move_to_end(labels)
+            return self.encoded[labels]
 
 
 @dataclass(frozen=True)
@@ -88,7 +100,7 @@ class Features:
     Attributes:
         size_hw: Height and width of the picture.
         patch_embeds: (h, w, D), normalised.
-        coverage_hw: Image size over the pixels that the grid covers, per axis; see `axis_weights`.
+        coverage_hw: Image size over the pixels that the grid covers, per axis; see `grid_spar.coverage`.
         pca: RGB of the picture's size.
     """
 
@@ -270,10 +282,9 @@ class Engine:
         segment = OpenVocabularySegmentationPipeline(
             model=opened.model, processor=opened.processor, device=self.device
         )
-        with opened.lock:  # the cache of a processor is not made for several threads
-            opened.processor.encode_labels(opened.model, labels)
+        encoded = opened.encode(labels)
         try:
-            found = segment(image, candidate_labels=labels, encoder=encoder, **self._size(image, opened))
+            found = segment(image, candidate_labels=encoded, encoder=encoder, **self._size(image, opened))
         except ValueError as error:
             raise DemoError(str(error)) from error
         return Answer(
@@ -331,10 +342,10 @@ class Engine:
                 outputs = encoder(inputs["pixel_values"].to(encoder.device, encoder.dtype))
         except ValueError as error:
             raise DemoError(str(error)) from error
-        coverage_hw = tuple(side / extent for side, extent in zip(outputs.image_hw, outputs.extent_hw, strict=True))
+        coverage_hw = coverage(outputs.image_hw, outputs.extent_hw)
         patch_embeds = F.normalize(outputs.patch_embeds[0].float().cpu(), dim=-1)
-        pca = pca_picture(patch_embeds, (image.height, image.width), (coverage_hw[0], coverage_hw[1]))
-        found = Features(image, (image.height, image.width), patch_embeds, (coverage_hw[0], coverage_hw[1]), pca)
+        pca = pca_picture(patch_embeds, (image.height, image.width), coverage_hw)
+        found = Features(image, (image.height, image.width), patch_embeds, coverage_hw, pca)
         with self._caching:
             self._features[key] = found
             if len(self._features) > KEPT_FEATURES:
@@ -361,7 +372,4 @@ class Engine:
             for place, covered, side in zip(places, features.coverage_hw, grid_hw, strict=True)
         )
         cosines = features.patch_embeds @ features.patch_embeds[row, column]  # (h, w, D) @ (D) -> (h, w)
-        rows, columns = (
-            axis_weights(*axis) for axis in zip(features.size_hw, grid_hw, features.coverage_hw, strict=True)
-        )
-        return (rows @ cosines @ columns.T).numpy(), (row, column)
+        return upsample(cosines, features.size_hw, features.coverage_hw).numpy(), (row, column)

@@ -77,8 +77,11 @@ def build_teacher(args: argparse.Namespace) -> tuple[DenseEncoder, dict[str, Any
     teachers: list[DenseEncoder] = []
     depend_on = []
     for method, needed in zip(methods, needs_network, strict=True):
+        networks = (
+            {next(iter(find_method(method).needs)): args.teacher_network} if needed and args.teacher_network else {}
+        )
         fields = {} if args.teacher_reach is None else {"attention_reach": args.teacher_reach}
-        encoder: Any = build_encoder(vision, method, args.teacher_network if needed else None, **fields)
+        encoder: Any = build_encoder(vision, method, networks=networks, **fields)
         encoder.requires_grad_(False)
         config = encoder.config
         fields = {

@@ -60,12 +60,16 @@ class Resized(EncoderWrapper, nn.Module):
         pixels = nn.functional.interpolate(
             pixels, size=self.size_hw(*pixels.shape[2:]), mode="bicubic", align_corners=False, antialias=True
         )
-        features = self.encoder(pixels.to(pixel_values.dtype)).patch_embeds
+        outputs = self.encoder(pixels.to(pixel_values.dtype))
+        features = outputs.patch_embeds
         features = nn.functional.interpolate(
             features.float().permute(0, 3, 1, 2), size=grid_hw, mode="bilinear", align_corners=False, antialias=True
         )
         return SparVisionOutput(
-            patch_embeds=features.permute(0, 2, 3, 1).to(self.dtype), image_hw=image_hw, extent_hw=extent_hw
+            patch_embeds=features.permute(0, 2, 3, 1).to(self.dtype),
+            image_hw=image_hw,
+            extent_hw=extent_hw,
+            normalized=outputs.normalized,
         )
 
 
@@ -132,7 +136,10 @@ class Regridded(nn.Module):
         output = self.encoder(pixel_values)
         features = resample(output.patch_embeds.permute(0, 3, 1, 2), output.extent_hw, grid_hw, extent_hw)
         return SparVisionOutput(
-            patch_embeds=features.permute(0, 2, 3, 1), image_hw=output.image_hw, extent_hw=extent_hw
+            patch_embeds=features.permute(0, 2, 3, 1),
+            image_hw=output.image_hw,
+            extent_hw=extent_hw,
+            normalized=output.normalized,
         )
 
 

@@ -1,7 +1,7 @@
 """SlidingWindow: a dense encoder that runs another one on overlapping windows and averages. SPAR's teacher.
 
 Source: SPAR (Kombol et al., CVPR 2026), section 3: native-size windows, a stride that is no multiple of the patch,
-features averaged without normalisation. `Windows` keeps them apart, for evaluations that average logits.
+features averaged without normalisation. (`segmenters.SlidingScores` averages scores instead.)
 """
 
 from __future__ import annotations
@@ -106,7 +106,8 @@ class SlidingWindow(EncoderWrapper, nn.Module):
         for first in range(0, len(places), self.batch_size):
             chunk = places[first : first + self.batch_size]
             windows = torch.stack([pixels[b, :, y : y + window_hw[0], x : x + window_hw[1]] for b, y, x in chunk])
-            features = self.encoder(windows).patch_embeds.float().permute(0, 3, 1, 2)  # (n, h, w, D) -> (n, D, h, w)
+            outputs = self.encoder(windows)
+            features = outputs.patch_embeds.float().permute(0, 3, 1, 2)  # (n, h, w, D) -> (n, D, h, w)
             features = nn.functional.interpolate(features, size=cells_hw, mode="bilinear", align_corners=False)
             if first == 0:
                 total = features.new_zeros(batch * count.numel(), features.shape[1])
@@ -122,52 +123,8 @@ class SlidingWindow(EncoderWrapper, nn.Module):
         )
         canvas = nn.functional.interpolate(canvas, size=grid_hw, mode="bilinear", align_corners=False)
         return SparVisionOutput(
-            patch_embeds=canvas.permute(0, 2, 3, 1).to(self.dtype), image_hw=image_hw, extent_hw=extent_hw
-        )
-
-
-class Windows(EncoderWrapper, nn.Module):
-    """Runs a dense encoder on every window of one image and keeps the features of each.
-
-    For evaluations that average the windows' logits pixel by pixel, as SCLIP's and those that follow its code. Windows
-    are cut from the pixels as they are; what is no multiple of the patch is up to the encoder, in each window.
-
-    Args:
-        encoder: any dense encoder.
-        window_px: side of the window. An image that is smaller in one direction is taken whole in that direction.
-        stride_px: step between windows.
-        batch_size: windows run at once. It bounds the memory.
-    """
-
-    def __init__(self, encoder: DenseEncoder, window_px: int, stride_px: int, batch_size: int = 32) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.window_px = window_px
-        self.stride_px = stride_px
-        self.batch_size = batch_size
-
-    def extra_repr(self) -> str:
-        return f"window_px={self.window_px}, stride_px={self.stride_px}"
-
-    def window_hw(self, image_hw: tuple[int, int]) -> tuple[int, int]:
-        """Height and width of the windows of an image, pixels."""
-        return min(image_hw[0], self.window_px), min(image_hw[1], self.window_px)
-
-    def places(self, image_hw: tuple[int, int]) -> list[tuple[int, int]]:
-        """Top and left of each window, row by row."""
-        tops, lefts = (window_starts(side, self.window_px, self.stride_px) for side in image_hw)
-        return list(product(tops, lefts))
-
-    @torch.no_grad()
-    def forward(self, pixel_values: torch.Tensor) -> SparVisionOutput:
-        """(1, 3, H, W) -> `patch_embeds` (1, windows, h, w, D); image_hw and extent_hw are those of a window."""
-        image_hw = (pixel_values.shape[2], pixel_values.shape[3])
-        height, width = self.window_hw(image_hw)
-        crops = [pixel_values[0, :, y : y + height, x : x + width] for y, x in self.places(image_hw)]
-        chunks = range(0, len(crops), self.batch_size)
-        outputs = [self.encoder(torch.stack(crops[first : first + self.batch_size])) for first in chunks]
-        return SparVisionOutput(
-            patch_embeds=torch.cat([output.patch_embeds for output in outputs])[None],
-            image_hw=outputs[0].image_hw,
-            extent_hw=outputs[0].extent_hw,
+            patch_embeds=canvas.permute(0, 2, 3, 1).to(self.dtype),
+            image_hw=image_hw,
+            extent_hw=extent_hw,
+            normalized=outputs.normalized,
         )

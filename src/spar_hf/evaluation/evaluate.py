@@ -1,7 +1,8 @@
-"""Evaluates any dense encoder on a benchmark under a named protocol; can be stopped and resumed.
+"""Evaluates any segmenter on a benchmark under a named protocol; can be stopped and resumed.
 
-data = load_benchmark("picturebook", scale=4, native_px=encoder.config.image_size)
-result = evaluate(encoder, model, processor, data)
+segmenter = build_segmenter(model, processor, "naclip", window="paper")
+data = load_benchmark("picturebook", scale=4, native_px=segmenter.config.image_size)
+result = evaluate(segmenter, processor, data)
 print(result.table())
 """
 
@@ -13,9 +14,8 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,11 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
-from torch import nn
 from tqdm.auto import tqdm
 
-from ..encoders.base import DenseEncoder
-from ..encoders.sliding_window import Windows
 from ..files import digest, weights_digest, write_atomically
-from ..refinement import Refinement
+from ..segmentation_spar import Segmenter, label_map
+from ..segmenters import sliding_scores
 from .benchmarks import IGNORED, BenchmarkData, Sample
 from .counts import SegmentationCounts
 from .protocols import Protocol, load_protocol
@@ -42,7 +40,7 @@ class EvaluationResult:
     Attributes:
         benchmark: Name of the benchmark.
         variant: Which one of that name, such as the scale of the picture book.
-        refine: Label options that were on, in the order in which they ran.
+        record: What the segmenter was built of: networks, settings, refinements in the order in which they ran.
         protocol: Every constant of the protocol, under "name" its name.
         num_images: Images that were counted.
         mean_iou: Mean over the classes that occur in prediction or target, 0 to 1. All scores are nan if none does.
@@ -60,7 +58,7 @@ class EvaluationResult:
 
     benchmark: str
     variant: str
-    refine: tuple[str, ...]
+    record: dict[str, Any]
     protocol: dict[str, Any]
     num_images: int
     mean_iou: float
@@ -96,7 +94,8 @@ class EvaluationResult:
             ("peak memory, MB", f"{self.peak_memory_mb:.0f}"),
         ]
         name = f"{self.benchmark} ({self.variant})" if self.variant else self.benchmark
-        refined = f", refined with {', '.join(self.refine)}" if self.refine else ""
+        refine = self.record.get("refine")
+        refined = f", refined with {', '.join(refine)}" if refine else ""
         return "\n".join(
             [
                 f"{name}, protocol {self.protocol['name']}{refined}, {self.num_images} images, "
@@ -108,13 +107,12 @@ class EvaluationResult:
 
 
 def evaluate(
-    encoder: DenseEncoder,
-    model: nn.Module,
+    segmenter: Segmenter,
     processor: Any,
     benchmark: BenchmarkData,
     protocol: Protocol | str | None = None,
     limit: int | None = None,
-    refinement: Refinement | None = None,
+    record: dict[str, Any] | None = None,
     progress: bool = True,
     state_path: str | Path | None = None,
     save_every: int = 20,
@@ -123,15 +121,13 @@ def evaluate(
     """Runs the benchmark, one image at a time.
 
     Args:
-        encoder: Any dense encoder: a vision tower, a `SlidingWindow` around one, ...
-        model: The `SparModel` whose text tower embeds the classes.
-        processor: Its `SparProcessor`.
+        segmenter: Any segmenter; `FromFeatures` for a dense encoder, or what `build_segmenter` makes.
+        processor: The `SparProcessor` of the model, which makes pixels of images.
         benchmark: From `load_benchmark`.
         protocol: A name in `PROTOCOLS` or a `Protocol`; None is the benchmark's first. A protocol with a window runs
-            `encoder` in each window and averages the cosines.
+            `segmenter` in each window and averages the scores.
         limit: Evaluates so many images, spread evenly over the benchmark; None takes all.
-        refinement: Label options that are on; `encoder` must be `refinement.encoder` or a window around it. Options
-            that learn from unlabelled images see those that are evaluated, first.
+        record: What the segmenter was built of, kept in the result; see `build.record`.
         progress: Shows a bar with the running mean IoU.
         state_path: Saves counts and position in this file, and goes on from there if it exists.
         save_every: Images between two saves.
@@ -145,19 +141,15 @@ def evaluate(
         protocol = load_protocol(protocol, benchmark.name)
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; it must be at least 1. Leave it out to take all {len(benchmark)} images.")
-    windows = None
     if protocol.window_px is not None and protocol.stride_px is not None:
-        encoder = windows = Windows(encoder, protocol.window_px, protocol.stride_px)
-        refinement = refinement or Refinement(model, (), encoder)
+        segmenter = sliding_scores(segmenter, protocol.window_px, protocol.stride_px)
     count = len(benchmark) if limit is None else min(limit, len(benchmark))
-    refine = () if refinement is None else refinement.names
     state = State(SegmentationCounts(len(benchmark.labels), ignore_index=IGNORED))
     if state_path is not None:
-        fingerprint = _fingerprint(encoder, model, processor, benchmark, protocol, refine, count)
+        fingerprint = _fingerprint(segmenter, processor, benchmark, protocol, record, count)
         state.resume(Path(state_path), fingerprint)
 
-    device = encoder.device
-    label_features = processor.encode_labels(model, benchmark.labels, templates=protocol.templates)
+    device = segmenter.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
@@ -167,19 +159,22 @@ def evaluate(
         inputs = processor(images=protocol.resize(sample.image), do_resize=False, return_tensors="pt")
         return inputs["pixel_values"], sample
 
-    label_maps = None
-    if refinement is not None:
-        label_maps = partial(refinement.label_maps, windows=windows)
-        unlabelled = (read(number)[0] for number in range(count))
-        refinement.fit(encoder, processor, benchmark.labels, unlabelled, templates=protocol.templates)
+    # Where pixels can be background by threshold, the first class is the background.
+    labels = benchmark.labels if protocol.background_threshold is None else replace(benchmark.labels, background=0)
+    unlabelled = (read(number)[0] for number in range(count))
+    encoded = segmenter.encode_labels(labels, protocol.templates, unlabelled)
+    class_ids = torch.tensor(labels.class_ids)
     remaining = range(state.counts.num_images, count)
     with tqdm(remaining, initial=remaining.start, total=count, desc=benchmark.name, disable=not progress) as bar:
         for number in bar:
             pixel_values, sample = read(number)
             started = _now(device)
-            prediction = _label_map(
-                encoder, processor, pixel_values, sample.target.shape, label_features, protocol, label_maps
-            )
+            with torch.inference_mode():
+                (maps,) = segmenter(pixel_values, encoded)
+                prediction = label_map(
+                    maps.at((sample.target.shape[0], sample.target.shape[1])), class_ids, **protocol.thresholds()
+                )
+            prediction = prediction.cpu().numpy()
             state.seconds.append(_now(device) - started)
             state.counts.update(prediction, sample.target)
             if progress:
@@ -192,7 +187,7 @@ def evaluate(
     return EvaluationResult(
         benchmark=benchmark.name,
         variant=benchmark.variant,
-        refine=refine,
+        record=record or {},
         protocol=asdict(protocol),
         num_images=state.counts.num_images,
         mean_iou=scores["mean_iou"],
@@ -204,33 +199,9 @@ def evaluate(
         seconds_per_image_mean=statistics.fmean(state.seconds),
         peak_memory_mb=max(state.peak_memory_mb, peak_memory_mb(device)),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        dtype=str(encoder.dtype).removeprefix("torch."),
+        dtype=str(segmenter.dtype).removeprefix("torch."),
         command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]) if command is None else command,
     )
-
-
-@torch.inference_mode()
-def _label_map(
-    encoder: DenseEncoder,
-    processor: Any,
-    pixel_values: torch.Tensor,
-    size_hw: tuple[int, ...],
-    label_features: Any,
-    protocol: Protocol,
-    label_maps: Callable[[torch.Tensor], list] | None,
-) -> np.ndarray:
-    """The class ids (H, W) of one preprocessed image at the size of its target."""
-    outputs = encoder(pixel_values.to(encoder.device, encoder.dtype))
-    (label_map,) = processor.post_process_semantic_segmentation(
-        outputs,
-        target_sizes=[size_hw],
-        label_features=label_features,
-        logit_scale=protocol.logit_scale,
-        background_threshold=protocol.background_threshold,
-        area_threshold=protocol.area_threshold,
-        label_maps=None if label_maps is None else label_maps(pixel_values),
-    )
-    return label_map.cpu().numpy()
 
 
 class State:
@@ -285,26 +256,25 @@ class State:
 
 
 def _fingerprint(
-    encoder: DenseEncoder,
-    model: nn.Module,
+    segmenter: Segmenter,
     processor: Any,
     benchmark: BenchmarkData,
     protocol: Protocol,
-    refine: tuple[str, ...],
+    record: dict[str, Any] | None,
     count: int,
 ) -> dict[str, str]:
     """What decides the scores, by name, so that a refused state can say what changed."""
     return {
-        # A module's repr holds its structure and, for a window, its side and stride.
-        "encoder": digest([repr(encoder).encode(), encoder.config.to_json_string().encode()]),
-        "weights": weights_digest(*(part for part in (encoder, model) if isinstance(part, nn.Module))),
+        # The repr of a segmenter holds its structure and every setting.
+        "segmenter": digest([repr(segmenter).encode(), segmenter.config.to_json_string().encode()]),
+        "weights": weights_digest(*segmenter.networks),
         "processor": digest([processor.to_json_string().encode()]),
         "benchmark": json.dumps(
             [benchmark.name, benchmark.variant, digest([json.dumps(benchmark.labels.classes).encode()])]
         ),
         "images": json.dumps([count, digest(name.encode() + b"\0" for name in benchmark.sample_names)]),
         "protocol": json.dumps(asdict(protocol)),
-        "label options": json.dumps(refine),
+        "record": json.dumps(record, sort_keys=True),
     }
 
 

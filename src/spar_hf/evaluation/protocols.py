@@ -22,12 +22,13 @@ class Protocol:
         short_side_px: Images are resized to this shorter side, keeping the ratio; None leaves them as they are.
         long_side_px: ... but to no more than this longer side.
         antialias: Whether bilinear resizing looks at all pixels where it shrinks, or at four.
-        window_px: Runs the encoder in windows of this side, and averages their cosines with the text pixel by pixel;
-            None runs it once on the whole image.
+        window_px: Runs the segmenter in windows of this side, and averages their scores pixel by pixel; None runs it
+            once on the whole image.
         stride_px: Step of that window.
         logit_scale: Factor on the cosine before the soft-max over all names.
         background_threshold: Pixels whose best probability is below it become class 0; None for never.
-        area_threshold: Foreground classes with at most this share of the foreground are dropped; None for none.
+        area_threshold: Foreground classes with at most this fraction of the foreground are masked out; None for none.
+        synonyms: How sure a class with several names is: as its best one (`max`, SCLIP), or as all together (`sum`).
         templates: Sentences into which a name is put; None leaves the choice to the processor.
     """
 
@@ -40,6 +41,7 @@ class Protocol:
     logit_scale: float = 40.0
     background_threshold: float | None = None
     area_threshold: float | None = None
+    synonyms: str = "max"
     templates: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -51,6 +53,16 @@ class Protocol:
     def replace(self, **changes: Any) -> Protocol:
         """The protocol with other constants; its name then says that it is changed."""
         return replace(self, **{"name": f"{self.name.removesuffix(', changed')}, changed", **changes})
+
+    def thresholds(self) -> dict[str, Any]:
+        """The arguments of `segmentation_spar.label_map`."""
+        return {
+            "logit_scale": self.logit_scale,
+            "background_threshold": self.background_threshold,
+            "background_class": None if self.background_threshold is None and self.area_threshold is None else 0,
+            "area_threshold": self.area_threshold,
+            "synonyms": self.synonyms,
+        }
 
     def resize(self, image: Image.Image) -> Image.Image:
         """The image at the protocol's size; bilinear."""

@@ -16,6 +16,7 @@ To reach: mean IoU 62.1 on VOC21, 39.6 on Context59 with CLIP ViT-B/16 (with the
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,10 +31,15 @@ from .encoder import ROW_NUMBERS, MethodEncoder
 HEAD_NUMBERS = 2**25
 
 
+@dataclass(frozen=True)
+class Settings:
+    """The method's numbers."""
+
+
 class Encoder(MethodEncoder):
     """CLIPer around a CLIP vision tower; see the head of the file."""
 
-    def __init__(self, vision: SparVisionModel, method: str = "cliper"):
+    def __init__(self, vision: SparVisionModel, settings: Settings = Settings(), method: str = "cliper"):
         super().__init__(vision, method)
 
     @torch.no_grad()

@@ -20,7 +20,9 @@ To reach: mean IoU 61.3 on VOC21, 39.1 on Context59 with CLIP ViT-B/16 and DINO 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,6 +42,11 @@ SHIFT, SHARPNESS = 1.2, 3.0  # beta and gamma
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
+@dataclass(frozen=True)
+class Settings:
+    """The method's numbers."""
+
+
 class Encoder(MethodEncoder):
     """ProxyCLIP around a CLIP vision tower; see the head of the file.
 
@@ -55,12 +62,14 @@ class Encoder(MethodEncoder):
     def __init__(
         self,
         vision: SparVisionModel,
-        network: str | nn.Module,
+        networks: Mapping[str, str | nn.Module],
+        settings: Settings = Settings(),
         method: str = "proxyclip",
         image_mean: tuple[float, ...] | None = None,
         image_std: tuple[float, ...] | None = None,
     ):
         super().__init__(vision, method)
+        network = networks["dino"]
         if isinstance(network, str):
             mean, std = normalisation_of(network)
             image_mean, image_std = image_mean or mean, image_std or std

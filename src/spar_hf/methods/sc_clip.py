@@ -22,6 +22,8 @@ To reach: mean IoU 64.6 on VOC21, 40.1 on Context59 with CLIP ViT-B/16, no post-
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 
@@ -84,10 +86,15 @@ def row_fractions(cosines: torch.Tensor) -> torch.Tensor:
     return cosines.div_(cosines.sum(dim=-1, keepdim=True) + 1e-6)
 
 
+@dataclass(frozen=True)
+class Settings:
+    """The method's numbers."""
+
+
 class Encoder(MethodEncoder):
     """SC-CLIP around a CLIP vision tower; see the head of the file."""
 
-    def __init__(self, vision: SparVisionModel, method: str = "sc_clip"):
+    def __init__(self, vision: SparVisionModel, settings: Settings = Settings(), method: str = "sc_clip"):
         super().__init__(vision, method)
         num_layers = len(vision.blocks)
         first, late, end = (min(block_index(block, num_layers), num_layers - 2) for block in (4, 9, 10))  # 0-based

@@ -1,10 +1,10 @@
-"""Label options: named ways to turn patch features into better label maps, independent of how the features were made.
+"""Refinements: named ways to better label maps, independent of how the scores were made.
 
-`LABEL_OPTIONS` is the table of them, `Refinement` runs those that are asked for, in the table's order.
+`REFINEMENTS` is the table of them; `Refined` puts those that are asked for around a segmenter, in the table's order.
 """
 
 from .floss import floss_templates
-from .options import LABEL_OPTIONS, LabelOption
-from .refinement import Refinement
+from .refined import Refined
+from .table import REFINEMENTS, Refinement, find_refinements
 
-__all__ = ["LABEL_OPTIONS", "LabelOption", "Refinement", "floss_templates"]
+__all__ = ["REFINEMENTS", "Refined", "Refinement", "find_refinements", "floss_templates"]

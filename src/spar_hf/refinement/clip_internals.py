@@ -1,12 +1,11 @@
-"""ClipInternals: what a label option may ask CLIP itself about one image, whatever encoder made the patch features.
+"""ClipInternals: what a refinement may ask CLIP itself about one image, whatever encoder made the patch features.
 
-One plain pass of the network over the whole image, made when the first option asks and kept for the others. Blocks are
-counted from 1 in a network of twelve, as in `dense_spar.Term`; in one of L blocks, block b is number ceil(b L / 12).
+One plain pass of the network over the whole image, made when the first one asks and kept for the others. Blocks are
+counted from 1 in a network of twelve, as in `methods_spar.Term`; in one of L blocks, block b is number ceil(b L / 12).
 """
 
 from __future__ import annotations
 
-import math
 from functools import cached_property
 from typing import Any
 
@@ -16,15 +15,16 @@ from torch.nn import functional as F
 
 from ..clip_spar import SparVisionModel
 from ..dense_spar import attend, merge_heads, project_heads
-from ..grid_spar import fit_to_patches
+from ..grid_spar import coverage, fit_to_patches
+from ..methods_spar import block_index
 
 
 def check_network(network: Any, option: str) -> None:
     """Raises a `ValueError` unless the network is a vision tower of the CLIP family."""
     if not isinstance(network, SparVisionModel):
         raise ValueError(
-            f"the label option {option!r} looks into the blocks and the class token of a CLIP vision tower, and the "
-            f"model's is a {type(network).__name__}. Leave the option out, or take a CLIP checkpoint."
+            f"refinement {option!r} looks into the blocks and the class token of a CLIP vision tower, and the "
+            f"model's is a {type(network).__name__}. Leave it out, or take a CLIP checkpoint."
         )
 
 
@@ -57,7 +57,7 @@ class ClipInternals:
 
     @cached_property
     def logit_scale(self) -> float:
-        """The model's own factor on the cosine, for the options that the authors ran with it."""
+        """The model's own factor on the cosine, for the refinements that the authors ran with it."""
         return self.model.logit_scale.exp().item()
 
     @cached_property
@@ -77,9 +77,8 @@ class ClipInternals:
 
     @property
     def coverage_hw(self) -> tuple[float, float]:
-        """Image size over the pixels that the grid covers, per axis; see `axis_weights`."""
-        (height, width), (rows, columns) = self._outputs.image_hw, self._outputs.extent_hw
-        return height / rows, width / columns
+        """Image size over the pixels that the grid covers, per axis; see `coverage`."""
+        return coverage(self._outputs.image_hw, self._outputs.extent_hw)
 
     @property
     def class_embed(self) -> Tensor:
@@ -89,7 +88,7 @@ class ClipInternals:
     @torch.no_grad()
     def heads(self, block: int, names: str) -> dict[str, Tensor]:
         """The projections that `names` spells of a block, each (1, H, 1 + N, d), class token first."""
-        index = math.ceil(block * self.num_blocks / 12) - 1
+        index = block_index(block, self.num_blocks)
         layer = self.network.encoder.layers[index]
         return project_heads(layer.self_attn, layer.layer_norm1(self._outputs.hidden_states[index]), names)
 

@@ -13,24 +13,37 @@ lower class id. Left out: the product with the class token's logits that they us
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..segmentation_spar import axis_weights
+from ..grid_spar import upsample
 from .clip_internals import ClipInternals
 
-BLOCK = 11
-CELLS, MEDIAN = 4, 7  # cells a patch, and the side of the median filter in cells
-SETTINGS = ((14 * 14, 0.7, 3), (21 * 21, 1.1, 7))  # patches, eps, neighbours; 224 and 336 px
 
+@dataclass(frozen=True)
+class Settings:
+    """CLIPtrase's numbers.
 
-def settings(num_patches: int) -> tuple[float, int]:
-    """DBSCAN's eps and number of neighbours for so many patches."""
-    (n0, eps0, count0), (n1, eps1, count1) = SETTINGS
-    along = math.log(num_patches / n0) / math.log(n1 / n0)
-    return eps0 * (eps1 / eps0) ** along, max(1, round(count0 * (count1 / count0) ** along))
+    Attributes:
+        block: whose tokens are compared, of twelve.
+        cells: of a cluster's map to a patch.
+        median: side of the median filter in cells.
+        fitted: (patches, eps, neighbours) of DBSCAN as the authors have them at 224 and 336 px.
+    """
+
+    block: int = 11
+    cells: int = 4
+    median: int = 7
+    fitted: tuple[tuple[int, float, int], tuple[int, float, int]] = ((14 * 14, 0.7, 3), (21 * 21, 1.1, 7))
+
+    def dbscan(self, num_patches: int) -> tuple[float, int]:
+        """DBSCAN's eps and number of neighbours for so many patches."""
+        (n0, eps0, count0), (n1, eps1, count1) = self.fitted
+        along = math.log(num_patches / n0) / math.log(n1 / n0)
+        return eps0 * (eps1 / eps0) ** along, max(1, round(count0 * (count1 / count0) ** along))
 
 
 def dbscan(points: Tensor, eps: float, min_neighbours: int) -> Tensor:
@@ -56,9 +69,9 @@ def dbscan(points: Tensor, eps: float, min_neighbours: int) -> Tensor:
     return torch.where(label == none, -1, number)
 
 
-def median(maps: Tensor) -> Tensor:
-    """7 x 7 median of (k, H, W), with the border mirrored edge included."""
-    reach = MEDIAN // 2
+def median(maps: Tensor, side: int) -> Tensor:
+    """side x side median of (k, H, W), with the border mirrored edge included."""
+    reach = side // 2
 
     def mirrored(length: int) -> Tensor:
         index = torch.arange(-reach, length + reach, device=maps.device) % (2 * length)
@@ -68,30 +81,26 @@ def median(maps: Tensor) -> Tensor:
     filtered = []
     for single in maps:  # 49 copies of one map at a time
         padded = single[mirrored(height)][:, mirrored(width)]
-        filtered.append(padded.unfold(0, MEDIAN, 1).unfold(1, MEDIAN, 1).flatten(2).median(-1).values)
+        filtered.append(padded.unfold(0, side, 1).unfold(1, side, 1).flatten(2).median(-1).values)
     return torch.stack(filtered)
 
 
-def cluster_vote(labels: Tensor, image: ClipInternals) -> Tensor:
+def cluster_vote(labels: Tensor, image: ClipInternals, settings: Settings) -> Tensor:
     """The label map (H, W) with each cluster in one class."""
-    correlation = image.self_correlation(BLOCK)
+    correlation = image.self_correlation(settings.block)
     rows = (correlation[1:, 1:] - correlation[:1, 1:]).clamp(min=0)  # (N, N)
-    cluster = dbscan(rows, *settings(len(rows)))
+    cluster = dbscan(rows, *settings.dbscan(len(rows)))
     count = int(cluster.max()) + 1
     if count == 0:
         return labels
     maps = torch.stack([rows[cluster == number].mean(0) for number in range(count)]).unflatten(1, image.grid_hw)
-    fine_hw = (CELLS * image.grid_hw[0], CELLS * image.grid_hw[1])
-    maps = median(F.interpolate(maps[None], size=fine_hw, mode="bilinear", align_corners=False)[0])
-    down, across = (
-        axis_weights(size, fine, covered).to(maps.device)
-        for size, fine, covered in zip(labels.shape, fine_hw, image.coverage_hw, strict=True)
-    )
+    fine_hw = (settings.cells * image.grid_hw[0], settings.cells * image.grid_hw[1])
+    maps = median(F.interpolate(maps[None], size=fine_hw, mode="bilinear", align_corners=False)[0], settings.median)
     # The clusters one by one, so that only the best of them is held at full resolution.
     best = torch.full(labels.shape, -torch.inf, device=maps.device)
     region = torch.zeros_like(labels, dtype=torch.int64)
     for number, single in enumerate(maps):
-        full = down @ (single @ across.T)
+        full = upsample(single, (labels.shape[0], labels.shape[1]), image.coverage_hw)
         better = full > best
         best, region = torch.where(better, full, best), region.masked_fill_(better, number)
 

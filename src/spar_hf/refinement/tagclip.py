@@ -19,6 +19,8 @@ the blocks after two thirds of the depth but for the last.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -27,19 +29,30 @@ from torch.nn import functional as F
 from .clip_internals import ClipInternals, covered_pixels
 from .scores import MASKED_OUT, sum_of_classes
 
-HALF = 0.5
+if TYPE_CHECKING:
+    from .refined import Scene
 
 
-def reidentification(
-    scores: Tensor, image: ClipInternals, text_embeds: Tensor, class_ids: Tensor, background: int | None = None
-) -> Tensor:
+@dataclass(frozen=True)
+class Settings:
+    """TagCLIP's numbers.
+
+    Attributes:
+        threshold: how far from the lowest to the highest score a class must be: of the refined map, of the map that
+            gives a class its box, and of the classes at the end.
+    """
+
+    threshold: float = 0.5
+
+
+def reidentification(scores: Tensor, scene: Scene, settings: Settings) -> Tensor:
     """masks out the names of classes that are not in the image; (K, h, w) -> (K, h, w)."""
-    columns, num_classes = columns_of(class_ids, background)
+    columns, num_classes = columns_of(scene.class_ids, scene.background)
     if num_classes == 0:
         return scores
-    tags = class_scores(scores, image, text_embeds, columns, num_classes)
+    tags = class_scores(scores, scene, columns, num_classes, settings.threshold)
     found = torch.ones(int(columns.max()) + 1, dtype=torch.bool, device=tags.device)  # the background's stay
-    found[:num_classes] = tags > tags.min() + HALF * (tags.max() - tags.min())
+    found[:num_classes] = tags > tags.min() + settings.threshold * (tags.max() - tags.min())
     found[tags.argmax()] = True
     return scores.masked_fill(~found[columns][:, None, None], MASKED_OUT)
 
@@ -59,11 +72,9 @@ def columns_of(class_ids: Tensor, background: int | None) -> tuple[Tensor, int]:
     return result, len(classes)
 
 
-def class_scores(
-    scores: Tensor, image: ClipInternals, text_embeds: Tensor, columns: Tensor, num_classes: int
-) -> Tensor:
+def class_scores(scores: Tensor, scene: Scene, columns: Tensor, num_classes: int, fraction: float) -> Tensor:
     """How much each class is in the image, (C), from 0 to about 1; `columns` as `columns_of` gives them."""
-    grid_hw = (scores.shape[1], scores.shape[2])
+    grid_hw, image = (scores.shape[1], scores.shape[2]), scene.image
     coarse = sum_of_classes((image.logit_scale * scores).softmax(0), columns).flatten(1).T  # (N, C + background names)
     attention = voted_attention(image)
     refined = attention @ coarse
@@ -72,12 +83,12 @@ def class_scores(
     refined = attention @ (boxes.flatten(1).T * coarse)
 
     tags = refined.amax(0)[:num_classes]
-    threshold = refined.min() + HALF * (refined.max() - refined.min())
+    threshold = refined.min() + fraction * (refined.max() - refined.min())
     for label in (tags > threshold).nonzero().flatten().tolist():
-        box = box_of((rescaled(refined[:, label]) > HALF).unflatten(0, grid_hw))
+        box = box_of((rescaled(refined[:, label]) > fraction).unflatten(0, grid_hw))
         if box is None:
             break
-        seen = sum_of_classes(crop_probability(image, *box, text_embeds), columns)
+        seen = sum_of_classes(crop_probability(image, *box, scene.text_embeds), columns)
         tags[label] = (tags[label] + seen[label]) / 2
     return tags
 

@@ -26,22 +26,34 @@ from ..encoders.base import DenseEncoder, EncoderWrapper
 from .clip_internals import covered_pixels
 
 LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601, as torchvision rounds it
-BLUR_PX, BLUR_SIGMA_PX = 11, 5.0
-PLAIN_SHARE = 0.7  # of the unflipped views, where there are flips
 
 
-def greyscale(pixel_values: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class Settings:
+    """ITACLIP's numbers.
+
+    Attributes:
+        blur_px, blur_sigma_px: side and standard deviation of the Gaussian.
+        plain_weight: of all unflipped views together, where there are flips.
+    """
+
+    blur_px: int = 11
+    blur_sigma_px: float = 5.0
+    plain_weight: float = 0.7
+
+
+def greyscale(pixel_values: Tensor, settings: Settings) -> Tensor:
     """(B, 3, H, W) with the luma in all three channels."""
     luma = torch.tensor(LUMA, dtype=pixel_values.dtype, device=pixel_values.device)
     return torch.einsum("bchw,c->bhw", pixel_values, luma)[:, None].expand_as(pixel_values)
 
 
-def blur(pixel_values: Tensor) -> Tensor:
+def blur(pixel_values: Tensor, settings: Settings) -> Tensor:
     """(B, 3, H, W) after a Gaussian filter along the rows, then along the columns."""
-    offset = torch.arange(BLUR_PX, dtype=torch.float32, device=pixel_values.device) - BLUR_PX // 2
-    kernel = torch.exp(-0.5 * (offset / BLUR_SIGMA_PX) ** 2)
+    offset = torch.arange(settings.blur_px, dtype=torch.float32, device=pixel_values.device) - settings.blur_px // 2
+    kernel = torch.exp(-0.5 * (offset / settings.blur_sigma_px) ** 2)
     kernel = (kernel / kernel.sum()).expand(pixel_values.shape[1], 1, 1, -1)
-    padded = F.pad(pixel_values.float(), [BLUR_PX // 2] * 4, mode="reflect")
+    padded = F.pad(pixel_values.float(), [settings.blur_px // 2] * 4, mode="reflect")
     across = F.conv2d(padded, kernel, groups=pixel_values.shape[1])
     return F.conv2d(across, kernel.transpose(2, 3), groups=pixel_values.shape[1]).to(pixel_values.dtype)
 
@@ -52,39 +64,41 @@ class View:
 
     Attributes:
         name: for the record.
-        change: pixels (B, 3, H, W) -> pixels of the same size.
+        change: pixels (B, 3, H, W) and the settings -> pixels of the same size.
         undo: features (B, h, w, D) -> features that lie over the image again; None for a view that moves nothing.
     """
 
     name: str
-    change: Callable[[Tensor], Tensor]
+    change: Callable[[Tensor, Settings], Tensor]
     undo: Callable[[Tensor], Tensor] | None = None
 
 
 IMAGE_ENGINEERING = (View("greyscale", greyscale), View("blur", blur))
 FLIPS = (
-    View("vertical flip", lambda pixels: pixels.flip(2), lambda features: features.flip(1)),
-    View("horizontal flip", lambda pixels: pixels.flip(3), lambda features: features.flip(2)),
+    View("vertical flip", lambda pixels, _: pixels.flip(2), lambda features: features.flip(1)),
+    View("horizontal flip", lambda pixels, _: pixels.flip(3), lambda features: features.flip(2)),
 )
 
 
 class ViewEnsemble(EncoderWrapper, nn.Module):
     """Weighted mean of the L2-normalised features of an image and of views of it; itself a dense encoder.
 
-    The plain image and the changed ones weigh the same; all flips together weigh 0.3 of the whole.
+    The plain image and the changed ones weigh the same; all flips together weigh what is left of the whole.
 
     Args:
         encoder: any dense encoder.
         views: beside the image itself.
+        settings: the blur and the weights.
     """
 
-    def __init__(self, encoder: DenseEncoder, views: Sequence[View]) -> None:
+    def __init__(self, encoder: DenseEncoder, views: Sequence[View], settings: Settings = Settings()) -> None:
         super().__init__()
         self.encoder = encoder
         self.views = tuple(views)
+        self.settings = settings
 
     def extra_repr(self) -> str:
-        return f"views={', '.join(view.name for view in self.views)}"
+        return f"views={', '.join(view.name for view in self.views)}, {self.settings}"
 
     @torch.no_grad()
     def forward(self, pixel_values: Tensor) -> SparVisionOutput:
@@ -92,16 +106,18 @@ class ViewEnsemble(EncoderWrapper, nn.Module):
         covered = covered_pixels(pixel_values, self.config)
         num_flips = sum(view.undo is not None for view in self.views)
         num_plain = 1 + len(self.views) - num_flips  # with the image itself
-        plain_share = PLAIN_SHARE if num_flips else 1.0
+        plain_weight = self.settings.plain_weight if num_flips else 1.0
 
         outputs = self.encoder(pixel_values)
-        mean = F.normalize(outputs.patch_embeds.float(), dim=-1) * (plain_share / num_plain)
+        mean = F.normalize(outputs.patch_embeds.float(), dim=-1) * (plain_weight / num_plain)
         for view in self.views:
             if view.undo is None:
-                features = self.encoder(view.change(pixel_values)).patch_embeds
-                weight = plain_share / num_plain
+                features = self.encoder(view.change(pixel_values, self.settings)).patch_embeds
+                weight = plain_weight / num_plain
             else:
-                features = view.undo(self.encoder(view.change(covered)).patch_embeds)
-                weight = (1 - plain_share) / num_flips
+                features = view.undo(self.encoder(view.change(covered, self.settings)).patch_embeds)
+                weight = (1 - plain_weight) / num_flips
             mean = mean + weight * F.normalize(features.float(), dim=-1)
-        return SparVisionOutput(patch_embeds=mean, image_hw=outputs.image_hw, extent_hw=outputs.extent_hw)
+        return SparVisionOutput(
+            patch_embeds=mean, image_hw=outputs.image_hw, extent_hw=outputs.extent_hw, normalized=True
+        )

@@ -1,19 +1,24 @@
-"""The table of label options, in the order in which they run.
+"""The table of refinements, in the order in which they run.
 
-Adding an option is adding a row: the command line, the tests and the docs read this table.
+Adding one is adding a row: the command line, the tests and the docs read this table.
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
-from .cluster_vote import cluster_vote
-from .pamr import pamr
-from .scores import key_smoothing, prompt_denoising, redundancy_removal
-from .tagclip import reidentification
+from ..grid_spar import unknown
+from . import cluster_vote, floss, pamr, tagclip, views
+from .scores import (
+    DenoisingSettings,
+    RedundancySettings,
+    SmoothingSettings,
+    key_smoothing,
+    prompt_denoising,
+    redundancy_removal,
+)
 from .views import FLIPS, IMAGE_ENGINEERING
 
 STAGES = {
@@ -26,16 +31,17 @@ STAGES = {
 
 
 @dataclass(frozen=True)
-class LabelOption:
+class Refinement:
     """A row of the table.
 
     Attributes:
         title: what it does, in the paper's words.
         paper: where it was published.
         stage: what it changes, a key of `STAGES`.
-        apply: what it does there: a tuple of `View`; for "templates" None, since `Refinement` asks for images first;
-            for "scores" (scores, image, text_embeds, class_ids, background) -> scores; for "maps" (maps, guide) ->
-            maps; for "labels" (labels, image) -> labels.
+        apply: what it does there, given the settings last: for "views" a tuple of `View`; for "templates" None, since
+            `Refined` asks for images first; for "scores" (scores, scene) -> scores; for "maps" (maps, guide) -> what
+            makes the maps of some names; for "labels" (labels, image) -> labels.
+        settings: its numbers, a frozen dataclass; the authors' unless others are asked for.
         needs: what it takes beside features and text.
         looks_inside: it asks CLIP's own blocks or class token, one more plain pass.
     """
@@ -44,89 +50,102 @@ class LabelOption:
     paper: str
     stage: str
     apply: Any
+    settings: Any
     needs: tuple[str, ...] = ()
     looks_inside: bool = False
 
 
-LABEL_OPTIONS: dict[str, LabelOption] = {
-    "image-engineering": LabelOption(
+REFINEMENTS: dict[str, Refinement] = {
+    "image-engineering": Refinement(
         "mean over the image, its greyscale and its blur",
         "ITACLIP; Aydın et al., CVPR Workshops 2025",
         "views",
         IMAGE_ENGINEERING,
+        views.Settings(),
         needs=("2 more passes",),
     ),
-    "flip": LabelOption(
+    "flip": Refinement(
         "mean with the mirrored images, 0.7 to 0.3",
         "ITACLIP; Aydın et al., CVPR Workshops 2025",
         "views",
         FLIPS,
+        views.Settings(),
         needs=("2 more passes",),
     ),
-    "floss": LabelOption(
+    "floss": Refinement(
         "template experts",
         "FLOSS; Benigmim et al., ICCV 2025",
         "templates",
         None,
+        floss.Settings(),
         needs=("unlabelled images",),
     ),
-    "redundancy-removal": LabelOption(
+    "redundancy-removal": Refinement(
         "removal of what all names share",
         "CLIP Surgery; Li et al., Pattern Recognition 2025",
         "scores",
         redundancy_removal,
+        RedundancySettings(),
         needs=("class token",),
         looks_inside=True,
     ),
-    "prompt-denoising": LabelOption(
+    "prompt-denoising": Refinement(
         "classes that are sure nowhere are masked out",
         "MaskCLIP; Zhou et al., ECCV 2022",
         "scores",
         prompt_denoising,
+        DenoisingSettings(),
     ),
-    "tagclip": LabelOption(
+    "tagclip": Refinement(
         "class re-identification on crops",
         "TagCLIP; Lin et al., AAAI 2024",
         "scores",
-        reidentification,
+        tagclip.reidentification,
+        tagclip.Settings(),
         needs=("attention of all blocks", "a crop per class"),
         looks_inside=True,
     ),
-    "key-smoothing": LabelOption(
+    "key-smoothing": Refinement(
         "votes weighted by the likeness of keys",
         "MaskCLIP; Zhou et al., ECCV 2022",
         "scores",
         key_smoothing,
+        SmoothingSettings(),
         needs=("last keys",),
         looks_inside=True,
     ),
-    "pamr": LabelOption(
+    "pamr": Refinement(
         "pixel-adaptive mask refinement",
         "PAMR; Araslanov and Roth, CVPR 2020",
         "maps",
-        pamr,
+        pamr.pamr,
+        pamr.Settings(),
     ),
-    "cluster-vote": LabelOption(
+    "cluster-vote": Refinement(
         "one class for each cluster of patches",
         "CLIPtrase; Shao et al., ECCV 2024",
         "labels",
-        cluster_vote,
+        cluster_vote.cluster_vote,
+        cluster_vote.Settings(),
         needs=("self-correlation of block 11",),
         looks_inside=True,
     ),
 }
 
 
-def find_options(names: Iterable[str]) -> dict[str, LabelOption]:
+def find_refinements(names: Iterable[str], settings: Mapping[str, Any] | None = None) -> dict[str, Refinement]:
     """The rows called so, in the table's order, each once.
+
+    Args:
+        names: keys of `REFINEMENTS`.
+        settings: settings of a refinement by its name; those left out are its authors'.
 
     Raises:
         ValueError: there is no such row; the message lists the rows and the nearest name.
     """
     names = [names] if isinstance(names, str) else list(names)
     for name in names:
-        if name not in LABEL_OPTIONS:
-            near = difflib.get_close_matches(str(name), LABEL_OPTIONS, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"there is no label option {name!r}; choose among {', '.join(LABEL_OPTIONS)}.{hint}")
-    return {name: option for name, option in LABEL_OPTIONS.items() if name in names}
+        if name not in REFINEMENTS:
+            raise ValueError(unknown("refinement", name, REFINEMENTS))
+    chosen = {name: row for name, row in REFINEMENTS.items() if name in names}
+    return {name: replace(row, settings=(settings or {}).get(name, row.settings)) for name, row in chosen.items()}
