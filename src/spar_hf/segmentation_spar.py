@@ -339,8 +339,7 @@ def segment(
 
     Args:
         maps: the scores.
-        class_ids: the class of each name (K); the names of a class follow one another. `NO_CLASS` for a name that
-            only competes: pixels it wins have no class.
+        class_ids: the class of each name (K); `NO_CLASS` for a name that only competes: pixels it wins have no class.
         logit_scale: factor on cosines before the soft-max; None is 40 (SPAR, SCLIP). Other scores bring their own.
         background_threshold: pixels whose best class has a lower probability become background.
         background_class: what background pixels are called; None is `NO_CLASS`.
@@ -375,10 +374,10 @@ def segment(
             return Segmentation(labels.fill_(background), torch.ones(labels.shape) if with_scores else None)
 
     need_probability = background_threshold is not None or with_scores
-    # The same for all names of a class, from 0 up: what to add probabilities by.
-    groups = class_ids.unique_consecutive(return_inverse=True)[1] if need_probability else None
-    if groups is not None and synonyms == "max":
-        groups = torch.arange(len(class_ids), device=device)
+    groups = None  # of each name: those of a group add up their probabilities
+    if need_probability:
+        alone = synonyms == "max"
+        groups = torch.arange(len(class_ids), device=device) if alone else class_ids.unique(return_inverse=True)[1]
     labels = torch.empty(maps.size_hw, dtype=torch.int32, device=device)
     scores = torch.empty(maps.size_hw, device=device) if with_scores else None
     for tile, chunks in maps.tiles():
@@ -456,11 +455,11 @@ def _reduce(chunks: Chunks, running: Tensor, scale: float, groups: Tensor | None
         chunks: the scores of some names at a time, in order.
         running: which names (K) may win.
         scale: factor on the scores.
-        groups: group of each name (K), ascending; the probability of the winner's group is that of its names added
+        groups: group of each name (K), from 0 up; the probability of the winner's group is that of its names added
             up. None: no probability is asked for.
     """
-    best = winner = total = group_sum = last = torch.empty(0)
-    last_group = -1
+    best = winner = total = group_sum = torch.empty(0)
+    unfinished: dict[int, Tensor] = {}  # groups that have names in later chunks too, and their sums so far
     for names, scores in chunks:
         logits = scores if groups is None else scores * scale  # the arg-max doesn't need the scale
         may_win = running[names]
@@ -472,15 +471,16 @@ def _reduce(chunks: Chunks, running: Tensor, scale: float, groups: Tensor | None
         if groups is not None:
             lse = logits.logsumexp(0)
             total = lse if first else torch.logaddexp(total, lse)
-            sums, start = _group_logits(logits, groups[names])  # (G, height, width)
-            if last_group == start:  # a group that began in the chunk before
-                sums[0] = torch.logaddexp(sums[0], last)
-                if better is not None:
-                    same = groups[winner] == start
-                    group_sum = torch.where(same, sums[0], group_sum)
-            here = sums.gather(0, (groups[names][index] - start)[None])[0]
+            numbers, columns = groups[names].unique(return_inverse=True)
+            sums = _group_logits(logits, columns, len(numbers))  # (G, height, width)
+            for column, number in enumerate(numbers.tolist() if unfinished else ()):
+                if number in unfinished:
+                    sums[column] = torch.logaddexp(sums[column], unfinished[number])
+                    group_sum = torch.where(groups[winner] == number, sums[column], group_sum)
+            here = sums.gather(0, columns[index][None])[0]
             group_sum = here if better is None else torch.where(better, here, group_sum)
-            last, last_group = sums[-1], int(groups[names.stop - 1])
+            for number in _with_more(groups, names.stop, numbers):
+                unfinished[number] = sums[int((numbers == number).nonzero())]
         best = top if better is None else torch.where(better, top, best)
         winner = index if better is None else torch.where(better, index + names.start, winner)
     if groups is None:
@@ -488,14 +488,19 @@ def _reduce(chunks: Chunks, running: Tensor, scale: float, groups: Tensor | None
     return _Best(best / scale, winner, (group_sum - total).exp())
 
 
-def _group_logits(logits: Tensor, groups: Tensor) -> tuple[Tensor, int]:
-    """Log-sum-exp over the names of each group, (k, h, w) -> (G, h, w), and the number of the first group."""
-    start, count = int(groups[0]), int(groups[-1] - groups[0]) + 1
-    if count == len(groups):  # one name each
-        return logits.clone(), start
+def _with_more(groups: Tensor, stop: int, numbers: Tensor) -> list[int]:
+    """Those of some groups that have names from `stop` on."""
+    rest = groups[stop:]
+    return [] if len(rest) == 0 else numbers[torch.isin(numbers, rest)].tolist()
+
+
+def _group_logits(logits: Tensor, columns: Tensor, count: int) -> Tensor:
+    """Log-sum-exp over the names of each group, (k, h, w) -> (count, h, w); `columns` (k) from 0 to count - 1."""
+    if count == len(columns):  # one name each
+        return torch.empty_like(logits).index_copy_(0, columns, logits)
     highest = logits.amax(0)
-    sums = logits.new_zeros(count, *logits.shape[1:]).index_add_(0, groups - start, (logits - highest).exp())
-    return sums.log_().add_(highest), start
+    sums = logits.new_zeros(count, *logits.shape[1:]).index_add_(0, columns, (logits - highest).exp())
+    return sums.log_().add_(highest)
 
 
 def _foreground_left(labels: Tensor, class_ids: Tensor, background: int, area_threshold: float) -> Tensor:

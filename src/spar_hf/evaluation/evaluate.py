@@ -171,10 +171,10 @@ def evaluate(
             started = _now(device)
             with torch.inference_mode():
                 (maps,) = segmenter(pixel_values, encoded)
-                prediction = label_map(
+                labels_found = label_map(
                     maps.at((sample.target.shape[0], sample.target.shape[1])), class_ids, **protocol.thresholds()
                 )
-            prediction = prediction.cpu().numpy()
+            prediction = labels_found.cpu().numpy()
             state.seconds.append(_now(device) - started)
             state.counts.update(prediction, sample.target)
             if progress:

@@ -129,7 +129,11 @@ class Refined(SegmenterWrapper):
                 scores = refinement.apply(scores, replace(scene, text_embeds=text_embeds), refinement.settings)
             return scores
 
-        fields = {"size_hw": maps.size_hw, "logit_scale": maps.logit_scale, "corrections": maps.corrections}
+        fields: dict[str, Any] = {
+            "size_hw": maps.size_hw,
+            "logit_scale": maps.logit_scale,
+            "corrections": maps.corrections,
+        }
         if not self.of("templates"):
             return GridScores.of(refined(maps.grid, scene.text_embeds), coverage_hw=maps.coverage_hw, **fields)
         patches = _features_of(name, maps).scores
