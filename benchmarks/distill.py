@@ -13,9 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import pickle
-import shlex
 import statistics
-import sys
 import tempfile
 import time
 import zlib
@@ -24,13 +22,15 @@ from typing import Any
 
 import torch
 from PIL import Image
+from record import origin
 
 from spar_hf import SlidingWindow, SparVisionConfig, SparVisionModel
+from spar_hf.checkpoints import load_tower
 from spar_hf.distillation.batches import Batches
 from spar_hf.distillation.cache import FeatureStore
 from spar_hf.distillation.selection import set_trainable
 from spar_hf.distillation.sources import PictureBookScenes, image_folder
-from spar_hf.distillation.teacher import Student, load_tower, normalise, teacher_features
+from spar_hf.distillation.teacher import Student, normalise, teacher_features
 from spar_hf.distillation.views import Augmentation, Views
 from spar_hf.files import write_json
 
@@ -47,7 +47,10 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.images * args.epochs < 2:
+        parser.error("the first step is not timed; give at least two by --images and --epochs")
+    return args
 
 
 def new_student(args: argparse.Namespace) -> SparVisionModel:
@@ -158,13 +161,11 @@ def main() -> None:
 
     plain = statistics.median(seconds["plain loop"][1:])
     result: dict[str, Any] = {
-        "command": shlex.join(["python", *sys.argv]),
+        **origin(),
         "student": args.student or "CLIP ViT-B/16, random weights",
         "side_px": args.side_px,
         "steps": args.epochs * args.images,
-        "threads": args.threads,
         "device": args.device,
-        "torch": torch.__version__,
         "store_bytes_over_pickle_bytes": store_bytes / pickle_bytes,
         "variants": {},
     }
@@ -180,7 +181,6 @@ def main() -> None:
         )
     print(f"features on disk: {store_bytes / pickle_bytes:.4f} of the fp32 pickles")
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
         write_json(args.json, result)
         print(json.dumps(result, indent=2))
 

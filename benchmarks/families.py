@@ -14,14 +14,16 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import json
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from record import origin
 from torch import nn
+
+from spar_hf.files import write_json
 
 RESULTS = Path(__file__).parent / "results" / "families.json"
 SIZES = ("512x512", "1024x1024")
@@ -125,9 +127,7 @@ def main() -> None:
                     row = {"size": size, "dtype": dtype, "family": family, "model": name}
                     table.append({**row, "cpu_seconds": value, "ratio_to_ours": ratio})
                     print(f"{size:>10} {dtype:>9} {family:>8} {name:>11} {value:>8.2f} {ratio:>8.2f}", flush=True)
-    report = {"command": "python " + " ".join(sys.argv), "threads": args.threads, "torch": torch.__version__}
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps({**report, "rows": table}, indent=1) + "\n")
+    write_json(args.output, {**origin(), "rows": table})
     print(f"written to {args.output}")
 
 

@@ -13,20 +13,18 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import json
-import shlex
 import statistics
-import sys
 import time
 from operator import truediv
 from pathlib import Path
 from typing import Any
 
 import torch
+from record import origin
 
 from spar_hf import METHODS, SparVisionConfig, SparVisionModel, build_encoder
 from spar_hf.evaluation.evaluate import markdown_table
-from spar_hf.files import write_atomically
+from spar_hf.files import write_json
 
 RESULTS = Path(__file__).parent / "results" / "methods.json"
 SIZES = ("448x448", "672x896", "1024x1024")
@@ -106,9 +104,7 @@ def main(argv: list[str] | None = None) -> None:
                     "memory_ratio": round(peaks[name] / peaks[REFERENCE], 2),
                 }
             )
-        command = shlex.join(["python", *sys.argv])
-        document = {"command": command, "threads": args.threads, "torch": torch.__version__, "rows": rows}
-        write_atomically(args.output, (json.dumps(document, indent=1) + "\n").encode())
+        write_json(args.output, {**origin(), "rows": rows})
         cells = [[str(value) for key, value in row.items() if key != "size"] for row in rows if row["size"] == size]
         print(f"\n{size}, {args.threads} threads:\n", flush=True)
         print("\n".join(markdown_table(["method", "ms", "MB over network", "time", "memory"], cells)), flush=True)

@@ -11,9 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
-import shlex
 import statistics
 import subprocess
 import sys
@@ -23,10 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from record import origin
 from torch import Tensor
 from torch.nn import functional as F
 
 from spar_hf.encoder_spar import SparVisionOutput
+from spar_hf.files import write_json
 from spar_hf.segmentation_spar import feature_scores, label_map
 
 RESULTS = Path(__file__).parent / "results" / "post_processing.json"
@@ -126,16 +126,12 @@ def main() -> None:
         f"({speedup['cpu_seconds']:.1f} times by CPU time)"
     )
     report = {
-        "command": shlex.join(["python", *sys.argv]),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        **origin(),
         "load_average": round(os.getloadavg()[0], 1),
         "speedup_150": {key: round(value, 2) for key, value in speedup.items()},
         "rows": rows,
     }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    partial = args.output.with_suffix(".partial")
-    partial.write_text(json.dumps(report, indent=2) + "\n")
-    os.replace(partial, args.output)
+    write_json(args.output, report)
 
 
 if __name__ == "__main__":

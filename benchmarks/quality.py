@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import re
-import shlex
 import statistics
 import sys
 from collections.abc import Callable
@@ -27,13 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+from record import command_line, origin
 
 import spar_hf
 from spar_hf.build import build_segmenter
 from spar_hf.evaluation import load_benchmark
 from spar_hf.evaluation.evaluate import EvaluationResult, evaluate, markdown_table
-from spar_hf.files import write_atomically
+from spar_hf.files import write_json
 
 RESULTS = Path(__file__).parent / "results" / "quality.json"
 ROWS = (
@@ -113,7 +111,7 @@ def measure(
         data,
         limit=limit,
         state_path=None if state is None else state / f"{what}.safetensors",
-        command=shlex.join(["python", *sys.argv]),
+        command=command_line(),
     )
 
 
@@ -150,12 +148,10 @@ def main(argv: list[str] | None = None) -> None:
                 result = measure(row, scale, args.split, args.limit, args.state, args.device, args.batch)
                 entries.append({**vars(row), "scale": scale, **json.loads(result.to_json())})
                 document = {
-                    "command": shlex.join(["python", *sys.argv]),
-                    "machine": {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
-                    "versions": {module.__name__: module.__version__ for module in (spar_hf, torch, transformers)},
+                    **origin(),
                     "results": entries,
                 }
-                write_atomically(args.output, (json.dumps(document, indent=1) + "\n").encode())
+                write_json(args.output, document)
     except ValueError as error:
         parser.error(str(error))
     count = entries[0]["num_images"]

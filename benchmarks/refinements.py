@@ -11,21 +11,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-from spar_hf.refinement.options import STAGES
+from record import origin
 
 import spar_hf
 from spar_hf import REFINEMENTS, build_segmenter
 from spar_hf.evaluation import load_benchmark
 from spar_hf.evaluation.evaluate import evaluate, markdown_table
-from spar_hf.files import write_atomically
+from spar_hf.files import write_atomically, write_json
+from spar_hf.refinement.table import STAGES
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "refinements.json"
@@ -38,11 +35,9 @@ def measure(rows: list[list[str]], args: argparse.Namespace) -> dict[str, Any]:
     model, processor = spar_hf.load(args.model)
     data = load_benchmark("picturebook", scale=args.scale, native_px=model.vision_model.config.image_size)
     document: dict[str, Any] = {
-        "command": shlex.join(["python", *sys.argv]),
+        **origin(),
         "model": args.model,
         "scale": args.scale,
-        "machine": {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
-        "versions": {module.__name__: module.__version__ for module in (spar_hf, torch, transformers)},
         "results": [],
     }
     for names in rows:
@@ -50,7 +45,7 @@ def measure(rows: list[list[str]], args: argparse.Namespace) -> dict[str, Any]:
         segmenter = build_segmenter(model, processor, refine=names)
         result = evaluate(segmenter, processor, data, limit=args.limit)
         document["results"].append({**json.loads(result.to_json()), "refine": names, "command": document["command"]})
-        write_atomically(args.output, (json.dumps(document, indent=1) + "\n").encode())
+        write_json(args.output, document)
     return document
 
 

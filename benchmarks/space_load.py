@@ -12,22 +12,21 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 from gradio_client import Client, handle_file
 from PIL import Image
+from record import origin
 
 from spar_hf.checkpoints import ASSETS
 from spar_hf.demo.app import OWN_METHOD
-from spar_hf.files import write_atomically
+from spar_hf.files import write_json
 
 WORDS = "cake; car, automobile; tree; apple; star; sea; sky; sand"
 
@@ -107,7 +106,7 @@ def main() -> None:
         server.wait()
 
     result = {
-        "command": shlex.join(["python", "benchmarks/space_load.py", *sys.argv[1:]]),
+        **origin("gradio"),
         "clients": args.clients,
         "seconds": args.seconds,
         "picture_px": list(args.size),
@@ -116,11 +115,9 @@ def main() -> None:
         "quick": {"requests": len(quick), **percentiles(quick)},
         "slow": {"requests": len(slow), **percentiles(slow)},
         "memory_mb": memory_mb,
-        "machine": {"cores": os.cpu_count(), "load_average": round(os.getloadavg()[0], 1)},
-        "versions": {name: version(name) for name in ("spar-hf", "gradio", "torch")},
+        "load_average": round(os.getloadavg()[0], 1),
     }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(args.output, (json.dumps(result, indent=1) + "\n").encode())
+    write_json(args.output, result)
     print(json.dumps(result, indent=1))
 
 

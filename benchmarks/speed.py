@@ -14,16 +14,17 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
-import json
 import multiprocessing as mp
 import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from record import origin
+
+from spar_hf.files import write_json
 
 RESULTS = Path(__file__).parent / "results" / "speed.json"
 SIZES = ("224x224", "448x448", "672x896", "1024x1024")
@@ -199,9 +200,7 @@ def main() -> None:
                     f"{row['peak_mb']:>8.0f} {row['of_matrix_rate']:>8.0%}",
                     flush=True,
                 )
-    report = {"command": "python " + " ".join(sys.argv), "threads": args.threads, "torch": torch.__version__}
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps({**report, "rows": table}, indent=1) + "\n")
+    write_json(args.output, {**origin(), "rows": table})
     print(f"written to {args.output}")
 
 

@@ -17,7 +17,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import shlex
 import signal
 import subprocess
@@ -30,9 +29,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from quality import Row, load
+from record import origin
 from teachers_report import PAPERS, chapter, mean, plot
 
 import spar_hf
@@ -41,7 +39,7 @@ from spar_hf.build import build_encoder
 from spar_hf.checkpoints import resolve
 from spar_hf.encoders.composition import Ensemble
 from spar_hf.evaluation import evaluate, load_benchmark
-from spar_hf.files import write_atomically
+from spar_hf.files import write_atomically, write_json
 from spar_hf.methods.table import METHODS
 from spar_hf.reach_spar import REACHES
 from spar_hf.segmentation_spar import FromFeatures
@@ -112,9 +110,7 @@ class Benchmark:
         self.stopping = False
         self.lock = threading.Lock()
         self.document: dict[str, Any] = {
-            "command": shlex.join(["python", *sys.argv]),
-            "machine": {"cpu": platform.processor() or platform.machine(), "threads": 1},
-            "versions": {module.__name__: module.__version__ for module in (spar_hf, torch, transformers)},
+            **origin(threads=1),
             "checkpoint": CHECKPOINT,
             "own_block": spar_hf.SparVisionConfig.from_pretrained(resolve(CHECKPOINT)).method,
             **{name: getattr(args, name) for name in ("scenes", "epochs", "seeds", "scales", "reach", "network")},
@@ -198,8 +194,7 @@ class Benchmark:
             say(f"{name}: {', '.join(map(str, parts[:-1]))}: {100 * score['mean_iou']:.1f}")
             with self.lock:
                 self.document["results"].append({"teacher": name, "what": what, "seed": seed, **score})
-                content = json.dumps(self.document, indent=1) + "\n"
-                write_atomically(self.args.output, content.encode())
+                write_json(self.args.output, self.document)
 
     def run(self, title: str, command: list[str], log: Path) -> None:
         """Runs a script of the repository; what it prints is in a file.

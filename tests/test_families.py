@@ -42,9 +42,9 @@ from spar_hf import (
     SparSiglipVisionModel,
 )
 from spar_hf.build import reconfigured
-from spar_hf.checkpoints import make_processor
 from spar_hf.evaluation import load_benchmark, load_protocol
 from spar_hf.evaluation.evaluate import evaluate
+from spar_hf.families import make_processor
 
 CLEAN = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
 EXACT = {"atol": 0, "rtol": 0}

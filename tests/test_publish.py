@@ -25,7 +25,7 @@ from safetensors.torch import load, load_file
 
 from spar_cli.main import main
 from spar_hf import SparModel
-from spar_hf.checkpoints import make_processor
+from spar_hf.families import make_processor
 from spar_hf.hub.model_card import without_paths
 from spar_hf.hub.publish import PublishError, prepare
 

@@ -55,6 +55,7 @@ from spar_cli.training_options import (
     build_views,
     run_script,
 )
+from spar_hf.checkpoints import load_tower
 from spar_hf.distillation.batches import Batch, Batches, plan_steps, share_of
 from spar_hf.distillation.cache import FeatureStore
 from spar_hf.distillation.checkpoint import load_checkpoint, save_checkpoint
@@ -65,7 +66,6 @@ from spar_hf.distillation.teacher import (
     describe_trunk,
     linear_head,
     load_student,
-    load_tower,
     mean_feature,
     teacher_features,
 )

@@ -13,12 +13,13 @@ from transformers import (
 )
 
 from .build import build_encoder, build_segmenter
-from .checkpoints import FAMILIES, load
+from .checkpoints import load
 from .clip_spar import SparConfig, SparModel, SparVisionConfig, SparVisionModel
 from .dinov3_spar import SparDinov3Config, SparDinov3Model, SparDinov3VisionConfig, SparDinov3VisionModel
 from .encoder_spar import SparOutput, SparVisionOutput
 from .encoders.base import DenseEncoder
 from .encoders.sliding_window import SlidingWindow
+from .families import FAMILIES
 from .image_processing_spar import InvalidImageError, SparImageProcessor
 from .methods.table import METHODS, Method
 from .pipeline_spar import OpenVocabularySegmentationPipeline, register_pipeline

@@ -1,4 +1,7 @@
-"""load(): a model and its processor by name: a checkpoint that ships with the package, a folder, or a Hub id."""
+"""load(): a model and its processor by name: a checkpoint that ships with the package, a folder, or a Hub id.
+
+`load_tower` takes a vision tower alone as well.
+"""
 
 from __future__ import annotations
 
@@ -8,29 +11,10 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedConfig
 
-from .clip_spar import SparModel, SparVisionModel
 from .configuration_spar import DenseConfig
-from .dinov3_spar import SparDinov3Model, SparDinov3VisionModel
 from .encoder_spar import DenseModel
-from .image_processing_spar import SparImageProcessor
+from .families import TOWERS, WHOLE, make_processor
 from .processing_spar import SparProcessor
-from .siglip_spar import SparSiglipModel, SparSiglipVisionModel
-
-# The families: whole model and vision tower. Nothing else in the code lists them.
-FAMILIES: tuple[tuple[Any, Any], ...] = (
-    (SparModel, SparVisionModel),
-    (SparSiglipModel, SparSiglipVisionModel),
-    (SparDinov3Model, SparDinov3VisionModel),
-)
-WHOLE = {
-    model_type: whole
-    for whole, _ in FAMILIES
-    for model_type in (whole.config_class.stock_type, whole.config_class.model_type)
-    if model_type
-}
-TOWERS = {model_type: tower for _, tower in FAMILIES for model_type in tower.config_class.vision_types}
-# Not ours, but theirs to explain: SigLIP's configuration says why and what to take instead.
-WHOLE["siglip2"], TOWERS["siglip2_vision_model"] = SparSiglipModel, SparSiglipVisionModel
 
 ASSETS = Path(__file__).parent / "assets"
 SHIPPED = ("tiny", "tiny-spar")
@@ -108,19 +92,24 @@ def load(name: str | Path = "tiny", **overrides: Any) -> tuple[DenseModel, SparP
     return model, load_processor(path, model.config)
 
 
+def load_tower(name: str, **overrides: Any) -> tuple[Any, Any, SparProcessor | None]:
+    """A checkpoint, its vision tower, and its processor; a vision tower alone is its own and has no processor.
+
+    Args:
+        name: `tiny`, a folder or a Hub id.
+        overrides: fields of the vision configuration, or arguments of `from_pretrained`.
+    """
+    path = resolve(name)
+    model_class = class_of(path, {**WHOLE, **TOWERS})
+    if model_class in TOWERS.values():
+        vision = model_class.from_pretrained(path, **overrides).eval()
+        return vision, vision, None
+    model, processor = load(name, **overrides)
+    return model, model.vision_model, processor
+
+
 def load_processor(path: str, config: DenseConfig) -> SparProcessor:
     """The checkpoint's own processor, or for a stock checkpoint one made from the configuration and the tokenizer."""
     if PreTrainedConfig.get_config_dict(path)[0].get("model_type") == config.model_type:
         return SparProcessor.from_pretrained(path)
     return make_processor(config, AutoTokenizer.from_pretrained(path))
-
-
-def make_processor(config: DenseConfig, tokenizer: Any) -> SparProcessor:
-    """A processor for a model of this configuration."""
-    image_processor = SparImageProcessor(
-        size={"shortest_edge": 672},  # SPAR, section 4: the size of the paper's results
-        image_mean=config.vision_config.image_mean,
-        image_std=config.vision_config.image_std,
-        min_side_px=config.vision_config.patch_size,
-    )
-    return SparProcessor(image_processor=image_processor, tokenizer=tokenizer, **config.text_inputs)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPTokenizer
 
-from ..checkpoints import make_processor
+from ..families import make_processor
 from ..image_processing_spar import SparImageProcessor
 from .layouts import LAYOUTS, Asked, Layout
 from .reference import REFERENCES, Reference

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoints import FAMILIES
+from ..families import FAMILIES
 from .source import Source
 
 Rule = tuple[tuple[str, ...], Callable[..., Tensor]]

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import ProcessorMixin
 
 from ..build import build_encoder
-from ..checkpoints import TOWERS, WHOLE, class_of, load, resolve
+from ..checkpoints import load_tower
 from ..encoder_spar import DenseVisionModel
 from ..encoders.base import DenseEncoder
 from ..encoders.composition import Ensemble, Regridded, Resized
@@ -29,22 +29,6 @@ def normalise(pixels: torch.Tensor, config: Any) -> torch.Tensor:
     """(B, H, W, 3) uint8 -> (B, 3, H, W) float with the configuration's mean and std."""
     mean, std = (torch.tensor(v, device=pixels.device).view(1, 3, 1, 1) for v in (config.image_mean, config.image_std))
     return (pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std
-
-
-def load_tower(name: str, **overrides: Any) -> tuple[Any, Any, ProcessorMixin | None]:
-    """A checkpoint, its vision tower, and its processor; a vision tower alone is its own and has no processor.
-
-    Args:
-        name: `tiny`, a folder or a Hub id.
-        overrides: fields of the vision configuration, or arguments of `from_pretrained`.
-    """
-    path = resolve(name)
-    model_class = class_of(path, {**WHOLE, **TOWERS})
-    if model_class in TOWERS.values():
-        vision = model_class.from_pretrained(path, **overrides).eval()
-        return vision, vision, None
-    model, processor = load(name, **overrides)
-    return model, model.vision_model, processor
 
 
 def load_student(args: argparse.Namespace) -> tuple[Any, Any, ProcessorMixin | None]:

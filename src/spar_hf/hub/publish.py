@@ -27,7 +27,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils._validators import validate_repo_id
 from safetensors import SafetensorError
 
-from ..distillation.teacher import load_tower
+from ..checkpoints import load_tower
 from .model_card import model_card, read_records, without_path
 
 HTTPError: Any = HfHubHTTPError.__bases__[0]  # httpx's or httpx2's, whichever this huggingface_hub speaks with

@@ -1,0 +1,37 @@
+"""What every result of a benchmark says of itself: the command, the machine, the versions."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import sys
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+
+def command_line() -> str:
+    """The command that runs, to be pasted into a shell."""
+    return shlex.join(["python", *sys.argv])
+
+
+def origin(*packages: str, threads: int | None = None) -> dict[str, Any]:
+    """The head of a result, as JSON.
+
+    The capability is PyTorch's name for the vector instructions that it uses (`AVX2`, `AVX512`): half precision is
+    fast on some and slow on others, so no figure of speed means anything without it.
+
+    Args:
+        packages: those whose versions count, beside ours, torch and transformers.
+        threads: of each process that measures; None is this one's.
+    """
+    return {
+        "command": command_line(),
+        "machine": {
+            "cpu": platform.processor() or platform.machine(),
+            "capability": torch.backends.cpu.get_cpu_capability(),
+            "threads": threads or torch.get_num_threads(),
+        },
+        "versions": {name: version(name) for name in ("spar-hf", "torch", "transformers", *packages)},
+    }
