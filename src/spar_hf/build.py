@@ -50,8 +50,8 @@ def build_encoder(
         return reconfigured(vision, method=method, **chosen)
     tower = reconfigured(vision, **{"position_interpolation": row.position_interpolation, **chosen})
     encoder_class = row.module.Encoder
-    needs = {"network": next(iter(row.needs.values())) if network is None else network} if row.needs else {}
-    return encoder_class(tower, method=method, **needs)
+    networks = {name: default if network is None else network for name, default in row.needs.items()}
+    return encoder_class(tower, networks, method=method)
 
 
 def reconfigured(vision: Any, **fields: Any) -> Any:
