@@ -59,7 +59,7 @@ def test_weights_are_shared_and_nothing_is_changed(name, make_vision, build, pix
     images = pixels("off_grid", batch=2)
     before, config = copy.deepcopy(vision.state_dict()), vision.config.to_dict()
     plain = vision(images).patch_embeds
-    needs = {"network": build("proxyclip").network} if METHODS[name].needs else {}
+    needs = {"network": build("proxyclip").dino.network} if METHODS[name].needs else {}
     encoder = build_encoder(vision, name, **needs)
     kept = images.clone()
     first = encoder(images).patch_embeds

@@ -24,6 +24,7 @@ from spar_hf import METHODS, SlidingWindow, build_encoder
 from spar_hf.encoders.composition import Regridded, resample
 from spar_hf.methods.encoder import above_mean, attend_by_similarity, mean_similarity
 from spar_hf.methods.proxyclip import Encoder
+from spar_hf.networks.vit import ViT
 
 SMALL = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 64}
 
@@ -97,19 +98,19 @@ def test_registers_and_backbones_give_their_patches(make_vision, pixels, tmp_pat
     vision, images = make_vision(num_hidden_layers=6), pixels((56, 112), batch=2)
     registers = Dinov2WithRegistersConfig(**SMALL, patch_size=14, num_register_tokens=3, mlp_ratio=2)
     network = spread(Dinov2WithRegistersModel(registers))
-    encoder = Encoder(vision, network)
-    features, extent_hw = encoder.features(images)
+    encoder = Encoder(vision, {"dino": network})
+    seen = encoder.dino(images, encoder.config)
     tokens = network(imagenet(images, vision.config)).last_hidden_state
-    assert tokens.shape[1] == 1 + 3 + 4 * 8 and extent_hw == (56, 112)
-    torch.testing.assert_close(features.flatten(2).transpose(1, 2), tokens[:, 4:], atol=1e-5, rtol=0)
+    assert tokens.shape[1] == 1 + 3 + 4 * 8 and seen.extent_hw == (56, 112)
+    torch.testing.assert_close(seen.features.flatten(2).transpose(1, 2), tokens[:, 4:], atol=1e-5, rtol=0)
 
     backbone = spread(Dinov2Backbone(Dinov2Config(**SMALL, patch_size=14, mlp_ratio=2)))
     backbone.save_pretrained(tmp_path)
-    encoder = Encoder(vision, str(tmp_path))  # by folder: AutoBackbone finds it
-    assert type(encoder.network) is Dinov2Backbone
-    features, _ = encoder.features(images)
+    encoder = Encoder(vision, {"dino": str(tmp_path)})  # by folder: AutoBackbone finds it
+    assert type(encoder.dino.network) is Dinov2Backbone
+    seen = encoder.dino(images, encoder.config)
     expected = backbone(imagenet(images, vision.config)).feature_maps[-1]
-    torch.testing.assert_close(features, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(seen.features, expected, atol=1e-5, rtol=0)
     assert encoder(images).patch_embeds.shape == (2, 4, 8, 24)
 
 
@@ -118,12 +119,12 @@ def test_a_folder_brings_its_mean_and_deviation(make_vision, pixels, tmp_path):
     vision, images = make_vision(num_hidden_layers=6), pixels("larger")
     network = vit()
     network.save_pretrained(tmp_path)
-    plain = Encoder(vision, str(tmp_path))(images).patch_embeds
-    torch.testing.assert_close(plain, Encoder(vision, network)(images).patch_embeds)
+    plain = Encoder(vision, {"dino": str(tmp_path)})(images).patch_embeds
+    torch.testing.assert_close(plain, Encoder(vision, {"dino": network})(images).patch_embeds)
     halves = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "image_processor_type": "ViTImageProcessor"}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(halves))
-    saved = Encoder(vision, str(tmp_path))(images).patch_embeds
-    given = Encoder(vision, network, image_mean=(0.5,) * 3, image_std=(0.5,) * 3)(images).patch_embeds
+    saved = Encoder(vision, {"dino": str(tmp_path)})(images).patch_embeds
+    given = Encoder(vision, {"dino": ViT(network, (0.5,) * 3, (0.5,) * 3)})(images).patch_embeds
     torch.testing.assert_close(saved, given)
     assert (saved - plain).abs().max() > 1e-3
 
@@ -132,12 +133,12 @@ def test_a_folder_brings_its_mean_and_deviation(make_vision, pixels, tmp_path):
 def test_the_tower_of_a_vision_language_model_can_be_it(make_vision, make_clip, pixels, tmp_path):
     clip, images = make_clip(), pixels("larger", batch=2)
     clip.save_pretrained(tmp_path)
-    encoder = Encoder(make_vision(num_hidden_layers=6), str(tmp_path))
-    features, extent_hw = encoder.features(images)
+    encoder = Encoder(make_vision(num_hidden_layers=6), {"dino": str(tmp_path)})
+    seen = encoder.dino(images, encoder.config)
     expected = clip.vision_model(imagenet(images, encoder.config), interpolate_pos_encoding=True).last_hidden_state
-    torch.testing.assert_close(features.flatten(2).mT, expected[:, 1:], atol=1e-5, rtol=0)
-    assert extent_hw == tuple(images.shape[2:])
-    shipped = Encoder(make_vision(num_hidden_layers=6), "tiny").network
+    torch.testing.assert_close(seen.features.flatten(2).mT, expected[:, 1:], atol=1e-5, rtol=0)
+    assert seen.extent_hw == tuple(images.shape[2:])
+    shipped = Encoder(make_vision(num_hidden_layers=6), {"dino": "tiny"}).dino.network
     assert shipped.config.patch_size == 16 and not hasattr(shipped, "text_model")
 
 
@@ -158,7 +159,7 @@ def test_a_network_without_patches_is_refused(make_vision):
     network = torch.nn.Conv2d(3, 3, 3)
     network.config = ViTConfig(patch_size=(8, 16))
     with pytest.raises(ValueError, match=r"is a Conv2d with patch_size .*8, 16.; give a ViT with square patches"):
-        Encoder(make_vision(num_hidden_layers=6), network)
+        Encoder(make_vision(num_hidden_layers=6), {"dino": network})
     assert METHODS["proxyclip"].needs == {"dino": "facebook/dino-vitb8"}
 
 
@@ -191,5 +192,5 @@ def test_weights_come_from_safetensors(tmp_path, make_vision):
     weights = load_file(tmp_path / "model.safetensors")
     name = next(name for name in weights if name.endswith("cls_token"))
     save_file({**weights, name: weights[name] + 1}, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    encoder = Encoder(make_vision(num_hidden_layers=6), str(tmp_path))
-    torch.testing.assert_close(encoder.network.embeddings.cls_token, network.embeddings.cls_token + 1)
+    encoder = Encoder(make_vision(num_hidden_layers=6), {"dino": str(tmp_path)})
+    torch.testing.assert_close(encoder.dino.network.embeddings.cls_token, network.embeddings.cls_token + 1)

@@ -16,6 +16,7 @@ To reach: mean IoU 62.1 on VOC21, 39.6 on Context59 with CLIP ViT-B/16 (with the
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,14 +34,29 @@ HEAD_NUMBERS = 2**25
 
 @dataclass(frozen=True)
 class Settings:
-    """The method's numbers."""
+    """CLIPer's constants.
+
+    Attributes:
+        rounds: how often columns and rows are divided by their sums; None is once for each block, as in the released
+            code.
+    """
+
+    rounds: int | None = None
 
 
 class Encoder(MethodEncoder):
     """CLIPer around a CLIP vision tower; see the head of the file."""
 
-    def __init__(self, vision: SparVisionModel, settings: Settings = Settings(), method: str = "cliper"):
-        super().__init__(vision, method)
+    settings: Settings
+
+    def __init__(
+        self,
+        vision: SparVisionModel,
+        networks: Mapping[str, Any] | None = None,
+        settings: Settings | None = None,
+        method: str = "cliper",
+    ):
+        super().__init__(vision, method, settings or Settings())
 
     @torch.no_grad()
     def forward(self, pixel_values: torch.Tensor) -> SparVisionOutput:
@@ -60,13 +76,14 @@ class Encoder(MethodEncoder):
         layer = self.last_layer
         values = project_heads(layer.self_attn, layer.layer_norm1(x), "v")["v"]
 
+        rounds = self.settings.rounds or len(self.vision.blocks)
         mixed = torch.empty_like(values)
         batch, num_heads, count, _ = values.shape
         step = max(HEAD_NUMBERS // (batch * count**2), 1)
         for first in range(0, num_heads, step):
             heads = slice(first, first + step)
             total = sum_of_maps([(query[:, heads], key[:, heads]) for query, key in pairs], reach)
-            mixed[:, heads] = balanced(total, values[:, heads].float(), rounds=len(pairs) + 1).to(values.dtype)
+            mixed[:, heads] = balanced(total, values[:, heads].float(), rounds).to(values.dtype)
         patches = layer.self_attn.out_proj(merge_heads(mixed[:, :, 1:]))
         return self.output(patches, x, grid_hw, extent_hw, pixel_values)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -26,18 +27,23 @@ class MethodEncoder(nn.Module):
     Args:
         vision: the tower. Of its configuration only the position and size rules matter, not the recipe.
         method: the row's name, for `config`.
+        settings: the method's constants, a frozen dataclass; they show in `repr`.
 
     Raises:
         ValueError: the tower has a single block.
     """
 
-    def __init__(self, vision: SparVisionModel, method: str):
+    def __init__(self, vision: SparVisionModel, method: str, settings: Any):
         super().__init__()
         if len(vision.blocks) < 2:
             raise ValueError(f"the network has 1 block; method {method!r} needs at least 2. Take a row of the table.")
         self.vision = vision
+        self.settings = settings
         self.config: Any = copy.deepcopy(vision.config)
         self.config.method = method
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in asdict(self.settings).items())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -58,6 +64,13 @@ class MethodEncoder(nn.Module):
         check_pixels(pixel_values, vision.config.num_channels)
         pixels, extent_hw = fit_to_patches(pixel_values, vision.config.patch_size, vision.config.size_rule)
         return *vision.embed(pixels), extent_hw
+
+    def run_to_last(self, x: torch.Tensor, grid_hw: tuple[int, int]) -> torch.Tensor:
+        """The first block's input -> the last block's, (B, 1 + N, C)."""
+        reach = self.vision.reach(grid_hw, x.device)
+        for layer in self.vision.blocks[:-1]:
+            x = layer(x, reach=reach)
+        return x
 
     def output(
         self,
@@ -91,6 +104,18 @@ class MethodEncoder(nn.Module):
         values = project_heads(layer.self_attn, y, "v")["v"]
         attended, _ = class_token_attention(layer.self_attn, y, values)
         return layer.feed_forward(x[:, :1] + layer.self_attn.out_proj(merge_heads(attended)))
+
+
+def needed(networks: Mapping[str, Any], name: str, method: str) -> Any:
+    """A method's further network by name.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    if name not in networks:
+        given = ", ".join(networks) or "none"
+        raise ValueError(f"method {method!r} needs a network {name!r} and got {given}; give --network {name}=ID.")
+    return networks[name]
 
 
 def mean_similarity(unit: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,9 @@ To reach: mean IoU 64.6 on VOC21, 40.1 on Context59 with CLIP ViT-B/16, no post-
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,11 +36,27 @@ from ..methods_spar import block_index
 from ..reach_spar import WindowReach
 from .encoder import ROW_NUMBERS, MethodEncoder, above_mean, attend_by_similarity, mean_similarity
 
-NEIGHBOURS, OUTLIER_SHARE = 30, 0.05
-THRESHOLD, SHARPNESS, CLASS_WEIGHT = 0.4, 3.0, 0.3
+
+@dataclass(frozen=True)
+class Settings:
+    """SC-CLIP's constants (sections 3.2 to 3.4 and the authors' code).
+
+    Attributes:
+        neighbours: of the local outlier factor.
+        outlier_fraction: of an image's patches, the most outlying ones, that are repaired.
+        threshold: cosine from which on patches are averaged.
+        sharpness: factor on similarities before the soft-max.
+        class_token_weight: of the class token that is added to each patch.
+    """
+
+    neighbours: int = 30
+    outlier_fraction: float = 0.05
+    threshold: float = 0.4
+    sharpness: float = 3.0
+    class_token_weight: float = 0.3
 
 
-def outlier_factor(patches: torch.Tensor, neighbours: int = NEIGHBOURS) -> torch.Tensor:
+def outlier_factor(patches: torch.Tensor, neighbours: int) -> torch.Tensor:
     """Mean density of a patch's nearest neighbours over its own, (B, N, C) -> (B, N).
 
     Density is one over the squared distance to the `neighbours`-th neighbour.
@@ -80,22 +98,29 @@ def repair(patches: torch.Tensor, outliers: torch.Tensor, grid_hw: tuple[int, in
     return torch.where(outliers.unsqueeze(-1) & (count > 0.5), total / count.clamp(min=1), patches)
 
 
-def row_fractions(cosines: torch.Tensor) -> torch.Tensor:
+def row_fractions(threshold: float) -> Callable[[torch.Tensor], torch.Tensor]:
     """Similarities from the threshold up, each row divided by its sum."""
-    cosines.masked_fill_(cosines < THRESHOLD, 0)
-    return cosines.div_(cosines.sum(dim=-1, keepdim=True) + 1e-6)
 
+    def weigh(cosines: torch.Tensor) -> torch.Tensor:
+        cosines.masked_fill_(cosines < threshold, 0)
+        return cosines.div_(cosines.sum(dim=-1, keepdim=True) + 1e-6)
 
-@dataclass(frozen=True)
-class Settings:
-    """The method's numbers."""
+    return weigh
 
 
 class Encoder(MethodEncoder):
     """SC-CLIP around a CLIP vision tower; see the head of the file."""
 
-    def __init__(self, vision: SparVisionModel, settings: Settings = Settings(), method: str = "sc_clip"):
-        super().__init__(vision, method)
+    settings: Settings
+
+    def __init__(
+        self,
+        vision: SparVisionModel,
+        networks: Mapping[str, Any] | None = None,
+        settings: Settings | None = None,
+        method: str = "sc_clip",
+    ):
+        super().__init__(vision, method, settings or Settings())
         num_layers = len(vision.blocks)
         first, late, end = (min(block_index(block, num_layers), num_layers - 2) for block in (4, 9, 10))  # 0-based
         self.first, self.late, self.summed = first, late, range(first, end + 1)
@@ -109,19 +134,21 @@ class Encoder(MethodEncoder):
         for layer in self.vision.blocks[:-1]:
             x = layer(x, reach=reach)
             outputs.append(x)
-        outliers = outlier_factor(x[:, 1:])
+        outliers = outlier_factor(x[:, 1:], self.settings.neighbours)
         # Two patches that are each other's farthest tie; rounding shall not make one of them an outlier.
-        outliers = outliers > outliers.quantile(1 - OUTLIER_SHARE, dim=1, keepdim=True) * (1 + 1e-5)
+        outliers = outliers > outliers.quantile(1 - self.settings.outlier_fraction, dim=1, keepdim=True) * (1 + 1e-5)
 
         late = unit(repair(outputs[self.late][:, 1:], outliers, grid_hw))
-        patches = attend_by_similarity(late, repair(x[:, 1:], outliers, grid_hw), row_fractions)
+        fractions = row_fractions(self.settings.threshold)
+        patches = attend_by_similarity(late, repair(x[:, 1:], outliers, grid_hw), fractions)
         many = torch.zeros_like(x)
         for index in self.summed:
             many += outputs[index]
 
         # The two paths meet here already: all that follows their soft-maxes is linear.
-        attended = self.attend([patches, many[:, 1:]], late, reach) + CLASS_WEIGHT * (x[:, :1] + many[:, :1])
-        patches = attend_by_similarity(unit(outputs[self.first][:, 1:]), attended, row_fractions)
+        class_tokens = self.settings.class_token_weight * (x[:, :1] + many[:, :1])
+        attended = self.attend([patches, many[:, 1:]], late, reach) + class_tokens
+        patches = attend_by_similarity(unit(outputs[self.first][:, 1:]), attended, fractions)
         return self.output(patches, x, grid_hw, extent_hw, pixel_values)
 
     def attend(self, paths: list[torch.Tensor], late: torch.Tensor, reach: WindowReach | None) -> torch.Tensor:
@@ -131,7 +158,7 @@ class Encoder(MethodEncoder):
         mixed = torch.zeros_like(paths[0])
         for each in heads:
             mixed += merge_heads(each["v"])
-        mixed = attend_by_similarity(late, mixed, above_mean(mean_similarity(late), SHARPNESS))
+        mixed = attend_by_similarity(late, mixed, above_mean(mean_similarity(late), self.settings.sharpness))
         for each in heads:
             mixed += merge_heads(attend(each["k"], each["k"], each["v"], reach=reach))
         return layer.self_attn.out_proj(mixed / 2) + (len(paths) - 1) * layer.self_attn.out_proj.bias  # once a path

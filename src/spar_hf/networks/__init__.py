@@ -1,0 +1,1 @@
+"""Second networks: one adapter for each kind, whatever method asks."""
