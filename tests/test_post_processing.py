@@ -10,8 +10,10 @@ import torch
 from torch.nn import functional as F
 
 from spar_hf import segmentation_spar
+from spar_hf.encoder_spar import SparVisionOutput
+from spar_hf.grid_spar import axis_block, upsample
 from spar_hf.processing_spar import LabelFeatures, Labels, SparProcessor
-from spar_hf.segmentation_spar import axis_weights, label_map
+from spar_hf.segmentation_spar import FullScores, GridScores, class_probabilities, feature_scores, segment
 
 PATCH_PX = 16
 MARGIN = 1e-5  # pixels whose two best probabilities are closer than this may go either way
@@ -29,6 +31,17 @@ def features(
     return patches * (0.5 + torch.rand(*grid_hw, 1, generator=generator)), text * 3
 
 
+def maps_of(patches: torch.Tensor, text: torch.Tensor, size_hw: tuple[int, int]) -> segmentation_spar.ScoreMaps:
+    (maps,) = feature_scores(SparVisionOutput(patch_embeds=patches[None]), text, size_hw)
+    return maps
+
+
+def label_map(
+    patches: torch.Tensor, text: torch.Tensor, ids: torch.Tensor, size_hw: tuple[int, int], **thresholds: Any
+) -> torch.Tensor:
+    return segmentation_spar.label_map(maps_of(patches, text, size_hw), ids, **thresholds)
+
+
 def plain_probabilities(
     patches: torch.Tensor,
     text: torch.Tensor,
@@ -37,6 +50,7 @@ def plain_probabilities(
     image_hw: tuple[int, int],
     extent_hw: tuple[int, int],
     logit_scale: float,
+    synonyms: str = "max",
 ) -> torch.Tensor:
     """Probability of each class (C, H, W), everything at full resolution; positions sampled one by one, in fp64."""
     patches, text = patches.double(), text.double()
@@ -51,7 +65,8 @@ def plain_probabilities(
         cosine.permute(2, 0, 1)[None], where, mode="bilinear", padding_mode="border", align_corners=False
     )[0]
     names = (logit_scale * scores).softmax(0)
-    return torch.stack([names[class_ids == index].amax(0) for index in range(int(class_ids.max()) + 1)])
+    together = torch.sum if synonyms == "sum" else torch.amax
+    return torch.stack([together(names[class_ids == index], 0) for index in range(int(class_ids.max()) + 1)])
 
 
 def plain_label_map(
@@ -93,7 +108,7 @@ def undecided(probabilities: torch.Tensor, threshold: float | None = None) -> to
 def processor_output(
     patches: torch.Tensor, image_hw: tuple[int, int], extent_hw: tuple[int, int] | None = None
 ) -> SimpleNamespace:
-    return SimpleNamespace(patch_embeds=patches, image_hw=image_hw, extent_hw=extent_hw or image_hw)
+    return SimpleNamespace(patch_embeds=patches, image_hw=image_hw, extent_hw=extent_hw or image_hw, normalized=None)
 
 
 @pytest.fixture(scope="module")
@@ -130,48 +145,135 @@ def test_label_maps_equal_the_plain_formulation(
     assert_equal_but_for_ties(labels, probabilities.argmax(0), undecided(probabilities))
 
 
+@pytest.mark.parametrize("names_at_once", [None, 1, 7])  # None: by tiles of the grid
+@pytest.mark.parametrize("synonyms", ["max", "sum"])
 @pytest.mark.parametrize("background_threshold", [None, 0.3, 0.6])
 @pytest.mark.parametrize("area_threshold", [None, 0.05, 0.15])
-@pytest.mark.parametrize("background_class", [0, 4, -1])
+@pytest.mark.parametrize("background_class", [0, 4, None])
 def test_synonyms_and_thresholds_equal_the_plain_formulation(
-    background_threshold: float | None, area_threshold: float | None, background_class: int
+    background_threshold: float | None,
+    area_threshold: float | None,
+    background_class: int | None,
+    synonyms: str,
+    names_at_once: int | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     patches, text = features((9, 12), 40, seed=3)
     ids = torch.arange(40) // 3 % 11  # synonyms, some of them apart from each other
     size_hw = (101, 150)
-    probabilities = plain_probabilities(patches, text, ids, size_hw, size_hw, size_hw, 20.0)
-    wanted = plain_label_map(probabilities, background_threshold, background_class, area_threshold)
-    labels = label_map(
-        patches,
-        text,
+    arguments = (patches, text, ids, size_hw, size_hw, size_hw, 20.0)
+    best = plain_probabilities(*arguments)  # which class wins, its best name decides
+    background = -1 if background_class is None else background_class
+    wanted = plain_label_map(best, None, background, area_threshold)
+    left = best.clone()
+    if area_threshold is not None:
+        for index in set(range(11)) - set(wanted.unique().tolist()) - {background}:
+            left[index] = 0
+    close = undecided(left)
+    if background_threshold is not None:
+        found = plain_probabilities(*arguments, synonyms).gather(0, wanted.clamp(min=0)[None])[0]
+        wanted = wanted.masked_fill(found < background_threshold, background)
+        close |= (found - background_threshold).abs() < MARGIN
+
+    maps = maps_of(patches, text, size_hw)
+    if names_at_once is not None:
+        monkeypatch.setitem(segmentation_spar.MAP_NUMBERS, "cpu", names_at_once * size_hw[0] * size_hw[1])
+        grid = maps.grid
+        maps = FullScores(
+            make=lambda names, size: upsample(grid[names], size), size_hw=size_hw, num_names=40, device=grid.device
+        )
+    labels = segmentation_spar.label_map(
+        maps,
         ids,
-        size_hw,
         logit_scale=20.0,
         background_threshold=background_threshold,
         background_class=background_class,
         area_threshold=area_threshold,
+        synonyms=synonyms,
     )
-    masked_out = probabilities.clone()
-    if area_threshold is not None:
-        for index in set(range(11)) - set(wanted.unique().tolist()) - {background_class}:
-            masked_out[index] = 0
-    assert_equal_but_for_ties(labels, wanted, undecided(masked_out, background_threshold))
-    plain = plain_label_map(probabilities)
+    assert_equal_but_for_ties(labels, wanted, close)
     if background_threshold or area_threshold:
-        assert not torch.equal(wanted, plain)  # the thresholds decide something here
+        assert not torch.equal(wanted, best.argmax(0))  # the thresholds decide something here
 
 
-def test_a_class_at_the_area_threshold_is_struck_out() -> None:
+@pytest.mark.parametrize("names_at_once", [None, 1, 5])
+def test_scores_and_probabilities_of_all_classes(names_at_once: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    patches, text = features((7, 9), 20, seed=2)
+    ids = torch.tensor([0, 0, 0, 1, 2, 2, 3, 4, 5, 6, 6, 6, 6, 7, 8, 9, 9, -1, -1, -1])
+    size_hw = (61, 90)
+    apart = torch.where(ids < 0, torch.arange(20) - 7, ids)  # a name that only competes is a class of its own
+    arguments = (patches, text, apart, size_hw, size_hw, size_hw, 40.0)
+    best, together = plain_probabilities(*arguments), plain_probabilities(*arguments, "sum")
+    maps: segmentation_spar.ScoreMaps = maps_of(patches, text, size_hw)
+    if names_at_once is not None:
+        monkeypatch.setitem(segmentation_spar.MAP_NUMBERS, "cpu", names_at_once * size_hw[0] * size_hw[1])
+        grid = maps.grid
+        assert grid is not None
+        maps = FullScores(
+            make=lambda names, size: upsample(grid[names], size), size_hw=size_hw, num_names=20, device=grid.device
+        )
+    found = segment(maps, ids, with_scores=True)
+    winner = best.argmax(0)
+    assert_equal_but_for_ties(found.labels, winner.masked_fill(winner >= 10, -1), undecided(best))
+    wanted = together.gather(0, winner[None])[0].float()
+    clear = ~undecided(best) & (winner < 10)
+    assert found.scores is not None
+    torch.testing.assert_close(found.scores[clear], wanted[clear], atol=1e-5, rtol=1e-4)
+    everything = torch.empty(10, *size_hw)
+    for (rows, columns), tile in class_probabilities(maps, ids):
+        everything[:, rows, columns] = tile
+    torch.testing.assert_close(everything, together[:10].float(), atol=1e-5, rtol=1e-4)
+
+
+def test_a_synonym_does_not_make_a_class_less_sure() -> None:
+    patches, text = features((6, 9), 2)
+    (one, other), size_hw = text, (60, 90)
+    twice = torch.stack([one, one, one, other])
+    single = label_map(patches, text, torch.arange(2), size_hw, background_threshold=0.6)
+    several = label_map(patches, twice, torch.tensor([0, 0, 0, 1]), size_hw, background_threshold=0.6)
+    sclip = label_map(patches, twice, torch.tensor([0, 0, 0, 1]), size_hw, background_threshold=0.6, synonyms="max")
+    assert (single == 0).any() and (several[single == 0] == 0).all()
+    assert (sclip != 0).all()  # three names share what one had
+
+
+def test_a_single_class_is_told_from_nothing_by_its_score() -> None:
+    text = torch.eye(3)[:1]
+    patches = torch.eye(3)[torch.tensor([[0, 1], [2, 0]])]
+    ids = torch.zeros(1, dtype=torch.long)
+    assert label_map(patches, text, ids, (2, 2), background_threshold=0.99).tolist() == [[0, 0], [0, 0]]
+    assert label_map(patches, text, ids, (2, 2), score_threshold=0.5).tolist() == [[0, -1], [-1, 0]]
+
+
+def test_corrections_come_last_and_other_sizes_are_the_same_scores() -> None:
+    patches, text = features((6, 9), 5)
+    grid = maps_of(patches, text, (60, 90)).grid
+    maps = GridScores.of(grid, (60, 90), corrections=(lambda labels: labels + 1, lambda labels: labels * 10))
+    plain = label_map(patches, text, torch.arange(5), (31, 40))
+    assert torch.equal(segmentation_spar.label_map(maps.at((31, 40)), torch.arange(5)), (plain + 1) * 10)
+
+
+@pytest.mark.parametrize("size_hw", [(1, 65535), (65535, 1)])
+def test_a_label_map_of_any_shape_takes_two_weights_a_pixel(size_hw: tuple[int, int]) -> None:
+    grid_hw = (1, 4096) if size_hw[0] == 1 else (4096, 1)
+    patches, text = features(grid_hw, 3)
+    labels = label_map(patches, text, torch.arange(3), size_hw)
+    cosine = F.normalize(patches.double(), dim=-1) @ F.normalize(text.double(), dim=-1).T
+    wanted = F.interpolate(cosine.permute(2, 0, 1)[None], size=size_hw, mode="bilinear", align_corners=False)[0]
+    close = wanted.topk(2, dim=0).values.diff(dim=0).abs()[0] < 1e-5
+    assert torch.equal(labels[~close].long(), wanted.argmax(0)[~close])
+
+
+def test_a_class_at_the_area_threshold_is_masked_out() -> None:
     text = torch.eye(3)
     patches = text[torch.tensor([[0, 1], [1, 2]])]  # areas 1, 2 and 1 of 4; foreground 2 and 1 of 3
     ids = torch.arange(3)
     assert label_map(patches, text, ids, (2, 2)).tolist() == [[0, 1], [1, 2]]
-    assert label_map(patches, text, ids, (2, 2), area_threshold=0.33).tolist() == [[0, 1], [1, 2]]
-    at_threshold = label_map(patches, text, ids, (2, 2), area_threshold=1 / 3)
+    assert label_map(patches, text, ids, (2, 2), background_class=0, area_threshold=0.33).tolist() == [[0, 1], [1, 2]]
+    at_threshold = label_map(patches, text, ids, (2, 2), background_class=0, area_threshold=1 / 3)
     assert at_threshold[1, 1] != 2 and at_threshold[0].tolist() == [0, 1]
 
 
-def test_where_every_class_is_struck_out_all_is_background() -> None:
+def test_where_every_class_is_masked_out_all_is_background() -> None:
     patches, text = torch.eye(4).view(2, 2, 4), torch.eye(4)
     labels = label_map(patches, text, torch.arange(4), (20, 20), background_class=-1, area_threshold=0.5)
     assert (labels == -1).all()
@@ -185,7 +287,9 @@ def test_the_logit_scale_matters_to_the_threshold_only(logit_scale: float) -> No
     assert torch.equal(
         label_map(patches, text, ids, (60, 90), logit_scale=logit_scale), label_map(patches, text, ids, (60, 90))
     )
-    labels = label_map(patches, text, ids, (60, 90), logit_scale=logit_scale, background_threshold=0.5)
+    labels = label_map(
+        patches, text, ids, (60, 90), logit_scale=logit_scale, background_threshold=0.5, background_class=0
+    )
     assert_equal_but_for_ties(labels, plain_label_map(probabilities, 0.5), undecided(probabilities, 0.5))
 
 
@@ -201,12 +305,16 @@ def test_identical_names_do_not_disturb() -> None:
 
 @pytest.mark.parametrize("size_px", [1, 7, 96, 97, 250])
 @pytest.mark.parametrize("grid", [1, 2, 6])
-def test_axis_weights_are_bilinear_interpolation(size_px: int, grid: int) -> None:
+def test_weights_along_an_axis_are_bilinear_interpolation(size_px: int, grid: int) -> None:
     values = torch.randn(grid, generator=torch.Generator().manual_seed(0))
     wanted = F.interpolate(values.view(1, 1, grid), size=size_px, mode="linear", align_corners=False).flatten()
-    weights = axis_weights(size_px, grid)
-    torch.testing.assert_close(weights @ values, wanted, atol=2e-6, rtol=0)
-    torch.testing.assert_close(weights.sum(1), torch.ones(size_px))
+    for start in range(0, size_px, 40):
+        pixels = slice(start, min(start + 40, size_px))
+        patches, weights = axis_block(pixels, size_px, grid, 1.0, values.device)
+        torch.testing.assert_close(weights @ values[patches], wanted[pixels], atol=2e-6, rtol=0)
+        torch.testing.assert_close(weights.sum(1), torch.ones(len(weights)))
+    torch.testing.assert_close(upsample(values.view(1, grid), (3, size_px)), wanted.expand(3, -1), atol=2e-6, rtol=0)
+    torch.testing.assert_close(upsample(values.view(grid, 1), (size_px, 1))[:, 0], wanted, atol=2e-6, rtol=0)
 
 
 @pytest.mark.parametrize(
