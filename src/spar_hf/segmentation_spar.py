@@ -282,7 +282,7 @@ def feature_scores(outputs: Any, text_embeds: Tensor, image_hw: tuple[int, int])
             f"patch features have {patch_embeds.shape[-1]} numbers and text features {text_embeds.shape[-1]}; "
             "they must come from the same model."
         )
-    if not (torch.isfinite(patch_embeds).all() and torch.isfinite(text_embeds).all()):
+    if not all(torch.stack(features.aminmax()).isfinite().all() for features in (patch_embeds, text_embeds)):
         raise ValueError("the features hold NaN or infinite numbers; run the model in fp32 or bf16, not in fp16.")
     text = F.normalize(text_embeds.float(), dim=-1)
     coverage_hw = coverage(outputs.image_hw, outputs.extent_hw)
@@ -368,20 +368,19 @@ def segment(
     if area_threshold is not None:
         labels = torch.empty(maps.size_hw, dtype=torch.int32, device=device)
         for tile, chunks in maps.tiles():
-            labels[tile] = ids[_reduce(chunks, running, scale, None).winner]
+            labels[tile] = ids[_reduce(chunks, running).winner]
         running = _foreground_left(labels, class_ids, background, area_threshold)
         if not running.any():
             return Segmentation(labels.fill_(background), torch.ones(labels.shape) if with_scores else None)
 
     need_probability = background_threshold is not None or with_scores
     groups = None  # of each name: those of a group add up their probabilities
-    if need_probability:
-        alone = synonyms == "max"
-        groups = torch.arange(len(class_ids), device=device) if alone else class_ids.unique(return_inverse=True)[1]
+    if need_probability and synonyms == "sum" and len(class_ids.unique()) < len(class_ids):
+        groups = class_ids.unique(return_inverse=True)[1]
     labels = torch.empty(maps.size_hw, dtype=torch.int32, device=device)
     scores = torch.empty(maps.size_hw, device=device) if with_scores else None
     for tile, chunks in maps.tiles():
-        found = _reduce(chunks, running, scale, groups)
+        found = _reduce(chunks, running, scale if need_probability else None, groups)
         labels[tile] = ids[found.winner]
         if score_threshold is not None:
             labels[tile].masked_fill_(found.best < score_threshold, background)
@@ -448,29 +447,29 @@ class _Best(NamedTuple):
     probability: Tensor | None
 
 
-def _reduce(chunks: Chunks, running: Tensor, scale: float, groups: Tensor | None) -> _Best:
+def _reduce(chunks: Chunks, running: Tensor, scale: float | None = None, groups: Tensor | None = None) -> _Best:
     """The arg-max over names of a tile, chunk by chunk.
 
     Args:
         chunks: the scores of some names at a time, in order.
         running: which names (K) may win.
-        scale: factor on the scores.
+        scale: factor on the scores before the soft-max; None where no probability is asked for.
         groups: group of each name (K), from 0 up; the probability of the winner's group is that of its names added
-            up. None: no probability is asked for.
+            up. None: each name is alone.
     """
     best = winner = total = group_sum = torch.empty(0)
     unfinished: dict[int, Tensor] = {}  # groups that have names in later chunks too, and their sums so far
+    everyone = bool(running.all())
     for names, scores in chunks:
-        logits = scores if groups is None else scores * scale  # the arg-max doesn't need the scale
-        may_win = running[names]
-        everyone = bool(may_win.all())
-        contenders = logits if everyone else logits.masked_fill(~may_win[:, None, None], -torch.inf)
-        top, index = _max_over_names(contenders)
+        logits = scores if scale is None else scores * scale  # the arg-max doesn't need the scale
         first = names.start == 0
-        better = None if first else top > best
-        if groups is not None:
+        if scale is not None:
             lse = logits.logsumexp(0)
             total = lse if first else torch.logaddexp(total, lse)
+        contenders = logits if everyone else logits.masked_fill(~running[names, None, None], -torch.inf)
+        top, index = _max_over_names(contenders)
+        better = None if first else top > best
+        if groups is not None:
             numbers, columns = groups[names].unique(return_inverse=True)
             sums = _group_logits(logits, columns, len(numbers))  # (G, height, width)
             for column, number in enumerate(numbers.tolist() if unfinished else ()):
@@ -483,9 +482,9 @@ def _reduce(chunks: Chunks, running: Tensor, scale: float, groups: Tensor | None
                 unfinished[number] = sums[int((numbers == number).nonzero())]
         best = top if better is None else torch.where(better, top, best)
         winner = index if better is None else torch.where(better, index + names.start, winner)
-    if groups is None:
+    if scale is None:
         return _Best(best, winner, None)
-    return _Best(best / scale, winner, (group_sum - total).exp())
+    return _Best(best / scale, winner, ((best if groups is None else group_sum) - total).exp())
 
 
 def _with_more(groups: Tensor, stop: int, numbers: Tensor) -> list[int]:
@@ -496,8 +495,6 @@ def _with_more(groups: Tensor, stop: int, numbers: Tensor) -> list[int]:
 
 def _group_logits(logits: Tensor, columns: Tensor, count: int) -> Tensor:
     """Log-sum-exp over the names of each group, (k, h, w) -> (count, h, w); `columns` (k) from 0 to count - 1."""
-    if count == len(columns):  # one name each
-        return torch.empty_like(logits).index_copy_(0, columns, logits)
     highest = logits.amax(0)
     sums = logits.new_zeros(count, *logits.shape[1:]).index_add_(0, columns, (logits - highest).exp())
     return sums.log_().add_(highest)
@@ -505,7 +502,7 @@ def _group_logits(logits: Tensor, columns: Tensor, count: int) -> Tensor:
 
 def _foreground_left(labels: Tensor, class_ids: Tensor, background: int, area_threshold: float) -> Tensor:
     """Which names (K) are in the running after foreground classes of too small an area are masked out."""
-    area = torch.bincount(labels[labels >= 0].flatten(), minlength=max(int(class_ids.max()), background) + 1)
+    area = torch.bincount(labels.flatten().long().add_(1), minlength=max(int(class_ids.max()), background) + 2)[1:]
     is_foreground = torch.arange(len(area), device=area.device) != background
     masked_out = is_foreground & (area <= area_threshold * area[is_foreground].sum())
     return ~masked_out[class_ids.clamp(min=0)] | (class_ids == NO_CLASS)
