@@ -1,4 +1,4 @@
-"""Every label option against its plain formulation; how they compose; batches; mistakes."""
+"""Every refinement against its plain formulation; how they compose; batches; mistakes."""
 
 from __future__ import annotations
 
@@ -18,13 +18,25 @@ from scipy import ndimage
 from sklearn.cluster import DBSCAN
 from torch.nn import functional as F
 
-from spar_hf import LABEL_OPTIONS, Refinement, SlidingWindow, SparProcessor, floss_templates
-from spar_hf.encoders.sliding_window import Windows
+from spar_hf import (
+    REFINEMENTS,
+    FromFeatures,
+    Refined,
+    SlidingScores,
+    SlidingWindow,
+    build_encoder,
+    build_segmenter,
+    floss_templates,
+    label_map,
+    segmentation_spar,
+)
+from spar_hf.grid_spar import axis_positions
 from spar_hf.processing_spar import LabelFeatures
-from spar_hf.prompts_spar import IMAGENET_TEMPLATES
-from spar_hf.refinement import cluster_vote, floss, label_maps, pamr, scores, tagclip, views
+from spar_hf.prompts_spar import IMAGENET_TEMPLATES, Labels
+from spar_hf.refinement import cluster_vote, floss, pamr, scores, tagclip, views
 from spar_hf.refinement.clip_internals import ClipInternals
-from spar_hf.segmentation_spar import axis_weights
+from spar_hf.refinement.refined import ExpertFeatures, Scene
+from spar_hf.segmenters import sliding_scores
 
 LABELS = "road; car, automobile; sky; tree; dog"
 NUM_NAMES = 6
@@ -73,9 +85,23 @@ def plain_states(make_clip):
     return make
 
 
+def settings_of(name: str):
+    return REFINEMENTS[name].settings
+
+
+@pytest.fixture
+def scene(text_embeds, class_ids):
+    """`scene(image)`: what a refinement of scores may know."""
+
+    def make(image=None, ids=class_ids, background=None) -> Scene:
+        return Scene(image, text_embeds, ids, background)
+
+    return make
+
+
 def few_maps(monkeypatch, names: int, size_hw: tuple[int, int]) -> None:
     """So many names at a time."""
-    monkeypatch.setitem(label_maps.MAP_NUMBERS, "cpu", names * size_hw[0] * size_hw[1])
+    monkeypatch.setitem(segmentation_spar.MAP_NUMBERS, "cpu", names * size_hw[0] * size_hw[1])
 
 
 # --- each option -----------------------------------------------------------------------------------------------
@@ -85,7 +111,7 @@ def few_maps(monkeypatch, names: int, size_hw: tuple[int, int]) -> None:
 def test_pamr(size_hw):
     maps, image = rand(3, *size_hw), rand(3, *size_hw, seed=1)
     image[:, :5, :5] = 1.0  # a flat corner: nothing to tell its pixels apart
-    refined = pamr.pamr(lambda names: maps[names], image)
+    refined = pamr.pamr(lambda names: maps[names], image, pamr.Settings())
     expected = plain.pamr(maps.double().numpy(), image.double().numpy())
     np.testing.assert_allclose(refined(slice(0, 3)).numpy(), expected, **TOLERANCE)
     np.testing.assert_allclose(refined(slice(1, 2)).numpy(), expected[1:2], **TOLERANCE)
@@ -93,19 +119,19 @@ def test_pamr(size_hw):
 
 
 @pytest.mark.parametrize("size_hw", [(4, 4), (3, 7)])
-def test_prompt_denoising(size_hw, text_embeds, class_ids):
+def test_prompt_denoising(size_hw, scene, class_ids):
     cosines = random_cosines(size_hw)
     cosines[3:5] -= 0.05
-    found = scores.prompt_denoising(cosines, None, text_embeds, class_ids)
+    found = scores.prompt_denoising(cosines, scene(), settings_of("prompt-denoising"))
     expected = plain.prompt_denoising(cosines.double().numpy(), class_ids.tolist())
     np.testing.assert_allclose(found.numpy(), expected, **TOLERANCE)
     assert 0 < (expected[:, 0, 0] == -100).sum() < NUM_NAMES
     unsure = torch.full_like(cosines, 0.2)
-    torch.testing.assert_close(scores.prompt_denoising(unsure, None, text_embeds, class_ids), unsure)
+    torch.testing.assert_close(scores.prompt_denoising(unsure, scene(), settings_of("prompt-denoising")), unsure)
 
 
 @pytest.mark.parametrize("size", SIZES_HW)
-def test_key_smoothing(size, tapped, plain_states, text_embeds, class_ids):
+def test_key_smoothing(size, tapped, plain_states, scene):
     image, array = tapped(size)
     net, states, grid_hw = plain_states(array)
     cosines = random_cosines(grid_hw)
@@ -113,27 +139,27 @@ def test_key_smoothing(size, tapped, plain_states, text_embeds, class_ids):
     keys = np.concatenate(net.heads(net.num_layers - 1, states[-2], "k"), axis=-1)[1:]
     keys = net.linear(f"vision_model.encoder.layers.{net.num_layers - 1}.self_attn.out_proj", keys)
     expected = plain.key_smoothing(cosines.double().numpy(), keys)
-    found = scores.key_smoothing(cosines, image, text_embeds, class_ids)
+    found = scores.key_smoothing(cosines, scene(image), settings_of("key-smoothing"))
     np.testing.assert_allclose(found.numpy(), expected, **TOLERANCE)
     assert found[2, 0, 0] == 1
 
 
 @pytest.mark.parametrize("size", SIZES_HW)
-def test_redundancy_removal(size, tapped, plain_states, text_embeds, class_ids):
+def test_redundancy_removal(size, tapped, plain_states, text_embeds, scene):
     image, array = tapped(size)
     net, states, grid_hw = plain_states(array)
     class_embed = plain.unit(net.project(states[-1][:1]))[0]
     patches = F.normalize(rand(*grid_hw, 24), dim=-1)
     cosines = torch.einsum("kd,ijd->kij", text_embeds, patches)
     expected = plain.redundancy_removal(patches.double().numpy(), text_embeds.double().numpy(), class_embed)
-    found = scores.redundancy_removal(cosines, image, text_embeds, class_ids)
+    found = scores.redundancy_removal(cosines, scene(image), settings_of("redundancy-removal"))
     np.testing.assert_allclose(found.numpy(), expected, **TOLERANCE)
 
 
 @pytest.mark.parametrize("background", [None, 1])
 @pytest.mark.parametrize("layers", [12, 6])
 @pytest.mark.parametrize("size", SIZES_HW)
-def test_tagclip(size, layers, background, tapped, plain_states, text_embeds, class_ids):
+def test_tagclip(size, layers, background, tapped, plain_states, text_embeds, class_ids, scene):
     image, array = tapped(size, layers)
     net, states, grid_hw = plain_states(array, layers)
     cosines = 4 * random_cosines(grid_hw)
@@ -142,23 +168,23 @@ def test_tagclip(size, layers, background, tapped, plain_states, text_embeds, cl
     settings = (class_ids.tolist(), image.logit_scale, 64, "offset", background)
     expected = plain.tagclip(net, states, covered, *arrays, *settings)
     columns, num_classes = tagclip.columns_of(class_ids, background)
-    found = tagclip.class_scores(cosines, image, text_embeds, columns, num_classes)
+    found = tagclip.class_scores(cosines, scene(image), columns, num_classes, 0.5)
     np.testing.assert_allclose(found.numpy(), list(expected.values()), **TOLERANCE)
     # The classes above the middle of the scores stay, and so does the background, whatever its score.
-    kept = tagclip.reidentification(cosines, image, text_embeds, class_ids, background)[:, 0, 0] > -50
+    kept = tagclip.reidentification(cosines, scene(image, background=background), tagclip.Settings())[:, 0, 0] > -50
     middle = (min(expected.values()) + max(expected.values())) / 2
     assert kept.tolist() == [label == background or expected[label] > middle for label in class_ids.tolist()]
 
 
-def test_tagclip_keeps_all_names_of_a_class_that_is_there(tapped, text_embeds, class_ids, monkeypatch):
+def test_tagclip_keeps_all_names_of_a_class_that_is_there(tapped, scene, class_ids, monkeypatch):
     image, _ = tapped("native")
     cosines = random_cosines((4, 4))
     monkeypatch.setattr(tagclip, "class_scores", lambda *_: torch.tensor([0.1, 0.9, 0.6, 0.49, 0.0]))
-    found = tagclip.reidentification(cosines, image, text_embeds, class_ids)
+    found = tagclip.reidentification(cosines, scene(image), tagclip.Settings())
     kept = torch.tensor([False, True, True, True, True, False])
     torch.testing.assert_close(found[kept], cosines[kept])
     assert (found[~kept] == -100).all()
-    nothing_else = tagclip.reidentification(cosines, image, text_embeds, torch.zeros_like(class_ids), 0)
+    nothing_else = tagclip.reidentification(cosines, scene(image, torch.zeros_like(class_ids), 0), tagclip.Settings())
     torch.testing.assert_close(nothing_else, cosines)
 
 
@@ -178,7 +204,7 @@ def test_component_boxes():
 def test_self_correlation(size, layers, tapped, plain_states):
     image, array = tapped(size, layers)
     net, states, _ = plain_states(array, layers)
-    found = image.self_correlation(cluster_vote.BLOCK)
+    found = image.self_correlation(cluster_vote.Settings().block)
     np.testing.assert_allclose(found.numpy(), plain.self_correlation(net, states), **TOLERANCE)
 
 
@@ -192,13 +218,13 @@ def test_dbscan_equals_scikit_learns(eps, neighbours):
 def test_median_equals_scipys():
     maps = rand(3, 11, 20)
     expected = np.stack([ndimage.median_filter(single, size=7) for single in maps.numpy()])
-    np.testing.assert_array_equal(cluster_vote.median(maps).numpy(), expected)
+    np.testing.assert_array_equal(cluster_vote.median(maps, 7).numpy(), expected)
 
 
 def test_cluster_vote_settings_are_the_authors_at_their_sizes():
-    assert cluster_vote.settings(196) == (pytest.approx(0.7), 3)
-    assert cluster_vote.settings(441) == (pytest.approx(1.1), 7)
-    sides = [cluster_vote.settings(n * n) for n in (2, 8, 14, 18, 21, 40)]
+    assert cluster_vote.Settings().dbscan(196) == (pytest.approx(0.7), 3)
+    assert cluster_vote.Settings().dbscan(441) == (pytest.approx(1.1), 7)
+    sides = [cluster_vote.Settings().dbscan(n * n) for n in (2, 8, 14, 18, 21, 40)]
     assert sides == sorted(sides) and sides[0][0] > 0 and sides[0][1] >= 1
 
 
@@ -212,12 +238,12 @@ def test_cluster_vote(size, tapped, plain_states, monkeypatch):
     near = distances[: len(distances) // 4]  # a random network's rows are further apart than CLIP's
     gap = np.diff(near)[len(near) // 2 :].argmax() + len(near) // 2
     eps = float(near[gap : gap + 2].mean())  # in the widest gap, away from rounding
-    monkeypatch.setattr(cluster_vote, "settings", lambda n: (eps, 2))
+    monkeypatch.setattr(cluster_vote.Settings, "dbscan", lambda self, n: (eps, 2))
     height, width = array.shape[1:]
     labels = torch.randint(0, 4, (height, width), generator=torch.Generator().manual_seed(0), dtype=torch.int32) - 1
     coverage_hw = (height / (16 * grid_hw[0]), width / (16 * grid_hw[1]))
     expected = plain.cluster_vote(labels.numpy(), correlation, grid_hw, eps, 2, coverage_hw)
-    found = cluster_vote.cluster_vote(labels, image)
+    found = cluster_vote.cluster_vote(labels, image, cluster_vote.Settings())
     assert found.dtype == torch.int32
     assert (found.numpy() != expected).mean() < 2e-3  # pixels where two clusters' maps are equal to the last digit
     assert (expected != labels.numpy()).any()
@@ -225,9 +251,9 @@ def test_cluster_vote(size, tapped, plain_states, monkeypatch):
 
 def test_without_clusters_nobody_votes(tapped, monkeypatch):
     image, _ = tapped("native")
-    monkeypatch.setattr(cluster_vote, "settings", lambda n: (1e-9, 2))
+    monkeypatch.setattr(cluster_vote.Settings, "dbscan", lambda self, n: (1e-9, 2))
     labels = torch.arange(64 * 64, dtype=torch.int32).view(64, 64)
-    torch.testing.assert_close(cluster_vote.cluster_vote(labels, image), labels)
+    torch.testing.assert_close(cluster_vote.cluster_vote(labels, image, cluster_vote.Settings()), labels)
 
 
 @pytest.mark.parametrize("size_hw", [(32, 48), (23, 41)])
@@ -237,7 +263,7 @@ def test_blur_and_greyscale(size_hw):
     expected = images.double().numpy()
     for axis in (2, 3):
         expected = ndimage.correlate1d(expected, kernel / kernel.sum(), axis=axis, mode="mirror")
-    np.testing.assert_allclose(views.blur(images).numpy(), expected, atol=1e-5)
+    np.testing.assert_allclose(views.blur(images, views.EngineeringSettings()).numpy(), expected, atol=1e-5)
     luma = 0.2989 * images[:, 0] + 0.587 * images[:, 1] + 0.114 * images[:, 2]
     torch.testing.assert_close(views.greyscale(images), torch.stack([luma] * 3, dim=1))
 
@@ -259,12 +285,14 @@ def test_views_average_the_logits_of_the_paper(size, names, make_spar, pixels, t
 
     expected = logits(images)
     if "image-engineering" in names:
-        expected = (expected + logits(views.greyscale(images)) + logits(views.blur(images))) / 3
+        expected = (
+            expected + logits(views.greyscale(images)) + logits(views.blur(images, views.EngineeringSettings()))
+        ) / 3
     if "flip" in names:
         mirrored = [logits(whole.flip(axis)).flip(axis) for axis in (-2, -1)]
         expected = 0.7 * expected + 0.3 * (mirrored[0] + mirrored[1]) / 2
 
-    outputs = Refinement(model, names).encoder(images)
+    outputs = build_encoder(model.vision_model, views=names)(images)
     grid = torch.einsum("kd,ijd->kij", text_embeds, outputs.patch_embeds[0])
     found = F.interpolate(grid[None], size=(height, width), mode="bilinear", align_corners=False)[0]
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
@@ -285,7 +313,7 @@ def test_floss_ranks_templates_by_entropy(ids, counts):
     template_embeds[:, 5] = 0.8 * template_embeds[:, 3]
     arrays = [image.double().numpy() for image in images]
     expected = plain.floss_ranking(arrays, template_embeds.double().numpy(), ids)
-    assert floss.rank_templates(images, template_embeds, ids) == expected
+    assert floss.rank_templates(images, template_embeds, ids, floss.Settings()) == expected
     assert [len(chosen) for chosen in expected] == counts
 
 
@@ -294,7 +322,7 @@ def test_a_name_that_may_win_is_not_left_out():
     for seed in range(20):
         table = (2 * rand(5, 3, 4, seed=seed)).softmax(0)
         winner = plain.resize(table.numpy(), (40, 50)).argmax(axis=0)
-        down, across = axis_weights(40, 3), axis_weights(50, 4)
+        down, across = (axis_positions(slice(0, n), n, g, 1.0, table.device) for n, g in ((40, 3), (50, 4)))
         for name in range(5):
             windows = floss.may_win(table, name)
             rows = floss.pixels_over(windows.any(1), down)
@@ -320,18 +348,19 @@ def test_floss_hears_the_surest_expert(size_hw, coverage_hw, monkeypatch):
     def cosines(names: torch.Tensor) -> torch.Tensor:
         return torch.einsum("kd,ijd->kij", names, patches)
 
-    maps = floss.fused(cosines, experts, default, size_hw, coverage_hw)
+    make = floss.fused([cosines(names) for names in (*experts, default)], coverage_hw, floss.Settings())
     arrays = (patches.double().numpy(), experts.double().numpy(), default.double().numpy())
     expected = plain.floss_fusion(*arrays, size_hw, coverage_hw)
-    np.testing.assert_allclose(maps(slice(0, 6)).numpy(), expected, **TOLERANCE)
-    np.testing.assert_allclose(maps(slice(2, 4)).numpy(), expected[2:4], **TOLERANCE)
+    np.testing.assert_allclose(make(slice(0, 6), size_hw).numpy(), expected, **TOLERANCE)
+    np.testing.assert_allclose(make(slice(2, 4), size_hw).numpy(), expected[2:4], **TOLERANCE)
 
 
 def test_floss_templates_name_the_prompts(make_spar, spar_processor):
     model = make_spar(num_hidden_layers=2)
     pictures = [np.random.default_rng(n).integers(0, 256, (48, 80, 3), dtype=np.uint8) for n in range(2)]
     templates = [*IMAGENET_TEMPLATES[:5], "a photo of a {}."]
-    chosen = floss_templates(model, spar_processor, LABELS, pictures, templates=templates)
+    segmenter = FromFeatures(model.vision_model, model, spar_processor)
+    chosen = floss_templates(segmenter, LABELS, pictures, templates=templates)
     assert list(chosen) == ["road", "car", "automobile", "sky", "tree", "dog"]
     assert all(len(some) in (4, 6) or len(some) < 4 for some in chosen.values())
     assert {template for some in chosen.values() for template in some} <= set(templates)
@@ -340,107 +369,92 @@ def test_floss_templates_name_the_prompts(make_spar, spar_processor):
 # --- composition -----------------------------------------------------------------------------------------------
 
 
-class Segmenter:
-    """A model, its processor and a vocabulary: `run(names, images)` gives label maps through the processor."""
+TEMPLATES = IMAGENET_TEMPLATES[:3]
 
-    def __init__(self, model, processor: SparProcessor) -> None:
+
+class Model:
+    """A model, its processor and a vocabulary: `run(names, images)` gives label maps."""
+
+    def __init__(self, model, processor) -> None:
         self.model, self.processor = model, processor
-        self.features = processor.encode_labels(model, LABELS, templates=IMAGENET_TEMPLATES[:3])
 
-    def refinement(self, names, images: torch.Tensor) -> Refinement:
-        refinement = Refinement(self.model, names)
-        unlabelled = iter(images.split(1))
-        refinement.fit(
-            refinement.encoder, self.processor, self.features.labels, unlabelled, templates=IMAGENET_TEMPLATES[:3]
-        )
-        return refinement
+    def segmenter(self, names, **choices):
+        return build_segmenter(self.model, self.processor, refine=names, **choices)
 
-    def run(self, names, images: torch.Tensor, refinement: Refinement | None = None, **options) -> list[torch.Tensor]:
-        refinement = self.refinement(names, images) if refinement is None else refinement
+    def encoded(self, segmenter, images: torch.Tensor):
+        return segmenter.encode_labels(LABELS, TEMPLATES, unlabelled=iter(images.split(1)))
+
+    def run(self, names, images: torch.Tensor, encoded=None, **options) -> list[torch.Tensor]:
+        segmenter = self.segmenter(names)
+        encoded = self.encoded(segmenter, images) if encoded is None else encoded
         with torch.inference_mode():
-            outputs = refinement.encoder(images)
-            return self.processor.post_process_semantic_segmentation(
-                outputs,
-                [(40, 56)] * len(images),
-                self.features,
-                label_maps=refinement.label_maps(images),
-                **options,
-            )
+            return [label_map(maps.at((40, 56)), encoded.class_ids, **options) for maps in segmenter(images, encoded)]
 
 
 @pytest.fixture(scope="module")
-def segmenter(make_spar, spar_processor) -> Segmenter:
-    return Segmenter(make_spar(num_hidden_layers=6), spar_processor)
+def model(make_spar, spar_processor) -> Model:
+    return Model(make_spar(num_hidden_layers=6), spar_processor)
 
 
-@pytest.mark.parametrize("size", SIZES_HW)
-@pytest.mark.parametrize("thresholds", [{}, {"background_threshold": 0.4}, {"area_threshold": 0.3}])
-@torch.inference_mode()
-def test_no_option_is_the_plain_label_map(size, thresholds, segmenter, pixels, monkeypatch):
-    few_maps(monkeypatch, 4, (40, 56))
-    images = pixels(size, batch=2)
-    options = {"logit_scale": 30.0, "background_class": 3, **thresholds}
-    outputs = segmenter.model.vision_model(images)
-    expected = segmenter.processor.post_process_semantic_segmentation(
-        outputs, [(40, 56)] * 2, segmenter.features, **options
-    )
-    for found, label_map in zip(segmenter.run([], images, **options), expected, strict=True):
-        assert (found != label_map).float().mean() < 1e-3  # ties of rounding
-
-
-@pytest.mark.parametrize("name", LABEL_OPTIONS)
-def test_an_image_of_a_batch_is_refined_as_if_alone(name, segmenter, pixels):
+@pytest.mark.parametrize("name", REFINEMENTS)
+def test_an_image_of_a_batch_is_refined_as_if_alone(name, model, pixels):
     images = pixels("off_grid", batch=3)
-    refinement = segmenter.refinement([name], images)
-    together = segmenter.run([name], images, refinement)
+    encoded = model.encoded(model.segmenter([name]), images)
+    together = model.run([name], images, encoded)
     for image, found in zip(images.split(1), together, strict=True):
-        (alone,) = segmenter.run([name], image, refinement)
+        (alone,) = model.run([name], image, encoded)
         assert (found != alone).float().mean() < 1e-3
         assert found.shape == (40, 56) and found.dtype == torch.int32
 
 
-@pytest.mark.parametrize("name", LABEL_OPTIONS)
+@pytest.mark.parametrize("name", REFINEMENTS)
 @torch.inference_mode()
-def test_an_option_goes_with_any_encoder_and_bf16(name, make_spar, spar_processor, pixels):
-    model = make_spar(num_hidden_layers=6, method="naclip").to(torch.bfloat16)
-    segmenter = Segmenter(model, spar_processor)
+def test_a_refinement_goes_with_any_encoder_and_bf16(name, make_spar, spar_processor, pixels):
+    model = Model(make_spar(num_hidden_layers=6, method="naclip").to(torch.bfloat16), spar_processor)
     images = pixels("larger")
-    refinement = segmenter.refinement([name], images)
-    outputs = SlidingWindow(refinement.encoder, stride_px=32)(images.to(torch.bfloat16))
-    (label_map,) = spar_processor.post_process_semantic_segmentation(
-        outputs, [(31, 45)], segmenter.features, label_maps=refinement.label_maps(images)
-    )
-    assert label_map.shape == (31, 45) and 0 <= int(label_map.min()) <= int(label_map.max()) < 5
+    segmenter = model.segmenter([name], window="native", stride_px=32)
+    encoded = model.encoded(segmenter, images)
+    (maps,) = segmenter(images, encoded)
+    labels = label_map(maps.at((31, 45)), encoded.class_ids)
+    assert labels.shape == (31, 45) and 0 <= int(labels.min()) <= int(labels.max()) < 5
+    inner = segmenter.segmenter.encoder if isinstance(segmenter, Refined) else segmenter.encoder
+    assert isinstance(inner, SlidingWindow)  # around the views, where there are any
 
 
 @pytest.mark.parametrize("names", [(), ("flip",), ("prompt-denoising",), ("key-smoothing",), ("floss",), ("pamr",)])
 @pytest.mark.parametrize("size_hw", [(96, 128), (90, 75), (40, 100)])
 @torch.inference_mode()
-def test_windows_average_their_maps_pixel_by_pixel(size_hw, names, segmenter, pixels, monkeypatch):
+def test_windows_average_their_maps_pixel_by_pixel(size_hw, names, model, pixels, monkeypatch):
     """SCLIP's sliding window: each window's scores, resized to its pixels, summed and divided by the windows there."""
     few_maps(monkeypatch, 2, size_hw)
     images, (height, width) = pixels(size_hw), size_hw
-    refinement = Refinement(segmenter.model, names)
-    windows = Windows(refinement.encoder, 64, 32, batch_size=3)
-    outputs = windows(images)
-    vectors = outputs.patch_embeds.flatten(0, -2)
+    whole = model.segmenter(names)
+    segmenter = sliding_scores(whole, 64, 32)
+    assert isinstance(segmenter, Refined if names == ("pamr",) else SlidingScores)
+    encoder = build_encoder(model.model.vision_model, views=[n for n in names if REFINEMENTS[n].stage == "views"])
+    places = [sorted({*range(0, max(side - 64, 0) + 1, 32), max(side - 64, 0)}) for side in size_hw]
+    insides = [tuple(slice(start, start + 64) for start in place) for place in itertools.product(*places)]
+    windows = [encoder(images[..., rows, columns]).patch_embeds[0] for rows, columns in insides]
+    vectors = torch.cat([window.flatten(0, 1) for window in windows])
     vectors = vectors[:: len(vectors) // NUM_NAMES][:NUM_NAMES] - vectors.mean(0)  # so that each name is found
-    text, ids = F.normalize(vectors, dim=-1), segmenter.features.class_ids
-    refinement.experts = F.normalize(text + 0.1 * rand(NUM_NAMES, NUM_NAMES, 24, seed=1), dim=-1)
+    text = F.normalize(vectors, dim=-1)
+    encoded = LabelFeatures(Labels.parse(LABELS), text)
+    experts = F.normalize(text + 0.1 * rand(NUM_NAMES, NUM_NAMES, 24, seed=1), dim=-1)
+    if "floss" in names:
+        encoded = ExpertFeatures(encoded.labels, text, experts)
+    ids = encoded.class_ids
 
     total, count = np.zeros((NUM_NAMES, height, width)), np.zeros((height, width))
-    places = [sorted({*range(0, max(side - 64, 0) + 1, 32), max(side - 64, 0)}) for side in size_hw]
-    for place, patches in zip(itertools.product(*places), outputs.patch_embeds[0], strict=True):
-        inside = tuple(slice(start, start + 64) for start in place)
+    for inside, patches in zip(insides, windows, strict=True):
         crop = images[..., inside[0], inside[1]]
         unit = patches if "flip" in names else F.normalize(patches, dim=-1)
         covered = tuple(side / (side // 16 * 16) for side in crop.shape[2:])
         single = torch.einsum("kd,ijd->kij", text, unit)
-        for option in (LABEL_OPTIONS[name] for name in names if LABEL_OPTIONS[name].stage == "scores"):
-            single = option.apply(single, ClipInternals(segmenter.model, crop), text, ids, None)
+        for row in (REFINEMENTS[name] for name in names if REFINEMENTS[name].stage == "scores"):
+            single = row.apply(single, Scene(ClipInternals(model.model, crop), text, ids, None), row.settings)
         maps = plain.resize(single.double().numpy(), crop.shape[2:], covered)
         if "floss" in names:
-            arrays = (array.double().numpy() for array in (unit, refinement.experts, text))
+            arrays = (array.double().numpy() for array in (unit, experts, text))
             maps = plain.floss_fusion(*arrays, crop.shape[2:], covered)
         total[(..., *inside)] += maps
         count[inside] += 1
@@ -449,47 +463,53 @@ def test_windows_average_their_maps_pixel_by_pixel(size_hw, names, segmenter, pi
         guide = F.interpolate(images, size=(40, 56), mode="bilinear", align_corners=False)[0]
         maps = plain.pamr(maps, guide.double().numpy())
     expected = ids.numpy()[maps.argmax(axis=0)]
-    (found,) = segmenter.processor.post_process_semantic_segmentation(
-        outputs,
-        [(40, 56)],
-        LabelFeatures(segmenter.features.labels, text),
-        label_maps=refinement.label_maps(images, windows),
-    )
+    (found,) = segmenter(images, encoded)
+    found = label_map(found.at((40, 56)), ids)
     assert (found.numpy() != expected).mean() < 2e-3
     assert len(found.unique()) > 1 or "key-smoothing" in names  # a random network's keys are all alike
 
 
-def test_the_table_sets_the_order(segmenter, pixels, monkeypatch):
+def test_the_table_sets_the_order(model, pixels, monkeypatch):
     few_maps(monkeypatch, 2, (40, 56))
     images = pixels("same_count")
     names = ["pamr", "key-smoothing", "flip", "prompt-denoising", "redundancy-removal"]
-    results = [segmenter.run(order, images)[0] for order in (names, names[::-1])]
+    results = [model.run(order, images)[0] for order in (names, names[::-1])]
     torch.testing.assert_close(*results)
-    ran = Refinement(segmenter.model, names).names
-    assert ran == ("flip", "redundancy-removal", "prompt-denoising", "key-smoothing", "pamr")
+    ran = model.segmenter(names).refinements
+    assert list(ran) == ["redundancy-removal", "prompt-denoising", "key-smoothing", "pamr"]
 
 
 @pytest.mark.parametrize("pair", list(itertools.combinations(["floss", "tagclip", "pamr", "cluster-vote"], 2)))
-def test_stages_compose(pair, segmenter, pixels):
-    (label_map,) = segmenter.run(pair, pixels("larger"))
-    assert label_map.shape == (40, 56) and int(label_map.max()) < 5
+def test_stages_compose(pair, model, pixels):
+    (labels,) = model.run(pair, pixels("larger"))
+    assert labels.shape == (40, 56) and int(labels.max()) < 5
 
 
-def test_the_pipeline_takes_a_refinement(segmenter):
+def test_the_pipeline_takes_a_segmenter(model):
     from spar_hf import OpenVocabularySegmentationPipeline
 
     pictures = [np.random.default_rng(n).integers(0, 256, (40, 56, 3), dtype=np.uint8) for n in range(2)]
-    segment = OpenVocabularySegmentationPipeline(model=segmenter.model, processor=segmenter.processor)
-    options = {"candidate_labels": LABELS, "templates": IMAGENET_TEMPLATES[:3], "do_resize": False}
-    refinement = Refinement(segmenter.model, ["flip", "pamr"])
-    pixel_values = torch.cat([segmenter.processor(images=p, do_resize=False)["pixel_values"] for p in pictures])
-    expected = segmenter.run((), pixel_values, refinement)
+    segment = OpenVocabularySegmentationPipeline(model=model.model, processor=model.processor)
+    options = {"candidate_labels": LABELS, "templates": TEMPLATES, "do_resize": False}
+    pixel_values = torch.cat([model.processor(images=p, do_resize=False)["pixel_values"] for p in pictures])
+    expected = model.run(["flip", "pamr"], pixel_values)
     for batch_size in (1, 2):
-        found = segment(pictures, refinement=refinement, batch_size=batch_size, **options)
-        for result, label_map in zip(found, expected, strict=True):
-            assert (result["segmentation"] != label_map.numpy()).mean() < 1e-3
+        found = segment(pictures, segmenter=model.segmenter(["flip", "pamr"]), batch_size=batch_size, **options)
+        for result, labels in zip(found, expected, strict=True):
+            assert (result["segmentation"] != labels.numpy()).mean() < 1e-3
+            assert result["grid_hw"] == (2, 3)
     plain_result = segment(pictures[0], **options)["segmentation"]
     assert (plain_result != expected[0].numpy()).any()
+
+
+def test_numbers_of_a_refinement_can_be_set_and_are_shown(model, pixels):
+    segmenter = model.segmenter(["pamr"], settings={"pamr.steps": "0", "pamr.dilations_px": "1,2"})
+    assert segmenter.refinements["pamr"].settings == pamr.Settings(steps=0, dilations_px=(1, 2))
+    assert "steps=0, dilations_px=(1, 2)" in repr(segmenter)
+    images = pixels("larger")
+    encoded = model.encoded(segmenter, images)
+    for refined, plain_maps in zip(segmenter(images, encoded), segmenter.segmenter(images, encoded), strict=True):
+        torch.testing.assert_close(refined(slice(0, 6)), plain_maps(slice(0, 6)))  # no steps change nothing
 
 
 @pytest.mark.parametrize("family", ["siglip", "dinov3"])
@@ -497,47 +517,53 @@ def test_the_pipeline_takes_a_refinement(segmenter):
 def test_the_other_families_take_what_does_not_look_inside(family, clip_tokenizer, spar_processor, pixels, tmp_path):
     model = spar_siglip(clip_tokenizer, tmp_path) if family == "siglip" else spar_dinov3(clip_tokenizer)
     images = pixels("off_grid")  # padded by one family, stretched by the other
-    for name, option in LABEL_OPTIONS.items():
-        if option.looks_inside:
-            with pytest.raises(ValueError, match=f"label option '{name}' looks into .* take a CLIP checkpoint"):
-                Refinement(model, [name])
-        elif option.stage != "templates":
-            refinement = Refinement(model, [name])
-            outputs = refinement.encoder(images)
-            text_embeds = outputs.patch_embeds[0].flatten(0, 1)[::5]  # each finds its own patch
-            (found,) = spar_processor.post_process_semantic_segmentation(
-                outputs, [(40, 56)], text_embeds, label_maps=refinement.label_maps(images)
-            )
+    for name, row in REFINEMENTS.items():
+        if row.looks_inside:
+            with pytest.raises(ValueError, match=f"refinement '{name}' looks into .* take a CLIP checkpoint"):
+                build_segmenter(model, spar_processor, refine=[name])
+        elif row.stage != "templates":
+            segmenter = build_segmenter(model, spar_processor, refine=[name])
+            inner = segmenter.segmenter if isinstance(segmenter, Refined) else segmenter
+            text_embeds = inner.encoder(images).patch_embeds[0].flatten(0, 1)[::5]  # each finds its own patch
+            names = [f"name {number}" for number in range(len(text_embeds))]
+            (maps,) = segmenter(images, LabelFeatures(Labels.parse(names), text_embeds))
+            found = label_map(maps.at((40, 56)), torch.arange(len(names)))
             assert found.shape == (40, 56) and len(found.unique()) > 1
 
 
 # --- mistakes --------------------------------------------------------------------------------------------------
 
 
-def test_mistakes_say_what_to_do(segmenter, pixels, make_vision):
-    with pytest.raises(ValueError, match=r"no label option 'parm'; choose among image-engineering, .*'pamr'"):
-        Refinement(segmenter.model, ["parm"])
-    images = pixels("native")
-    outputs = segmenter.model.vision_model(images)
-
-    def make(refinement):
-        return segmenter.processor.post_process_semantic_segmentation(
-            outputs, None, segmenter.features, label_maps=refinement.label_maps(images)
-        )
-
-    with pytest.raises(ValueError, match=r"no vocabulary and is asked for 6 names; call refinement\.fit"):
-        make(Refinement(segmenter.model, ["floss"]))
-    with pytest.raises(ValueError, match=r"no mean over views, which flip need; .*encoder=refinement\.encoder"):
-        make(Refinement(segmenter.model, ["flip"]))
+def test_mistakes_say_what_to_do(model, pixels):
+    with pytest.raises(ValueError, match=r"no refinement 'parm'; choose one of image-engineering, .*'pamr'"):
+        model.segmenter(["parm"])
+    with pytest.raises(ValueError, match=r"floss chooses templates by unlabelled images, and there are none"):
+        model.segmenter(["floss"]).encode_labels(LABELS, TEMPLATES)
+    with pytest.raises(ValueError, match=r"no setting 'stepz'; choose one of .* Did you mean 'steps'"):
+        model.segmenter(["pamr"], settings={"pamr.stepz": 3})
+    with pytest.raises(ValueError, match="refinement 'pamr': setting steps is 'x'; it is a int"):
+        model.segmenter(["pamr"], settings={"pamr.steps": "x"})
+    with pytest.raises(ValueError, match=r"'pamr\.steps' is of a refinement that is not on"):
+        model.segmenter([], settings={"pamr.steps": 3})
+    plain_segmenter = FromFeatures(model.model.vision_model, model.model, model.processor)
+    with pytest.raises(ValueError, match="refinement 'flip' changes the encoder"):
+        Refined(plain_segmenter, ["flip"], model.model)
+    images = pixels("larger")
+    windows = SlidingScores(plain_segmenter, 64, 32)
+    encoded = windows.encode_labels(LABELS, TEMPLATES)
+    with pytest.raises(ValueError, match="refinement 'prompt-denoising' acts on the scores of patches"):
+        Refined(windows, ["prompt-denoising"], model.model)(images, encoded)
+    with pytest.raises(ValueError, match="a correction of finished label maps runs in each window"):
+        SlidingScores(Refined(plain_segmenter, ["cluster-vote"], model.model), 64, 32)(images, encoded)
 
     class Other(torch.nn.Module):
         vision_model = torch.nn.Linear(1, 1)
         logit_scale = torch.zeros(())
 
-    Refinement(Other(), ["pamr", "prompt-denoising"])
+    Refined(plain_segmenter, ["pamr", "prompt-denoising"], Other())
     for name in ("redundancy-removal", "tagclip", "key-smoothing", "cluster-vote"):
-        with pytest.raises(ValueError, match=f"label option '{name}' looks into .* is a Linear. Leave the option out"):
-            Refinement(Other(), [name])
+        with pytest.raises(ValueError, match=f"refinement '{name}' looks into .* is a Linear. Leave it out"):
+            Refined(plain_segmenter, [name], Other())
 
 
 # --- documentation ---------------------------------------------------------------------------------------------
@@ -549,6 +575,6 @@ def test_the_page_shows_the_stored_results():
     benchmark = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(benchmark)
     document = json.loads(benchmark.RESULTS.read_text())
-    assert [tuple(entry["refine"]) for entry in document["results"]] == [(), *((name,) for name in LABEL_OPTIONS)]
+    assert [tuple(entry["refine"]) for entry in document["results"]] == [(), *((name,) for name in REFINEMENTS)]
     page = benchmark.DOCS.read_text(encoding="utf-8")
     assert "\n".join(benchmark.table(document)) in page, "run: python benchmarks/refinements.py --docs"

@@ -75,8 +75,9 @@ def build_encoder(
     encoder: Any = tower
     if row is not None and row.recipe is None:
         encoder = row.module.Encoder(tower, **_parts(row, networks, settings))
-    for refinement in find_refinements(views, views if isinstance(views, Mapping) else None).values():
-        encoder = ViewEnsemble(encoder, refinement.apply, refinement.settings)
+    changed = find_refinements(views, views if isinstance(views, Mapping) else None).values()
+    if changed:
+        encoder = ViewEnsemble(encoder, [view for row in changed for view in row.apply(row.settings)])
     if window is None and stride_px is None:
         return encoder
     return SlidingWindow(encoder, *window_of(encoder.config, window, stride_px), batch_size=window_batch)

@@ -135,7 +135,8 @@ class OpenVocabularySegmentationPipeline(Pipeline):
         if isinstance(images, list) and not images:
             return []
         # Words are encoded once for all images of a call, and anew in the next: the model may have changed.
-        asked = {**self._forward_params, **self._sanitize_parameters(**kwargs)[1]}
+        given = {name: value for name, value in kwargs.items() if name not in ("batch_size", "num_workers")}
+        asked = {**self._forward_params, **self._sanitize_parameters(**given)[1]}
         if "labels" not in asked:
             raise ValueError("there are no labels; pass candidate_labels, such as 'road; car, automobile; sky'.")
         kwargs["candidate_labels"] = self.encode_labels(asked.pop("labels"), **asked)

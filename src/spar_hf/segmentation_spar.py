@@ -365,8 +365,8 @@ def segment(
     ids = class_ids.masked_fill(class_ids == NO_CLASS, background).int()
     running = torch.ones_like(class_ids, dtype=torch.bool)
 
+    labels = torch.empty(maps.size_hw, dtype=torch.int32, device=device)
     if area_threshold is not None:
-        labels = torch.empty(maps.size_hw, dtype=torch.int32, device=device)
         for tile, chunks in maps.tiles():
             labels[tile] = ids[_reduce(chunks, running).winner]
         running = _foreground_left(labels, class_ids, background, area_threshold)
@@ -377,7 +377,6 @@ def segment(
     groups = None  # of each name: those of a group add up their probabilities
     if need_probability and synonyms == "sum" and len(class_ids.unique()) < len(class_ids):
         groups = class_ids.unique(return_inverse=True)[1]
-    labels = torch.empty(maps.size_hw, dtype=torch.int32, device=device)
     scores = torch.empty(maps.size_hw, device=device) if with_scores else None
     for tile, chunks in maps.tiles():
         found = _reduce(chunks, running, scale if need_probability else None, groups)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ..processing_spar import LabelFeatures
 from ..prompts_spar import Labels
 from ..segmentation_spar import FeatureScores, FullScores, GridScores, ScoreMaps, Segmenter
-from ..segmenters import SegmenterWrapper, sliding_scores
+from ..segmenters import SegmenterWrapper, SlidingScores, sliding_scores
 from .clip_internals import ClipInternals, check_network
 from .floss import candidates, encode_templates, expert_embeds, fused, rank_templates, unit_patches
 from .table import Refinement, find_refinements
@@ -187,6 +187,7 @@ def _(segmenter: Refined, window_px: int, stride_px: int) -> Segmenter:
     inside, outside = segmenter.of("scores", "templates"), segmenter.of("maps", "labels")
     inner: Any = segmenter.segmenter
     if inside:
-        inner = Refined(inner, inside, segmenter.model, settings)
-    inner = sliding_scores(inner, window_px, stride_px)
+        inner = SlidingScores(Refined(inner, inside, segmenter.model, settings), window_px, stride_px)
+    else:
+        inner = sliding_scores(inner, window_px, stride_px)
     return Refined(inner, outside, segmenter.model, settings) if outside else inner

@@ -19,7 +19,6 @@ from .scores import (
     prompt_denoising,
     redundancy_removal,
 )
-from .views import FLIPS, IMAGE_ENGINEERING
 
 STAGES = {
     "views": "features averaged over views of the image",
@@ -38,7 +37,7 @@ class Refinement:
         title: what it does, in the paper's words.
         paper: where it was published.
         stage: what it changes, a key of `STAGES`.
-        apply: what it does there, given the settings last: for "views" a tuple of `View`; for "templates" None, since
+        apply: what it does there, given the settings last: for "views" () -> a tuple of `View`; for "templates" None, since
             `Refined` asks for images first; for "scores" (scores, scene) -> scores; for "maps" (maps, guide) -> what
             makes the maps of some names; for "labels" (labels, image) -> labels.
         settings: its numbers, a frozen dataclass; the authors' unless others are asked for.
@@ -60,16 +59,16 @@ REFINEMENTS: dict[str, Refinement] = {
         "mean over the image, its greyscale and its blur",
         "ITACLIP; Aydın et al., CVPR Workshops 2025",
         "views",
-        IMAGE_ENGINEERING,
-        views.Settings(),
+        views.image_engineering,
+        views.EngineeringSettings(),
         needs=("2 more passes",),
     ),
     "flip": Refinement(
         "mean with the mirrored images, 0.7 to 0.3",
         "ITACLIP; Aydın et al., CVPR Workshops 2025",
         "views",
-        FLIPS,
-        views.Settings(),
+        views.flips,
+        views.FlipSettings(),
         needs=("2 more passes",),
     ),
     "floss": Refinement(

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -29,26 +30,27 @@ LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601, as torchvision rounds it
 
 
 @dataclass(frozen=True)
-class Settings:
-    """ITACLIP's numbers.
-
-    Attributes:
-        blur_px, blur_sigma_px: side and standard deviation of the Gaussian.
-        plain_weight: of all unflipped views together, where there are flips.
-    """
+class EngineeringSettings:
+    """Side and standard deviation of the Gaussian that blurs."""
 
     blur_px: int = 11
     blur_sigma_px: float = 5.0
-    plain_weight: float = 0.7
 
 
-def greyscale(pixel_values: Tensor, settings: Settings) -> Tensor:
+@dataclass(frozen=True)
+class FlipSettings:
+    """Weight of all flipped images together."""
+
+    weight: float = 0.3
+
+
+def greyscale(pixel_values: Tensor) -> Tensor:
     """(B, 3, H, W) with the luma in all three channels."""
     luma = torch.tensor(LUMA, dtype=pixel_values.dtype, device=pixel_values.device)
     return torch.einsum("bchw,c->bhw", pixel_values, luma)[:, None].expand_as(pixel_values)
 
 
-def blur(pixel_values: Tensor, settings: Settings) -> Tensor:
+def blur(pixel_values: Tensor, settings: EngineeringSettings) -> Tensor:
     """(B, 3, H, W) after a Gaussian filter along the rows, then along the columns."""
     offset = torch.arange(settings.blur_px, dtype=torch.float32, device=pixel_values.device) - settings.blur_px // 2
     kernel = torch.exp(-0.5 * (offset / settings.blur_sigma_px) ** 2)
@@ -64,59 +66,66 @@ class View:
 
     Attributes:
         name: for the record.
-        change: pixels (B, 3, H, W) and the settings -> pixels of the same size.
+        change: pixels (B, 3, H, W) -> pixels of the same size.
         undo: features (B, h, w, D) -> features that lie over the image again; None for a view that moves nothing.
+        weight: of it and the others that are moved, together; for those that move nothing, what is left is shared.
     """
 
     name: str
-    change: Callable[[Tensor, Settings], Tensor]
+    change: Callable[[Tensor], Tensor]
     undo: Callable[[Tensor], Tensor] | None = None
+    weight: float = 0.0
 
 
-IMAGE_ENGINEERING = (View("greyscale", greyscale), View("blur", blur))
-FLIPS = (
-    View("vertical flip", lambda pixels, _: pixels.flip(2), lambda features: features.flip(1)),
-    View("horizontal flip", lambda pixels, _: pixels.flip(3), lambda features: features.flip(2)),
-)
+def image_engineering(settings: EngineeringSettings) -> tuple[View, ...]:
+    """The image's greyscale and its blur."""
+    return (View("greyscale", greyscale), View(f"blur of {settings}", partial(blur, settings=settings)))
+
+
+def flips(settings: FlipSettings) -> tuple[View, ...]:
+    """The image upside down, and mirrored."""
+    return tuple(
+        View(name, lambda p, axis=axis: p.flip(axis), lambda f, axis=axis: f.flip(axis - 1), settings.weight)
+        for name, axis in (("vertical flip", 2), ("horizontal flip", 3))
+    )
 
 
 class ViewEnsemble(EncoderWrapper, nn.Module):
     """Weighted mean of the L2-normalised features of an image and of views of it; itself a dense encoder.
 
-    The plain image and the changed ones weigh the same; all flips together weigh what is left of the whole.
+    The plain image and the changed ones weigh the same; all flips together weigh 0.3 of the whole.
 
     Args:
         encoder: any dense encoder.
         views: beside the image itself.
-        settings: the blur and the weights.
     """
 
-    def __init__(self, encoder: DenseEncoder, views: Sequence[View], settings: Settings = Settings()) -> None:
+    def __init__(self, encoder: DenseEncoder, views: Sequence[View]) -> None:
         super().__init__()
         self.encoder = encoder
         self.views = tuple(views)
-        self.settings = settings
 
     def extra_repr(self) -> str:
-        return f"views={', '.join(view.name for view in self.views)}, {self.settings}"
+        return f"views={', '.join(f'{view.name} {view.weight:g}' for view in self.views)}"
 
     @torch.no_grad()
     def forward(self, pixel_values: Tensor) -> SparVisionOutput:
         """(B, 3, H, W) -> `patch_embeds` (B, h, w, D), vectors of at most unit length."""
         covered = covered_pixels(pixel_values, self.config)
-        num_flips = sum(view.undo is not None for view in self.views)
-        num_plain = 1 + len(self.views) - num_flips  # with the image itself
-        plain_weight = self.settings.plain_weight if num_flips else 1.0
+        moved = [view for view in self.views if view.undo is not None]
+        moved_weight = moved[0].weight if moved else 0.0
+        plain_weight = (1 - moved_weight) / (
+            1 + len(self.views) - len(moved)
+        )  # of the image itself, and of each other
 
         outputs = self.encoder(pixel_values)
-        mean = F.normalize(outputs.patch_embeds.float(), dim=-1) * (plain_weight / num_plain)
+        mean = F.normalize(outputs.patch_embeds.float(), dim=-1) * plain_weight
         for view in self.views:
             if view.undo is None:
-                features = self.encoder(view.change(pixel_values, self.settings)).patch_embeds
-                weight = plain_weight / num_plain
+                features, weight = self.encoder(view.change(pixel_values)).patch_embeds, plain_weight
             else:
-                features = view.undo(self.encoder(view.change(covered, self.settings)).patch_embeds)
-                weight = (1 - plain_weight) / num_flips
+                features = view.undo(self.encoder(view.change(covered)).patch_embeds)
+                weight = moved_weight / len(moved)
             mean = mean + weight * F.normalize(features.float(), dim=-1)
         return SparVisionOutput(
             patch_embeds=mean, image_hw=outputs.image_hw, extent_hw=outputs.extent_hw, normalized=True
