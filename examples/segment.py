@@ -19,4 +19,4 @@ result = segment(
     candidate_labels="cake; car, automobile; tree; apple; star; sea; sky; sand",
 )
 for found in result["segments"]:
-    print(f"{found['label']:>8} {found['share']:.0%}")
+    print(f"{found['label']:>8} {found['area_fraction']:.0%}")

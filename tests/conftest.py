@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+# Before anything reads it: what asks the Hub fails at once, and doesn't wait for a network. Subprocesses inherit it.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer

@@ -29,7 +29,7 @@ def build(make_vision):
     network = ViTModel(config).eval()
 
     def make(name, layers=6, **fields):
-        needs = {"network": copy.deepcopy(network)} if METHODS[name].needs else {}
+        needs = {"networks": {"dino": copy.deepcopy(network)}} if METHODS[name].needs else {}
         return build_encoder(make_vision(num_hidden_layers=layers), name, **needs, **fields)
 
     return make
@@ -59,7 +59,7 @@ def test_weights_are_shared_and_nothing_is_changed(name, make_vision, build, pix
     images = pixels("off_grid", batch=2)
     before, config = copy.deepcopy(vision.state_dict()), vision.config.to_dict()
     plain = vision(images).patch_embeds
-    needs = {"network": build("proxyclip").dino.network} if METHODS[name].needs else {}
+    needs = {"networks": {"dino": build("proxyclip").dino.network}} if METHODS[name].needs else {}
     encoder = build_encoder(vision, name, **needs)
     kept = images.clone()
     first = encoder(images).patch_embeds
@@ -131,25 +131,53 @@ def test_an_even_image_has_features(name, build):
 
 
 def test_a_row_is_the_tower_loaded_with_it_and_fields_prevail(make_vision, pixels):
-    encoder = build_encoder(make_vision(), "naclip", position_interpolation="antialias", stride_px=16)
+    encoder = build_encoder(make_vision(), "naclip", position_interpolation="antialias")
     assert isinstance(encoder, SparVisionModel)
     expected = make_vision(method="naclip", position_interpolation="antialias")
     with torch.no_grad():
         torch.testing.assert_close(
             encoder(pixels("larger")).patch_embeds, expected(pixels("larger")).patch_embeds, rtol=0, atol=0
         )
-    assert (encoder.config.window_px, encoder.config.stride_px) == (64, 16)
+    assert (encoder.config.window_px, encoder.config.stride_px) == (64, 32)
     assert build_encoder(encoder) is encoder
+
+
+@pytest.mark.parametrize(
+    ("asked", "window", "stride"),
+    [
+        ({"window": "paper"}, 96, 32),
+        ({"window": "native"}, 64, 32),
+        ({"window": 48}, 48, 32),
+        ({"window": 16}, 16, 16),  # no step is longer than its window
+        ({"stride_px": 16}, 96, 16),
+        ({"window": "native", "stride_px": 24}, 64, 24),
+    ],
+)
+@torch.no_grad()
+def test_windows_by_word_and_number(asked, window, stride, build, pixels):
+    encoder = build("proxyclip", **asked)  # 336 px of 224, step 112
+    assert (encoder.window_px, encoder.stride_px) == (window, stride)
+    expected = SlidingWindow(build("proxyclip"), window, stride)(pixels("larger"))
+    torch.testing.assert_close(encoder(pixels("larger")).patch_embeds, expected.patch_embeds, rtol=0, atol=0)
+
+
+def test_a_wrong_window_says_what_to_do(build):
+    with pytest.raises(ValueError, match=r"no window 'papr'; choose one of native, paper.*Did you mean 'paper'"):
+        build("naclip", window="papr")
 
 
 def test_wrong_requests_say_what_to_do(make_vision):
     vision = make_vision(num_hidden_layers=6)
     with pytest.raises(ValueError, match=r"no method 'sc-clip'.*Did you mean 'sc_clip'"):
         build_encoder(vision, "sc-clip")
-    with pytest.raises(ValueError, match="'naclip' takes no second network; leave it out"):
-        build_encoder(vision, "naclip", network="facebook/dino-vitb8")
-    with pytest.raises(ValueError, match="without a method; name one that needs it"):
-        build_encoder(vision, network="facebook/dino-vitb8")
+    with pytest.raises(ValueError, match="'naclip' takes no further network; leave 'dino' out"):
+        build_encoder(vision, "naclip", networks={"dino": "facebook/dino-vitb8"})
+    with pytest.raises(ValueError, match="'dino' is given without a method; name one that needs it"):
+        build_encoder(vision, networks={"dino": "facebook/dino-vitb8"})
+    with pytest.raises(ValueError, match=r"'proxyclip': there is no network 'dion'.*Did you mean 'dino'"):
+        build_encoder(vision, "proxyclip", networks={"dion": "facebook/dino-vitb8"})
+    with pytest.raises(ValueError, match=r"no field 'atention_reach'.*Did you mean 'attention_reach'"):
+        build_encoder(vision, "naclip", atention_reach="window")
     with pytest.raises(ValueError, match="1 block; method 'cliper' needs at least 2"):
         build_encoder(make_vision(num_hidden_layers=1), "cliper")
 

@@ -19,10 +19,11 @@ from transformers import ViTConfig, ViTModel
 
 import spar_hf
 from spar_cli.main import COMMANDS, main
-from spar_cli.output import output_stems, shorten, table, whole_files
+from spar_cli.output import output_stems, shorten, table
 from spar_hf.checkpoints import ASSETS
+from spar_hf.files import whole_files
 from spar_hf.methods.table import METHODS
-from spar_hf.refinement import LABEL_OPTIONS
+from spar_hf.refinement import REFINEMENTS
 
 LABELS = "road; car, automobile; sky"
 
@@ -232,8 +233,8 @@ def test_methods_lists_every_row(here, capsys):
     out, _ = capsys.readouterr()
     document = json.loads(Path("methods.json").read_text())
     written = document["methods"]
-    assert list(written) == list(METHODS) and list(document["label_options"]) == list(LABEL_OPTIONS)
-    for name, option in LABEL_OPTIONS.items():
+    assert list(written) == list(METHODS) and list(document["refinements"]) == list(REFINEMENTS)
+    for name, option in REFINEMENTS.items():
         (described,) = [line for line in out.splitlines() if line.split()[:1] == [name]]
         assert option.paper in described and "  label  " in described
     for name, method in METHODS.items():
@@ -323,7 +324,7 @@ def test_label_options_run_in_the_tables_order_and_are_recorded(here, capsys, mo
         maps.append(np.asarray(Image.open("spar-output/street-labels.png")))
         written = json.loads(Path("result.json").read_text())
         names = [word for word in options if word != "--refine"]
-        assert written.get("refine", []) == sorted(names, key=list(LABEL_OPTIONS).index)
+        assert written.get("refine", []) == sorted(names, key=list(REFINEMENTS).index)
     assert (maps[0] != maps[1]).any() and (maps[0] != maps[2]).any()
 
     words = ["evaluate", "--benchmark", "picturebook", "--scale", "1.5", "--limit", "1", "--model", model_folder]

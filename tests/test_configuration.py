@@ -96,7 +96,7 @@ def test_a_new_method_replaces_a_stored_recipe_and_other_fields_do_not(tmp_path)
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"method": "nacl"}, r"no method 'nacl'; choose one of .*Did you mean 'naclip'\?"),
+        ({"method": "nacl"}, r"no recipe 'nacl'; choose one of .*Did you mean 'naclip'\?"),
         (
             {"position_interpolation": "nearest"},
             r"position_interpolation is 'nearest'; choose one of 'size', 'offset'",
@@ -114,7 +114,7 @@ def test_a_new_method_replaces_a_stored_recipe_and_other_fields_do_not(tmp_path)
         ({"window_px": 64, "stride_px": 65}, r"stride_px is 65; it must be 1 to the window's 64 px"),
         ({"stride_px": "24"}, r"stride_px is '24'; give one whole number"),
         ({"image_size": [64, 64]}, r"image_size is \[64, 64\]; give one whole number"),
-        ({"method": None}, r"no method None; choose one of"),
+        ({"method": None}, r"no recipe None; choose one of"),
         ({"image_mean": [0.5]}, r"image_mean and image_std need 3 numbers each"),
         ({"image_std": [0.5, 0.0, 0.5]}, r"image_std is .*0\.0.*all must be positive"),
     ],

@@ -43,4 +43,4 @@ def test_readme_block_finds_what_the_picture_shows(monkeypatch):
     largest = result["segments"][0]
     promised = re.search(r'"label": "(\w+)", "area_fraction": (0\.\d+)\.\.\.', block)
     assert largest["label"] == promised[1]
-    assert f"{largest['share']:.4f}".startswith(promised[2])
+    assert f"{largest['area_fraction']:.4f}".startswith(promised[2])

@@ -271,7 +271,7 @@ def test_a_saved_model_is_changed_at_loading(cls, clip_folder, make_vision, pixe
 
 def test_wrong_overrides_are_refused(clip_folder):
     for cls in (SparVisionModel, SparModel):
-        with pytest.raises(ValueError, match=r"no method 'nacllip'.*Did you mean 'naclip'"):
+        with pytest.raises(ValueError, match=r"no recipe 'nacllip'.*Did you mean 'naclip'"):
             cls.from_pretrained(clip_folder, method="nacllip")
         with pytest.raises(ValueError, match=r"position_interpolation is 'nearest'; choose one of 'size'"):
             cls.from_pretrained(clip_folder, position_interpolation="nearest")

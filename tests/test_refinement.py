@@ -34,8 +34,8 @@ from spar_hf.grid_spar import axis_positions
 from spar_hf.processing_spar import LabelFeatures
 from spar_hf.prompts_spar import IMAGENET_TEMPLATES, Labels
 from spar_hf.refinement import cluster_vote, floss, pamr, scores, tagclip, views
-from spar_hf.refinement.clip_internals import ClipInternals
-from spar_hf.refinement.refined import ExpertFeatures, Scene
+from spar_hf.refinement.clip_internals import ClipInternals, Scene
+from spar_hf.refinement.refined import ExpertFeatures
 from spar_hf.segmenters import sliding_scores
 
 LABELS = "road; car, automobile; sky; tree; dog"

@@ -288,7 +288,15 @@ def _as(default: Any, value: Any, name: str, whose: str) -> Any:
 
 
 def reconfigured(vision: Any, **config: Any) -> Any:
-    """The same weights under another configuration: nothing is copied, and `vision` keeps its own."""
+    """The same weights under another configuration: nothing is copied, and `vision` keeps its own.
+
+    Raises:
+        ValueError: the configuration has no such field.
+    """
+    known = type(vision.config).__dataclass_fields__
+    for name in config:
+        if name not in known:
+            raise ValueError(unknown("field", name, known))
     changed = type(vision.config).from_dict(vision.config.to_dict(), **config)
     changed._attn_implementation = vision.config._attn_implementation
     with torch.device("meta"):  # takes no memory; the weights are those of `vision`

@@ -6,6 +6,7 @@ counted from 1 in a network of twelve, as in `methods_spar.Term`; in one of L bl
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -137,3 +138,20 @@ class ClipInternals:
             x = layer.feed_forward(x + layer.self_attn.out_proj(attended))
         embed = self.network.visual_projection(self.network.post_layernorm(x[:, 0]))
         return F.normalize(embed[0].float(), dim=-1)
+
+
+@dataclass(frozen=True, eq=False)
+class Scene:
+    """What a refinement of scores may know beside the scores.
+
+    Attributes:
+        image: CLIP's own view of the image.
+        text_embeds: the names in the text space (K, D), L2-normalised.
+        class_ids: the class of each name (K), from 0 up; each name that only competes has one of its own, the last.
+        background: the class that is the background, if there is one.
+    """
+
+    image: ClipInternals
+    text_embeds: Tensor
+    class_ids: Tensor
+    background: int | None

@@ -15,7 +15,7 @@ from ..processing_spar import LabelFeatures
 from ..prompts_spar import Labels
 from ..segmentation_spar import FeatureScores, FullScores, GridScores, ScoreMaps, Segmenter
 from ..segmenters import SegmenterWrapper, SlidingScores, sliding_scores
-from .clip_internals import ClipInternals, check_network
+from .clip_internals import ClipInternals, Scene, check_network
 from .floss import candidates, encode_templates, expert_embeds, fused, rank_templates, unit_patches
 from .table import Refinement, find_refinements
 
@@ -29,23 +29,6 @@ class ExpertFeatures(LabelFeatures):
     """
 
     experts: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class Scene:
-    """What a refinement of scores may know beside the scores.
-
-    Attributes:
-        image: CLIP's own view of the image.
-        text_embeds: the names in the text space (K, D), L2-normalised.
-        class_ids: the class of each name (K), from 0 up; each name that only competes has one of its own, the last.
-        background: the class that is the background, if there is one.
-    """
-
-    image: ClipInternals
-    text_embeds: Tensor
-    class_ids: Tensor
-    background: int | None
 
 
 class Refined(SegmenterWrapper):

@@ -18,14 +18,12 @@ single name, of which nothing is left once the mean is subtracted, it subtracts 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-if TYPE_CHECKING:
-    from .refined import Scene
+from .clip_internals import Scene
 
 MASKED_OUT = -100.0  # below any cosine, and finite, so that it can be interpolated
 

@@ -20,17 +20,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .clip_internals import ClipInternals, covered_pixels
+from .clip_internals import ClipInternals, Scene, covered_pixels
 from .scores import MASKED_OUT, sum_of_classes
-
-if TYPE_CHECKING:
-    from .refined import Scene
 
 
 @dataclass(frozen=True)

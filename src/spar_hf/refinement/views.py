@@ -114,9 +114,7 @@ class ViewEnsemble(EncoderWrapper, nn.Module):
         covered = covered_pixels(pixel_values, self.config)
         moved = [view for view in self.views if view.undo is not None]
         moved_weight = moved[0].weight if moved else 0.0
-        plain_weight = (1 - moved_weight) / (
-            1 + len(self.views) - len(moved)
-        )  # of the image itself, and of each other
+        plain_weight = (1 - moved_weight) / (1 + len(self.views) - len(moved))  # of each, the image itself too
 
         outputs = self.encoder(pixel_values)
         mean = F.normalize(outputs.patch_embeds.float(), dim=-1) * plain_weight
