@@ -27,6 +27,7 @@ from spar_hf import (
     SparVisionOutput,
     load,
 )
+from spar_hf.build import build_encoder
 from spar_hf.evaluation import (
     PROTOCOLS,
     BenchmarkData,
@@ -40,6 +41,7 @@ from spar_hf.evaluation.evaluate import EvaluationResult, evaluate
 from spar_hf.files import write_atomically
 from spar_hf.processing_spar import LabelFeatures
 from spar_hf.prompts_spar import Labels
+from spar_hf.segmentation_spar import FromFeatures
 
 SHADE = 13  # the class k is painted in the red value 13 k
 
@@ -93,6 +95,16 @@ class OneHotText(SparProcessor):
         return LabelFeatures(labels, torch.eye(len(labels))[list(labels.class_ids)])
 
 
+def segmenter(encoder: Any, processor: SparProcessor, model: nn.Module | None = None) -> FromFeatures:
+    return FromFeatures(encoder, nn.Module() if model is None else model, processor)
+
+
+def scored(
+    encoder: Any, processor: SparProcessor, *arguments: Any, model: nn.Module | None = None, **options: Any
+) -> EvaluationResult:
+    return evaluate(segmenter(encoder, processor, model), processor, *arguments, **options)
+
+
 @pytest.fixture
 def one_hot_processor(clip_tokenizer: Any) -> OneHotText:
     image_processor = SparImageProcessor(image_mean=[0.0] * 3, image_std=[1.0] * 3)
@@ -130,7 +142,13 @@ def as_drawn(benchmark: str, protocol: str = "spar") -> Protocol:
 
 def test_a_perfect_encoder_scores_one(streets: tuple[Path, np.ndarray], one_hot_processor: OneHotText) -> None:
     data = load_benchmark("cityscapes", streets[0])
-    result = evaluate(PaintedEncoder(19), nn.Module(), one_hot_processor, data, as_drawn("cityscapes"), progress=False)
+    result = evaluate(
+        segmenter(PaintedEncoder(19), one_hot_processor),
+        one_hot_processor,
+        data,
+        as_drawn("cityscapes"),
+        progress=False,
+    )
     assert result.mean_iou == result.pixel_accuracy == result.boundary_iou == result.mean_accuracy == 1
     assert result.num_images == 2 and result.protocol["name"] == "spar, changed"
     present = {title for title, iou in result.per_class_iou.items() if not math.isnan(iou)}
@@ -143,7 +161,7 @@ def test_known_mistakes_give_known_scores(streets: tuple[Path, np.ndarray], one_
     folder, count = streets
     data = load_benchmark("cityscapes", folder)
     encoder = PaintedEncoder(19, mistakes={2: 5, 18: 7})
-    result = evaluate(encoder, nn.Module(), one_hot_processor, data, as_drawn("cityscapes"), progress=False)
+    result = scored(encoder, one_hot_processor, data, as_drawn("cityscapes"), progress=False)
     iou = dict(enumerate(result.per_class_iou.values()))
     expected = {0: 1.0, 2: 0.0, 5: count[5] / (count[5] + count[2]), 18: 0.0, 7: 0.0}
     assert {class_id: score for class_id, score in iou.items() if not math.isnan(score)} == pytest.approx(expected)
@@ -168,7 +186,7 @@ def test_label_shift_and_synonyms(tmp_path: Path, one_hot_processor: OneHotText)
     palette.save(root / "SegmentationClass/2007_1.png")
     data = load_benchmark("voc20", tmp_path)
     assert len(data.labels.classes[14]) > 1
-    result = evaluate(PaintedEncoder(20), nn.Module(), one_hot_processor, data, as_drawn("voc20"), progress=False)
+    result = scored(PaintedEncoder(20), one_hot_processor, data, as_drawn("voc20"), progress=False)
     present = {title: iou for title, iou in result.per_class_iou.items() if not math.isnan(iou)}
     assert present == {data.labels.class_names[14]: 1, data.labels.class_names[19]: 1}
 
@@ -202,7 +220,11 @@ def test_protocols_decide_what_the_encoder_sees(
     one_hot_processor.image_processor.do_resize = True
     one_hot_processor.image_processor.size = {"shortest_edge": 48}
     result = evaluate(
-        encoder, nn.Module(), one_hot_processor, photo(size_hw, benchmark, labels), protocol, progress=False
+        segmenter(encoder, one_hot_processor),
+        one_hot_processor,
+        photo(size_hw, benchmark, labels),
+        protocol,
+        progress=False,
     )
     assert encoder.sizes == expected
     assert result.protocol["name"] == protocol and result.mean_iou == 1
@@ -243,10 +265,10 @@ def test_a_protocols_windows_average_cosines_not_features(one_hot_processor: One
     target[:, :112] = 2
     sample = Sample("image", Image.new("RGB", (336, 224)), target)
     data = BenchmarkData("custom", "", Labels.parse("a; b; c"), ("image",), lambda index: sample)
-    result = evaluate(Halves(3), nn.Module(), one_hot_processor, data, as_drawn("custom", "sclip"), progress=False)
+    result = scored(Halves(3), one_hot_processor, data, as_drawn("custom", "sclip"), progress=False)
     assert result.pixel_accuracy > 0.97
     window = SlidingWindow(Halves(3), 224, 112)
-    result = evaluate(window, nn.Module(), one_hot_processor, data, as_drawn("custom"), progress=False)
+    result = scored(window, one_hot_processor, data, as_drawn("custom"), progress=False)
     assert result.pixel_accuracy < 0.7
 
 
@@ -313,7 +335,7 @@ def stop_at(data: BenchmarkData, sample: int) -> BenchmarkData:
 def test_stopped_and_resumed_equals_uninterrupted(
     tmp_path: Path, tiny: SparModel, processor: SparProcessor, book: BenchmarkData
 ) -> None:
-    arguments = (tiny.vision_model, tiny, processor)
+    arguments = (segmenter(tiny.vision_model, processor, tiny), processor)
     options: dict[str, Any] = {"limit": 7, "progress": False}
     whole = evaluate(*arguments, book, **options)
     state = tmp_path / "folder" / "state.safetensors"
@@ -345,8 +367,8 @@ def test_a_state_of_something_else_is_refused(
     tiny = make_spar(num_hidden_layers=6)
     options: dict[str, Any] = {"limit": 2, "progress": False, "state_path": state}
     teacher = SlidingWindow(tiny.vision_model, stride_px=32)
-    evaluate(teacher, tiny, processor, book, **options)
-    reason = "encoder" if changed == "stride" else changed
+    scored(teacher, processor, book, model=tiny, **options)
+    reason = "segmenter" if changed in ("stride", "encoder") else changed
     if changed == "images":
         options["limit"] = 3
     elif changed == "encoder":
@@ -363,10 +385,10 @@ def test_a_state_of_something_else_is_refused(
     elif changed == "protocol":
         options["protocol"] = load_protocol(None, "picturebook").replace(logit_scale=50.0)
     else:
-        evaluate(teacher, tiny, processor, book, **options)
+        scored(teacher, processor, book, model=tiny, **options)
         return
     with pytest.raises(ValueError, match=rf"state was written by another evaluation: {reason} changed"):
-        evaluate(teacher, tiny, processor, book, **options)
+        scored(teacher, processor, book, model=tiny, **options)
 
 
 def test_a_broken_state_is_refused(
@@ -375,12 +397,12 @@ def test_a_broken_state_is_refused(
     state = tmp_path / "state"
     state.write_bytes(b"no state")
     with pytest.raises(ValueError, match="state is no state of an evaluation"):
-        evaluate(tiny.vision_model, tiny, processor, book, limit=1, progress=False, state_path=state)
+        scored(tiny.vision_model, processor, book, model=tiny, limit=1, progress=False, state_path=state)
 
 
 def test_limit_must_be_positive(tiny: SparModel, processor: SparProcessor, book: BenchmarkData) -> None:
     with pytest.raises(ValueError, match="limit is 0; it must be at least 1"):
-        evaluate(tiny.vision_model, tiny, processor, book, limit=0, progress=False)
+        scored(tiny.vision_model, processor, book, model=tiny, limit=0, progress=False)
 
 
 def test_json_is_valid_and_whole(
@@ -388,7 +410,13 @@ def test_json_is_valid_and_whole(
 ) -> None:
     monkeypatch.setattr("sys.argv", ["/somewhere/bin/spar", "evaluate", "--data", "my data"])
     data = load_benchmark("cityscapes", streets[0])
-    result = evaluate(PaintedEncoder(19), nn.Module(), one_hot_processor, data, as_drawn("cityscapes"), progress=False)
+    result = evaluate(
+        segmenter(PaintedEncoder(19), one_hot_processor),
+        one_hot_processor,
+        data,
+        as_drawn("cityscapes"),
+        progress=False,
+    )
     result.save(tmp_path / "results" / "cityscapes.json")
     written = json.loads((tmp_path / "results" / "cityscapes.json").read_text(), parse_constant=pytest.fail)
     assert written["mean_iou"] == 1 and written["seconds_per_image"] > 0
@@ -428,11 +456,11 @@ def test_rows_of_the_quality_table(quality: ModuleType) -> None:
     assert quality.Row.parse("teacher, stride 24=tiny,stride=24") == quality.Row("teacher, stride 24", "tiny", 24)
     assert quality.Row.parse("a=me/model,method=naclip") == quality.Row("a", "me/model", None, "naclip")
     reaching = quality.Row.parse("a=tiny,reach=window")
-    assert reaching.encoder(load("tiny")[0], 1).config.attention_reach == "window"
+    assert build_encoder(load("tiny")[0].vision_model, **reaching.choices(1)).config.attention_reach == "window"
     for spec in ("tiny", "=tiny", "a=", "a=tiny,windows=3"):
         with pytest.raises(ValueError, match=r"a row is NAME=CHECKPOINT\[,stride=N\]"):
             quality.Row.parse(spec)
-    with pytest.raises(ValueError, match="window is '3' in 'a=tiny,window=3'; it must be own or native"):
+    with pytest.raises(ValueError, match="window is '3' in 'a=tiny,window=3'; it must be paper or native"):
         quality.Row.parse("a=tiny,window=3")
     with pytest.raises(ValueError, match="stride is 'x'"):
         quality.Row.parse("a=tiny,stride=x")
@@ -466,7 +494,7 @@ def test_quality_command(
     results = {(entry["name"], entry["scale"]): entry for entry in document["results"]}
     assert results.keys() == {(name, scale) for name in ("single pass", "teacher") for scale in (1, 1.5)}
     assert all(entry["protocol"]["name"] == "picturebook" for entry in results.values())
-    assert document["command"] and document["versions"].keys() == {"spar_hf", "torch", "transformers"}
+    assert document["command"] and document["versions"].keys() == {"spar-hf", "torch", "transformers"}
     printed = capsys.readouterr().out
     expected = 100 * results["teacher", 1.5]["mean_iou"]
     assert f"| {expected:.1f} |" in next(line for line in printed.splitlines() if line.startswith("| teacher |"))

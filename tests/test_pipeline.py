@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from spar_hf.encoders.sliding_window import SlidingWindow
 from spar_hf.image_processing_spar import InvalidImageError, SparImageProcessor
 from spar_hf.pipeline_spar import TASK, OpenVocabularySegmentationPipeline
 from spar_hf.processing_spar import SparProcessor
+from spar_hf.prompts_spar import EVERYDAY_WORDS
 
 LABELS = "road; car, automobile; sky; dog; cat"
 TEMPLATES = ("a photo of a {}.", "my {}")
@@ -143,7 +145,7 @@ def test_thresholds_reach_the_label_map(segment: OpenVocabularySegmentationPipel
     image = picture(96, 128)
     result = segment(image, LABELS, background_threshold=1.0, background_class=-1)
     assert (result["segmentation"] == -1).all()
-    assert result["segments"] == [{"id": -1, "label": "background", "area_fraction": 1.0}]
+    assert result["segments"] == [{"id": -1, "label": "no class", "area_fraction": 1.0}]
     plain = segment(image, LABELS)
     smallest = min(entry["area_fraction"] for entry in plain["segments"])
     masked_out = segment(image, LABELS, area_threshold=smallest * 1.01, background_class=-1)
@@ -196,3 +198,30 @@ def test_mistakes_say_why(
         segment(np.stack([picture(48, 64)] * 2), LABELS)
     with pytest.raises(ValueError, match="got a NoneType for a processor; it needs a SparProcessor"):
         OpenVocabularySegmentationPipeline(model=model, device="cpu")
+
+
+def test_a_single_class_has_something_to_lose_against(segment: Any) -> None:
+    """With a threshold on probabilities it competes with everyday words; without, everything is a car."""
+    grey = np.full((64, 64, 3), 128, np.uint8)
+    assert segment(grey, candidate_labels="car")["segments"] == [{"id": 0, "label": "car", "area_fraction": 1.0}]
+    result = segment(grey, candidate_labels="car", background_threshold=0.99)
+    assert result["segments"] == [{"id": -1, "label": "no class", "area_fraction": 1.0}]
+    assert set(EVERYDAY_WORDS) <= set(result["labels"].negatives) and result["labels"].class_names == ("car",)
+    against = segment(grey, candidate_labels="car", against=["shadow"])
+    assert against["labels"].negatives == ("shadow",)
+
+
+def test_scores_probabilities_and_json(segment: Any) -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8)
+    labels = "road; car, automobile, motor car; sky"
+    result = segment(picture, candidate_labels=labels, return_scores=True, return_probabilities=True)
+    assert result["probabilities"].shape == (3, 70, 90) and result["scores"].shape == (70, 90)
+    np.testing.assert_allclose(result["probabilities"].astype(np.float32).sum(0), 1, atol=2e-3)
+    chosen = np.take_along_axis(result["probabilities"], result["segmentation"][None], 0)[0]
+    np.testing.assert_allclose(chosen, result["scores"], atol=1e-3)
+    for segment_found in result["segments"]:
+        inside = result["segmentation"] == segment_found["id"]
+        assert segment_found["score"] == pytest.approx(result["scores"][inside].mean(), abs=1e-4)
+    written = json.loads(json.dumps(result.to_dict()))
+    assert written["labels"] == ["road", "car", "sky"] and written["size_hw"] == [70, 90]
+    assert sum(entry["area_fraction"] for entry in written["segments"]) == pytest.approx(1)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import gc
 import logging
 import pickle
 import subprocess
 import sys
-import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,8 +18,10 @@ from torch.nn import functional as F
 
 from spar_hf.clip_spar import SparModel
 from spar_hf.image_processing_spar import SparImageProcessor
+from spar_hf.pipeline_spar import OpenVocabularySegmentationPipeline
 from spar_hf.processing_spar import LabelFeatures, Labels, SparProcessor
 from spar_hf.prompts_spar import IMAGENET_TEMPLATES, check_templates, fill_template
+from spar_hf.segmentation_spar import FromFeatures
 
 TEMPLATES = ("a photo of a {}.", "a bad drawing of the {}.", "itap of my {}.")
 
@@ -33,7 +33,7 @@ def model(make_spar: Callable[..., SparModel]) -> SparModel:
 
 @pytest.fixture
 def processor(clip_tokenizer: Any) -> SparProcessor:
-    """A fresh one, so that its cache is empty."""
+    """One of its own."""
     return SparProcessor(SparImageProcessor(), clip_tokenizer)
 
 
@@ -91,8 +91,15 @@ def test_a_name_in_a_list_may_hold_a_comma() -> None:
         ("road; car; Road", r"label 'Road' is in two classes, 1 \('road'\) and 3 \('Road'\)"),
         ("car, automobile; van, automobile", r"label 'automobile' is in two classes, 1 \('car'\) and 2 \('van'\)"),
         ("car, Car; sky", "label 1 names the same thing twice: car, Car"),
-        (["road", 3], "label 2 is 3; allowed are a string or a list of strings"),
+        (["road", 3], "label 2 is 3; allowed are a string, a list of strings or a mapping"),
         (5, "labels are a int; allowed are a string such as"),
+        ({"road", "sky"}, "labels are a set; allowed are a string such as"),
+        (b"road", "labels are a bytes; allowed are a string such as"),
+        (["road", {"title": "sky"}], "label 2: there is no field 'title'; choose one of name, names, templates"),
+        (["road", {"names": ["sky"]}], "label 2 has no name; give"),
+        ({"road": ["a road"], "road ": ["street"]}, "two classes are called 'road'"),
+        ("car; \udcff\udcfe", r"label 2 is ' \\udcff\\udcfe', which holds bytes that are no UTF-8 text"),
+        (["car", "x" * 1_000_000], "label 2 has 1000000 characters; at most 2000 are read"),
     ],
 )
 def test_wrong_labels_say_why(labels: Any, message: str) -> None:
@@ -172,62 +179,120 @@ def test_the_processors_own_templates_come_before_the_80(
     assert sum(calls) == 6
 
 
-def test_a_vocabulary_is_encoded_once(processor: SparProcessor, model: SparModel, calls: list[int]) -> None:
-    first = processor.encode_labels(model, "road; car, automobile", TEMPLATES)
+def test_what_is_encoded_once_serves_many_times(processor: SparProcessor, model: SparModel, calls: list[int]) -> None:
+    encoded = processor.encode_labels(model, "road; car, automobile", TEMPLATES)
     assert sum(calls) == 9
-    again = processor.encode_labels(model, ["road", "car, automobile"], list(TEMPLATES))
-    regrouped = processor.encode_labels(model, "road; car; automobile", TEMPLATES)
+    assert processor.encode_labels(model, encoded) is encoded
+    segment = OpenVocabularySegmentationPipeline(model=model, processor=processor)
+    picture = np.zeros((64, 64, 3), np.uint8)
+    for _ in range(2):
+        segment(picture, candidate_labels=encoded)
     assert sum(calls) == 9
-    assert again.text_embeds is first.text_embeds is regrouped.text_embeds
-    assert regrouped.class_ids.tolist() == [0, 1, 2]
+    segment([picture, picture], candidate_labels="road; car, automobile", templates=TEMPLATES)
+    assert sum(calls) == 18  # once for the pictures of a call
 
 
-def test_other_words_templates_weights_dtype_or_model_are_encoded_anew(
-    processor: SparProcessor, model: SparModel, calls: list[int]
-) -> None:
-    processor.encode_labels(model, "road; sky", TEMPLATES)
-    processor.encode_labels(model, "sky; road", TEMPLATES)
-    assert sum(calls) == 12
-    processor.encode_labels(model, "road; sky", TEMPLATES[:2])
-    assert sum(calls) == 16
-
-    before = processor.encode_labels(model, "road; sky", TEMPLATES).text_embeds
+def _train(model: SparModel) -> None:
     with torch.no_grad():
         model.text_projection.weight.mul_(torch.linspace(0.5, 2, model.text_projection.weight.shape[0])[:, None])
+
+
+def _write_into_data(model: SparModel) -> None:
+    weight = model.text_projection.weight
+    weight.data.copy_(weight.data * torch.linspace(0.5, 2, weight.shape[0])[:, None])
+
+
+def _hook(model: SparModel) -> None:
+    scale = torch.linspace(0.5, 2, model.text_projection.weight.shape[0])
+    model.text_projection.register_forward_hook(lambda module, args, output: output * scale)
+
+
+@pytest.mark.parametrize("change", [_train, _write_into_data, _hook])
+def test_text_features_are_those_of_the_model_as_it_is(
+    change: Callable[[SparModel], None], processor: SparProcessor, make_spar: Callable[..., SparModel]
+) -> None:
+    """Optimisers, EMA, hooks: whatever changes what the text says is seen in the next call."""
+    model = make_spar(num_hidden_layers=2)
+    segment = OpenVocabularySegmentationPipeline(
+        model=model, processor=processor, candidate_labels="road; sky", templates=TEMPLATES
+    )
+    before = segment.encode_labels("road; sky", TEMPLATES).text_embeds
+    change(model)
     after = processor.encode_labels(model, "road; sky", TEMPLATES).text_embeds
-    assert sum(calls) == 22
     assert not torch.allclose(before, after, atol=1e-3)
-    with torch.no_grad():
-        model.vision_model.visual_projection.weight.mul_(2)  # the image side does not matter
-    processor.encode_labels(model, "road; sky", TEMPLATES)
-    assert sum(calls) == 22
-
-    model.to(torch.bfloat16)
-    half = processor.encode_labels(model, "road; sky", TEMPLATES).text_embeds
-    assert sum(calls) == 28
-    assert half.dtype == torch.float32
-    torch.testing.assert_close(half, after, atol=0.05, rtol=0)
+    seen: list[torch.Tensor] = []
+    watched = FromFeatures(model.vision_model, model, processor)
+    plain = watched.encode_labels
+    watched.encode_labels = lambda *args: (seen.append((found := plain(*args)).text_embeds), found)[1]  # type: ignore
+    segment(np.zeros((64, 64, 3), np.uint8), segmenter=watched)
+    torch.testing.assert_close(seen[0], after)
+    after.zero_()  # what is returned is the caller's
+    torch.testing.assert_close(processor.encode_labels(model, "road; sky", TEMPLATES).text_embeds, seen[0])
 
 
-def test_the_cache_is_bounded_and_keeps_no_model_alive(
+def test_text_features_follow_an_adapter_on_and_off(
+    processor: SparProcessor, make_spar: Callable[..., SparModel]
+) -> None:
+    peft = pytest.importorskip("peft")
+    model = make_spar(num_hidden_layers=2)
+    plain = processor.encode_labels(model, "road; sky", TEMPLATES).text_embeds
+    config = peft.LoraConfig(target_modules=["q_proj", "k_proj", "text_projection"], init_lora_weights=False)
+    adapted = peft.get_peft_model(model, config)
+    after = processor.encode_labels(adapted, "road; sky", TEMPLATES).text_embeds
+    assert not torch.allclose(plain, after, atol=1e-3)
+    with adapted.disable_adapter():
+        torch.testing.assert_close(processor.encode_labels(adapted, "road; sky", TEMPLATES).text_embeds, plain)
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(
+        processor.encode_labels(merged, "road; sky", TEMPLATES).text_embeds, after, atol=1e-5, rtol=0
+    )
+
+
+def test_half_precision_text_towers_give_single_precision_features(
     processor: SparProcessor, make_spar: Callable[..., SparModel]
 ) -> None:
     model = make_spar(num_hidden_layers=2)
-    for number in range(12):
-        processor.encode_labels(model, f"name {number}", TEMPLATES[:1])
-    assert len(processor._text_features[model]) == 8
-    alive = weakref.ref(model)
-    del model
-    gc.collect()
-    assert alive() is None
-    assert len(processor._text_features) == 0
+    full = processor.encode_labels(model, "road; sky", TEMPLATES).text_embeds
+    half = processor.encode_labels(model.to(torch.bfloat16), "road; sky", TEMPLATES).text_embeds
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, full, atol=0.05, rtol=0)
 
 
-def test_a_copied_or_pickled_processor_works_and_starts_empty(processor: SparProcessor, model: SparModel) -> None:
+def test_a_copied_or_pickled_processor_works(processor: SparProcessor, model: SparModel) -> None:
     wanted = processor.encode_labels(model, "road; sky", TEMPLATES).text_embeds
     for twin in (copy.deepcopy(processor), pickle.loads(pickle.dumps(processor))):
-        assert len(twin._text_features) == 0
         torch.testing.assert_close(twin.encode_labels(model, "road; sky", TEMPLATES).text_embeds, wanted)
+
+
+def test_a_class_has_a_title_and_templates_of_its_own(processor: SparProcessor, model: SparModel) -> None:
+    labels = Labels.parse(
+        [{"name": "vehicle", "names": ["car", "lorry"], "templates": ["the toy {}."]}, "sky", {"name": "road"}]
+    ).against(["shadow", "Sky"])
+    assert labels.class_names == ("vehicle", "sky", "road") and labels.negatives == ("shadow",)
+    assert labels.names == ("car", "lorry", "sky", "road", "shadow") and labels.class_ids == (0, 0, 1, 2, -1)
+    found = processor.encode_labels(model, labels, TEMPLATES).text_embeds
+    own = processor.encode_labels(model, "car; lorry", "the toy {}.").text_embeds
+    common = processor.encode_labels(model, "sky; road; shadow", TEMPLATES).text_embeds
+    torch.testing.assert_close(found, torch.cat([own, common]), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "classes", "class_names"),
+    [
+        ("labels.txt", "# streets\nroad\n\ncar, automobile\n", (("road",), ("car", "automobile")), ("road", "car")),
+        ("a.json", '{"car": ["a red car"], "sky": "sky, cloud"}', (("a red car",), ("sky", "cloud")), ("car", "sky")),
+        ("a.csv", 'name,names\ncar,"red car, lorry"\nsky,\n', (("red car", "lorry"), ("sky",)), ("car", "sky")),
+    ],
+)
+def test_labels_are_read_from_files(
+    tmp_path: Path, name: str, text: str, classes: tuple[Any, ...], class_names: tuple[str, ...]
+) -> None:
+    (tmp_path / name).write_text(text)
+    labels = Labels.read(tmp_path / name)
+    assert labels.classes == classes and labels.class_names == class_names
+    (tmp_path / name).write_bytes(b"\xff\xfe{[")
+    with pytest.raises(ValueError, match=f"{name} is no file of labels"):
+        Labels.read(tmp_path / name)
 
 
 def test_ten_thousand_labels_go_through_in_batches(

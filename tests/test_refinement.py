@@ -569,8 +569,9 @@ def test_mistakes_say_what_to_do(model, pixels):
 # --- documentation ---------------------------------------------------------------------------------------------
 
 
-def test_the_page_shows_the_stored_results():
+def test_the_page_shows_the_stored_results(monkeypatch):
     root = Path(__file__).parents[1]
+    monkeypatch.syspath_prepend(root / "benchmarks")
     spec = importlib.util.spec_from_file_location("refinements", root / "benchmarks" / "refinements.py")
     benchmark = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(benchmark)

@@ -38,8 +38,8 @@ class Refinement:
         paper: where it was published.
         stage: what it changes, a key of `STAGES`.
         apply: what it does there, given the settings last: for "views" () -> a tuple of `View`; for "templates" None,
-            since `Refined` asks for images first; for "scores" (scores, scene) -> scores; for "maps" (maps, guide) -> what
-            makes the maps of some names; for "labels" (labels, image) -> labels.
+            since `Refined` asks for images first; for "scores" (scores, scene) -> scores; for "maps" (maps, guide) ->
+            what makes the maps of some names; for "labels" (labels, image) -> labels.
         settings: its numbers, a frozen dataclass; the authors' unless others are asked for.
         needs: what it takes beside features and text.
         looks_inside: it asks CLIP's own blocks or class token, one more plain pass.
