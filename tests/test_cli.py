@@ -24,6 +24,7 @@ from spar_hf.checkpoints import ASSETS
 from spar_hf.files import whole_files
 from spar_hf.methods.table import METHODS
 from spar_hf.refinement import REFINEMENTS
+from spar_hf.refinement.table import STAGES
 
 LABELS = "road; car, automobile; sky"
 
@@ -94,7 +95,7 @@ def test_segment_writes_what_the_pipeline_finds(here, capsys, model_folder):
         shown = [line for line in out.splitlines() if line.strip().startswith(entry["label"])]
         assert len(shown) == (entry["area_fraction"] > 0)
         if shown and entry["area_fraction"] > 0.001:
-            assert shown[0].endswith(f"{100 * entry['share']:.1f} %")
+            assert shown[0].endswith(f"{100 * entry['area_fraction']:.1f} %")
 
 
 def test_segment_with_a_sliding_window_is_the_teacher(here, capsys, model_folder):
@@ -236,7 +237,7 @@ def test_methods_lists_every_row(here, capsys):
     assert list(written) == list(METHODS) and list(document["refinements"]) == list(REFINEMENTS)
     for name, option in REFINEMENTS.items():
         (described,) = [line for line in out.splitlines() if line.split()[:1] == [name]]
-        assert option.paper in described and "  label  " in described
+        assert option.paper in described and STAGES[option.stage] in described
     for name, method in METHODS.items():
         (described, reported) = [line for line in out.splitlines() if line.split()[:1] == [name]]
         assert method.paper in described and method.kind in described and method.branch in described
@@ -271,7 +272,7 @@ def test_evaluate_takes_folders_of_ones_own(here, capsys, model_folder, protocol
     written = json.loads(Path("score.json").read_text())
     assert written["benchmark"] == "custom" and set(written["per_class_iou"]) == {"sky", "car"}
     assert written["protocol"]["window_px"] == {"spar": None, "sclip": 224}[protocol]
-    assert written["refine"] == ["key-smoothing"] and 0 < written["pixel_accuracy"] < 1
+    assert list(written["record"]["refine"]) == ["key-smoothing"] and 0 < written["pixel_accuracy"] < 1
 
 
 def test_the_documentation_has_the_table_as_it_is(tmp_path, capsys):
@@ -307,15 +308,55 @@ def test_a_second_network_comes_from_a_folder(here, capsys, model_folder):
     config = ViTConfig(hidden_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8)
     ViTModel(config).save_pretrained(here / "dino")
     words = ["features", "street.png", "--model", model_folder, "--json", "out.json"]
-    assert main([*words, "--method", "proxyclip", "--network", "dino"]) == 0
+    assert main([*words, "--method", "proxyclip", "--network", "dino=./dino", "--set", "shift=1.1"]) == 0
     facts = json.loads(Path("out.json").read_text())
-    assert (facts["network"], facts["images"][0]["grid_hw"]) == ("dino", [11, 18])
+    assert (facts["networks"], facts["images"][0]["grid_hw"]) == ({"dino": "./dino"}, [11, 18])
+    assert facts["settings"] == {"shift": 1.1, "sharpness": 3.0}
     capsys.readouterr()
-    message = fails(capsys, *words, "--method", "naclip", "--network", "dino")
-    assert "method 'naclip' takes no second network" in message
+    for method, given, message in (
+        ("naclip", "dino=dino", "method 'naclip' takes no further network; leave 'dino' out"),
+        (
+            "proxyclip",
+            "dinno=dino",
+            "method 'proxyclip': there is no network 'dinno'; choose one of dino. Did you mean",
+        ),
+        ("proxyclip", "dino", "--network: it is 'dino'; write NAME=VALUE"),
+    ):
+        assert message in fails(capsys, *words, "--method", method, "--network", given)
+    assert "there is no setting 'shfit'" in fails(capsys, *words, "--method", "proxyclip", "--set", "shfit=1")
 
 
-def test_label_options_run_in_the_tables_order_and_are_recorded(here, capsys, model_folder):
+def test_what_is_nothing_has_no_class(here, capsys, model_folder):
+    Image.new("RGB", (96, 64), (128, 128, 128)).save("nothing.png")
+    words = ["segment", "nothing.png", "--model", model_folder, "--json", "r.json"]
+    assert main([*words, "--labels", "car", "--background-threshold", "0.99", "--scores"]) == 0
+    assert "(no class)  100.0 %" in capsys.readouterr().out
+    (result,) = json.loads(Path("r.json").read_text())["images"]
+    assert result["no_class"] == 1 and result["classes"][0]["area_fraction"] == 0
+    assert (np.asarray(Image.open("spar-output/nothing-labels.png")) == 255).all()
+    assert np.asarray(Image.open("spar-output/nothing-scores.png")).shape == (64, 96)
+    options = ["--score-threshold", "2", "--background", "sky", "--not", "shadow; reflection"]
+    assert main([*words, "--labels", "car; sky", *options]) == 0
+    (result,) = json.loads(Path("r.json").read_text())["images"]
+    assert [entry["area_fraction"] for entry in result["classes"]] == [0, 1]
+    capsys.readouterr()
+    message = fails(capsys, *words, "--labels", "car; sky", "--background", "ski")
+    assert "there is no class 'ski'; choose one of car, sky. Did you mean 'sky'?" in message
+
+
+def test_labels_come_from_a_file(here, capsys, model_folder):
+    Path("classes.txt").write_text("sky\ncar, automobile\n")
+    words = ["segment", "street.png", "--model", model_folder, "--json", "r.json"]
+    assert main([*words, "--labels", "@classes.txt"]) == 0
+    (result,) = json.loads(Path("r.json").read_text())["images"]
+    assert [entry["label"] for entry in result["classes"]] == ["sky", "car"]
+    capsys.readouterr()
+    message = fails(capsys, *words, "--labels", "classes.txt")
+    assert "--labels is 'classes.txt', which is a file; write --labels @classes.txt" in message
+    assert "holds bytes that are no UTF-8 text" in fails(capsys, *words, "--labels", "car; \udcff\udcfe")
+
+
+def test_refinements_run_in_the_tables_order_and_are_recorded(here, capsys, model_folder):
     Image.open(ASSETS / "pictures/demo.png").resize((192, 128)).save("street.png")  # a random network sees one class
     words = ["segment", "street.png", "--labels", "car; tree; sky; sand; sea", "--json", "result.json"]
     maps = []
@@ -324,19 +365,19 @@ def test_label_options_run_in_the_tables_order_and_are_recorded(here, capsys, mo
         maps.append(np.asarray(Image.open("spar-output/street-labels.png")))
         written = json.loads(Path("result.json").read_text())
         names = [word for word in options if word != "--refine"]
-        assert written.get("refine", []) == sorted(names, key=list(REFINEMENTS).index)
+        assert list(written["refine"]) == sorted(names, key=list(REFINEMENTS).index)
     assert (maps[0] != maps[1]).any() and (maps[0] != maps[2]).any()
 
     words = ["evaluate", "--benchmark", "picturebook", "--scale", "1.5", "--limit", "1", "--model", model_folder]
     options = ["--refine", "prompt-denoising", "--refine", "cluster-vote", "--window-px", "native"]
     assert main([*words, *options, "--json", "score.json"]) == 0
     out, _ = capsys.readouterr()
-    assert json.loads(Path("score.json").read_text())["refine"] == ["prompt-denoising", "cluster-vote"]
+    assert list(json.loads(Path("score.json").read_text())["record"]["refine"]) == ["prompt-denoising", "cluster-vote"]
     assert "refined with prompt-denoising, cluster-vote" in out
 
     assert main([*words, "--state", "half.safetensors"]) == 0
     capsys.readouterr()
-    assert "another evaluation: label options changed" in fails(
+    assert "another evaluation: segmenter, record changed" in fails(
         capsys, *words, "--state", "half.safetensors", "--refine", "pamr"
     )
 
@@ -404,7 +445,7 @@ def test_mistakes_before_a_model_is_loaded(here, capsys, words, message):
         (["--stride-px", "0"], "--stride-px is 0; it must be from 1 to the window's 64"),
         (["--window-px", "native", "--stride-px", "65"], "--stride-px is 65"),
         (["--stride-px", "-3"], "--stride-px is -3"),
-        (["--refine", "parm"], "no label option 'parm'; choose one of image-engineering, flip, .*Did you mean 'pamr'"),
+        (["--refine", "parm"], "no refinement 'parm'; choose one of image-engineering, flip, .*Did you mean 'pamr'"),
         (["--max-pixels", "1000"], r"0\.0135 million.*at most 0\.001 million.*raise --max-pixels"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -444,10 +485,14 @@ def test_files_that_are_no_usable_picture(here, capsys, model_folder, what):
 def test_a_bad_picture_among_good_ones_leaves_whole_results_only(here, capsys, model_folder):
     Path("bad.png").write_bytes(Path("street.png").read_bytes()[:2000])
     words = ["segment", "street.png", "bad.png", "--labels", LABELS, "--model", model_folder, "--json", "r.json"]
-    assert main(words) == 2
-    assert "bad.png" in capsys.readouterr().err
+    assert main(words) == 1
+    first, summary = capsys.readouterr().err.splitlines()
+    assert "bad.png" in first and summary == "spar: error: 1 of 2 pictures could not be done; the others are."
+    written = json.loads(Path("r.json").read_text())
+    assert [entry["image"] for entry in written["images"]] == ["street.png"]
+    assert [entry["image"] for entry in written["failed"]] == ["bad.png"]
     assert files_of(here) == {
-        "street.png", "bad.png", "spar-output/street-overlay.png", "spar-output/street-labels.png"
+        "street.png", "bad.png", "r.json", "spar-output/street-overlay.png", "spar-output/street-labels.png"
     }  # fmt: skip
 
 
@@ -549,6 +594,6 @@ def test_whole_files_appear_together_or_not_at_all(tmp_path):
 
 
 def test_tables_line_up_for_wide_characters():
-    lines = table([("class", "area_fraction"), ("天空", "1.0 %"), ("a", "10.0 %")], "<>").splitlines()
-    assert lines == ["class   share", "天空    1.0 %", "a      10.0 %"]
+    lines = table([("class", "area"), ("天空", "1.0 %"), ("a", "10.0 %")], "<>").splitlines()
+    assert lines == ["class    area", "天空    1.0 %", "a      10.0 %"]
     assert shorten("x" * 1000, 10) == "x" * 9 + "…" and shorten("天" * 9, 10) == "天天天天…"

@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
     rows: list[tuple[str, ...]] = [("method", "branch", "gives", "window", "stride", "needs", "paper")]
     numbers: list[tuple[str, ...]] = [("method", *(short.get(name, name) for name in BENCHMARKS))]
     for name, method in METHODS.items():
-        needs = ", ".join(method.needs) or "-"
+        needs = ", ".join(f"{name}={default}" for name, default in method.needs.items()) or "-"
         window = "native" if method.window_px is None else str(method.window_px)
         paper = f"{method.title}; {method.paper}"
         rows.append((name, method.branch, method.kind, window, str(method.stride_px), needs, paper))
@@ -69,7 +69,7 @@ def markdown() -> str:
     for name, method in METHODS.items():
         where = "row" if method.recipe is not None else f"[file](../src/spar_hf/methods/{name}.py)"
         window = f"{method.window_px or 'native'} / {method.stride_px}"
-        needs = ", ".join(method.needs) or "nothing else"
+        needs = ", ".join(f"{what}: {default}" for what, default in method.needs.items()) or "nothing else"
         facts = [f"`{name}`", method.title, method.paper, where, needs, f"`{method.position_interpolation}`", window]
         rows.append(facts)
         reported = [f"{method.reported[key]:.1f}" if key in method.reported else "" for key in BENCHMARKS]
