@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields
 from typing import Any, ClassVar
 
@@ -87,7 +88,9 @@ class DenseVisionConfig(PreTrainedConfig):
             raise ValueError(f"stride_px is {self.stride_px}; it must be 1 to the window's {window_px} px.")
         if len(self.image_mean) != self.num_channels or len(self.image_std) != self.num_channels:
             raise ValueError(f"image_mean and image_std need {self.num_channels} numbers each, one a channel.")
-        if min(self.image_std) <= 0:
+        if not all(map(math.isfinite, self.image_mean)):
+            raise ValueError(f"image_mean is {self.image_mean}; it is taken off the pixels, so all must be numbers.")
+        if not all(0 < std < math.inf for std in self.image_std):
             raise ValueError(f"image_std is {self.image_std}; pixels are divided by it, so all must be positive.")
 
     @classmethod
