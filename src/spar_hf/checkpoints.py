@@ -113,3 +113,19 @@ def load_processor(path: str, config: DenseConfig) -> SparProcessor:
     if PreTrainedConfig.get_config_dict(path)[0].get("model_type") == config.model_type:
         return SparProcessor.from_pretrained(path)
     return make_processor(config, AutoTokenizer.from_pretrained(path))
+
+
+def convert_stock(model: Any, tokenizer: Any) -> tuple[DenseModel, SparProcessor]:
+    """A stock model in memory, of a family that we have, as ours, on its device; and a processor for it.
+
+    Raises:
+        ValueError: the model is of another kind.
+    """
+    family = WHOLE.get(model.config.model_type)
+    if family is None:
+        raise ValueError(
+            f"{model.name_or_path or 'the model'} is a {type(model).__name__} of type {model.config.model_type!r}; "
+            f"those that can be loaded are {', '.join(sorted(WHOLE))}."
+        )
+    converted = family.from_stock(model)
+    return converted, make_processor(converted.config, tokenizer)

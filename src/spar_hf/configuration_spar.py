@@ -151,14 +151,23 @@ class DenseConfig(PreTrainedConfig):
                 f"{pretrained_model_name_or_path} holds a vision tower alone, and {whole} needs the text tower too. "
                 f"Load it with {tower}, or give a whole checkpoint."
             )
-        if model_type != cls.model_type and "vision_config" in config_dict:
+        return cls.from_stock(config_dict), kwargs
+
+    @classmethod
+    def from_stock(cls, config_dict: dict[str, Any]) -> dict[str, Any]:
+        """A whole configuration of the family, stock or ours, as fields of this class."""
+        if config_dict.get("model_type") != cls.model_type and "vision_config" in config_dict:
             vision = cls.vision_class.vision_dict(config_dict)
             config_dict = {**config_dict, "model_type": cls.model_type, "vision_config": vision}
             config_dict.pop("vision_config_dict", None)
-        return config_dict, kwargs
+        return config_dict
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        if not cls.__module__.startswith("transformers_modules."):
+            # Where a saved pipeline's code is. The package registers the task itself; with this entry transformers
+            # would load the code of the folder in its place, and ask for trust_remote_code.
+            config_dict = {name: value for name, value in config_dict.items() if name != "custom_pipelines"}
         own = set(cls.__dataclass_fields__)
         vision_fields = set(cls.vision_class.__dataclass_fields__) - own
         overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in vision_fields}

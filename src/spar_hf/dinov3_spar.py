@@ -258,7 +258,6 @@ class SparDinov3Model(DenseModel):
     config: SparDinov3Config
     config_class = SparDinov3Config
     base_model_prefix = "spar_dinov3"
-    main_input_name = "pixel_values"
     weights_needed = "a folder that `spar convert --backbone dinov3` wrote; plain DINOv3 has no text tower"
     supports_gradient_checkpointing = True
     _supports_sdpa = True

@@ -271,6 +271,7 @@ class DenseModel(OffloadedModel):
     """Mixed into a family's whole model: `vision_model`, a text side with `get_text_features`, `logit_scale`."""
 
     config: DenseConfig
+    main_input_name = "pixel_values"
     weights_needed: ClassVar[str]
     vision_model: DenseVisionModel
     get_text_features: Callable[..., BaseModelOutputWithPooling]
@@ -317,6 +318,14 @@ class DenseModel(OffloadedModel):
             image, words = (nn.functional.normalize(e, dim=-1) for e in (vision.image_embeds, text_embeds))
             logits = self.score(image @ words.T)
         return SparOutput(**vision, text_embeds=text_embeds, logits_per_image=logits)
+
+    @classmethod
+    def from_stock(cls, model: PreTrainedModel) -> Any:
+        """A stock model of the family, as `from_pretrained` would load it from a folder, of its type, on its device."""
+        config = cls.config_class.from_dict(cls.config_class.from_stock(model.config.to_dict()))
+        ours = cls.from_pretrained(None, config=config, state_dict=model.state_dict(), dtype=model.dtype)
+        ours.name_or_path = model.name_or_path
+        return ours.to(model.device).train(model.training)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
