@@ -9,11 +9,13 @@ import difflib
 from pathlib import Path
 from typing import Any
 
+import transformers
 from transformers import AutoTokenizer, PreTrainedConfig
 
 from .configuration_spar import DenseConfig
 from .encoder_spar import DenseModel
 from .families import TOWERS, WHOLE, make_processor
+from .pipeline_spar import TASK, OpenVocabularySegmentationPipeline
 from .processing_spar import SparProcessor
 
 ASSETS = Path(__file__).parent / "assets"
@@ -90,6 +92,16 @@ def load(name: str | Path = "tiny", **overrides: Any) -> tuple[DenseModel, SparP
     path = resolve(name)
     model = class_of(path, WHOLE).from_pretrained(path, **overrides).eval()
     return model, load_processor(path, model.config)
+
+
+def pipeline(model: str | Path | Any = "tiny", **kwargs: Any) -> OpenVocabularySegmentationPipeline:
+    """`transformers.pipeline("open-vocabulary-segmentation", ...)`, which also knows the names that `load` knows.
+
+    Args:
+        model: as for `load`; or a model, ours or a stock one, with `processor=`.
+        kwargs: arguments of `transformers.pipeline`, and of each call (`candidate_labels`, ...).
+    """
+    return transformers.pipeline(TASK, model=resolve(model) if isinstance(model, str | Path) else model, **kwargs)
 
 
 def load_tower(name: str, **overrides: Any) -> tuple[Any, Any, SparProcessor | None]:
