@@ -143,7 +143,7 @@ def test_thresholds_reach_the_label_map(segment: OpenVocabularySegmentationPipel
     image = picture(96, 128)
     result = segment(image, LABELS, background_threshold=1.0, background_class=-1)
     assert (result["segmentation"] == -1).all()
-    assert result["segments"] == [{"id": -1, "label": "background", "area_fraction": 1.0}]
+    assert result["segments"] == [{"id": -1, "label": "no class", "area_fraction": 1.0}]
     plain = segment(image, LABELS)
     smallest = min(entry["area_fraction"] for entry in plain["segments"])
     masked_out = segment(image, LABELS, area_threshold=smallest * 1.01, background_class=-1)

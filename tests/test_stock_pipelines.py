@@ -206,6 +206,9 @@ np.save(again + "/map.npy", first["segmentation"])
 """
 
 
+@pytest.mark.parametrize(
+    "whole", ["clip", *(pytest.param(name, marks=pytest.mark.slow) for name in ("siglip", "dinov3"))], indirect=True
+)
 def test_a_saved_pipeline_loads_without_the_package(whole: tuple[Any, SparProcessor, Path], tmp_path: Path) -> None:
     model, processor, _ = whole
     segment = OpenVocabularySegmentationPipeline(model=model, processor=processor, device="cpu")

@@ -274,12 +274,16 @@ class DenseModel(OffloadedModel):
     main_input_name = "pixel_values"
     weights_needed: ClassVar[str]
     vision_model: DenseVisionModel
-    get_text_features: Callable[..., BaseModelOutputWithPooling]
     logit_scale: nn.Parameter
 
     def score(self, cosine: torch.Tensor) -> torch.Tensor:
         """Cosine of image and text -> the family's logit."""
         return self.logit_scale.exp() * cosine
+
+    @in_fast_arithmetic
+    def get_text_features(self, *args, **kwargs):
+        """The stock model's."""
+        return super().get_text_features(*args, **kwargs)
 
     @can_return_tuple
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
@@ -293,6 +297,7 @@ class DenseModel(OffloadedModel):
         )
 
     @can_return_tuple
+    @in_fast_arithmetic
     def forward(
         self,
         pixel_values: torch.Tensor | None = None,
