@@ -94,8 +94,8 @@ def forward_flops(height_px: int, width_px: int, model: str) -> float:
     attention = 4 * (pairs(height_px, width_px, model) + 2 * patches + 1) * WIDTH
     mlp = 4 * tokens * WIDTH * MLP
     block = 4 * projection + attention + mlp
-    values_alone = model in ("ours", "window")  # in the last block (MaskCLIP): values and output projection
-    last = 2 * projection + mlp if values_alone else block
+    values_alone = model in ("ours", "window")  # in the last block (MaskCLIP): keys, values, output projection
+    last = 3 * projection + mlp if values_alone else block
     head = 2 * tokens * WIDTH * PROJECTION if values_alone else 0
     return 2 * patches * 3 * PATCH**2 * WIDTH + (LAYERS - 1) * block + last + head
 

@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from .build import build_encoder, build_segmenter
-from .checkpoints import load
+from .checkpoints import convert_stock, load, pipeline, resolve
 from .clip_spar import SparConfig, SparModel, SparVisionConfig, SparVisionModel
 from .dinov3_spar import SparDinov3Config, SparDinov3Model, SparDinov3VisionConfig, SparDinov3VisionModel
 from .encoder_spar import SparOutput, SparVisionOutput
@@ -68,6 +68,7 @@ __all__ = [
     "floss_templates",
     "label_map",
     "load",
+    "pipeline",
 ]
 
 for _family in FAMILIES:
@@ -88,4 +89,4 @@ for _family in FAMILIES:
     AutoProcessor.register(_whole.config_class, SparProcessor, exist_ok=True)
 SparImageProcessor.register_for_auto_class()
 SparProcessor.register_for_auto_class()
-register_pipeline()
+register_pipeline(resolve("tiny"), convert_stock)

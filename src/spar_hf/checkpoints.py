@@ -9,11 +9,13 @@ import difflib
 from pathlib import Path
 from typing import Any
 
+import transformers
 from transformers import AutoTokenizer, PreTrainedConfig
 
 from .configuration_spar import DenseConfig
 from .encoder_spar import DenseModel
 from .families import TOWERS, WHOLE, make_processor
+from .pipeline_spar import TASK, OpenVocabularySegmentationPipeline
 from .processing_spar import SparProcessor
 
 ASSETS = Path(__file__).parent / "assets"
@@ -92,6 +94,16 @@ def load(name: str | Path = "tiny", **overrides: Any) -> tuple[DenseModel, SparP
     return model, load_processor(path, model.config)
 
 
+def pipeline(model: str | Path | Any = "tiny", **kwargs: Any) -> OpenVocabularySegmentationPipeline:
+    """`transformers.pipeline("open-vocabulary-segmentation", ...)`, which also knows the names that `load` knows.
+
+    Args:
+        model: as for `load`; or a model, ours or a stock one, with `processor=`.
+        kwargs: arguments of `transformers.pipeline`, and of each call (`candidate_labels`, ...).
+    """
+    return transformers.pipeline(TASK, model=resolve(model) if isinstance(model, str | Path) else model, **kwargs)
+
+
 def load_tower(name: str, **overrides: Any) -> tuple[Any, Any, SparProcessor | None]:
     """A checkpoint, its vision tower, and its processor; a vision tower alone is its own and has no processor.
 
@@ -113,3 +125,19 @@ def load_processor(path: str, config: DenseConfig) -> SparProcessor:
     if PreTrainedConfig.get_config_dict(path)[0].get("model_type") == config.model_type:
         return SparProcessor.from_pretrained(path)
     return make_processor(config, AutoTokenizer.from_pretrained(path))
+
+
+def convert_stock(model: Any, tokenizer: Any) -> tuple[DenseModel, SparProcessor]:
+    """A stock model in memory, of a family that we have, as ours, on its device; and a processor for it.
+
+    Raises:
+        ValueError: the model is of another kind.
+    """
+    family = WHOLE.get(model.config.model_type)
+    if family is None:
+        raise ValueError(
+            f"{model.name_or_path or 'the model'} is a {type(model).__name__} of type {model.config.model_type!r}; "
+            f"those that can be loaded are {', '.join(sorted(WHOLE))}."
+        )
+    converted = family.from_stock(model)
+    return converted, make_processor(converted.config, tokenizer)

@@ -16,7 +16,14 @@ from transformers.models.clip.modeling_clip import CLIPAttention, CLIPEncoderLay
 
 from .configuration_spar import CLIP_MEAN, CLIP_STD, DenseConfig, DenseVisionConfig
 from .dense_spar import class_token_attention, mean_length, merge_heads, mix_maps, mix_patches, project_heads
-from .encoder_spar import DenseAttention, DenseEncoderLayer, DenseModel, DenseVisionModel, embed_patches
+from .encoder_spar import (
+    DenseAttention,
+    DenseEncoderLayer,
+    DenseModel,
+    DenseVisionModel,
+    embed_patches,
+    position_table,
+)
 from .grid_spar import resize_positions
 from .methods_spar import Recipe, find_recipe
 from .reach_spar import WindowReach
@@ -80,7 +87,7 @@ WEIGHTS_NEEDED = (
 class SparVisionEmbeddings(CLIPVisionEmbeddings):  # differs from CLIP only in how positions are resized
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
         patches, grid_hw = embed_patches(self.patch_embedding, pixel_values)
-        table = self.position_embedding.weight
+        table = position_table(self.position_embedding, self.num_positions, patches.device)
         positions = resize_positions(table[1:], grid_hw, self.config.position_interpolation)
         class_token = (self.class_embedding + table[0]).expand(len(patches), 1, -1)
         return torch.cat([class_token, patches + positions], dim=1), grid_hw
@@ -121,6 +128,7 @@ def run_recipe(
         (None unless asked for).
     """
     last, first = len(layers) - 1, max(len(layers) - recipe.blocks, 0)
+    iterates = any(term.iterations for term in recipe.terms)
     tapped: dict[int, dict[str, torch.Tensor]] = {}  # projections that the last block takes from earlier ones
     inputs, maps = [], []
     path = None  # the patches on the recipe's own path, (B, N, C)
@@ -129,35 +137,46 @@ def run_recipe(
         """The block whose projections make the term's map in block `index`."""
         return index if recipe.blocks > 1 and index >= first else term.index(len(layers))
 
-    def visit(layer, x, y, index, path):
+    def names(index: int) -> list[str]:
+        """The projections that the recipe takes of block `index`; "length" where their temperature needs it."""
         asked = [t.scores for t in recipe.terms if t.scores != "identity" and source(t, index) == index]
-        heads = project_heads(layer.self_attn, y, "".join(asked) + "v" * (index >= first))
-        if heads and any(term.iterations for term in recipe.terms):
-            heads["length"] = mean_length(y)
+        letters = sorted(set("".join(asked) + "v" * (index >= first)))
+        return [*letters, "length"] if letters and iterates else letters
+
+    def projections(layer, y, index: int) -> dict[str, torch.Tensor]:
+        wanted = names(index)
+        heads = project_heads(layer.self_attn, y, "".join(wanted).removesuffix("length"))
+        return {**heads, "length": mean_length(y)} if "length" in wanted else heads
+
+    def visit(layer, x, y, path, *others, index):
+        heads = projections(layer, y, index)
         if index >= first:
-            term_heads = [tapped.get(source(term, index), heads) for term in recipe.terms]
+            earlier = iter(others)
+            by_block = {block: {name: next(earlier) for name in names(block)} for block in tapped} if others else {}
+            term_heads = [by_block.get(source(term, index), heads) for term in recipe.terms]
             mixed = mix_patches(recipe.terms, term_heads, heads["v"], grid_hw, reach)
             path = path + layer.self_attn.out_proj(merge_heads(mixed))
         if index < last:
             x, weights = layer.update(x, y, need_weights, reach)
-            return x, path, heads, weights
-        attended, weights = class_token_attention(layer.self_attn, y, heads["v"])
+            return x, path, weights, *heads.values()
+        attended, weights = class_token_attention(layer.self_attn, y, heads["v"], heads.get("k"))
         class_token = layer.feed_forward(x[:, :1] + layer.self_attn.out_proj(merge_heads(attended)))
         if recipe.feed_forward:
             path = layer.feed_forward(path)
         if need_weights:
             patch_maps = mix_maps(recipe.terms, term_heads, heads["v"], grid_hw, reach)
             weights = torch.cat([weights, patch_maps], dim=2)
-        return torch.cat([class_token, path], dim=1), path, heads, weights if need_weights else None
+        return torch.cat([class_token, path], dim=1), path, weights if need_weights else None
 
     for index, layer in enumerate(layers):
         inputs.append(x)
         if index == first:
             path = x[:, 1:] if recipe.residual else torch.zeros_like(x[:, 1:])
-        x, path, heads, weights = layer(x, inside=partial(visit, index=index, path=path))
+        others = [head for heads in tapped.values() for head in heads.values()] if index == last else []
+        x, path, weights, *heads = layer(x, path, *others, inside=partial(visit, index=index))
         maps.append(weights)
         if heads and index < first:
-            tapped[index] = heads
+            tapped[index] = dict(zip(names(index), heads, strict=True))
     return x, inputs, maps
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields
 from typing import Any, ClassVar
 
@@ -87,7 +88,9 @@ class DenseVisionConfig(PreTrainedConfig):
             raise ValueError(f"stride_px is {self.stride_px}; it must be 1 to the window's {window_px} px.")
         if len(self.image_mean) != self.num_channels or len(self.image_std) != self.num_channels:
             raise ValueError(f"image_mean and image_std need {self.num_channels} numbers each, one a channel.")
-        if min(self.image_std) <= 0:
+        if not all(map(math.isfinite, self.image_mean)):
+            raise ValueError(f"image_mean is {self.image_mean}; it is taken off the pixels, so all must be numbers.")
+        if not all(0 < std < math.inf for std in self.image_std):
             raise ValueError(f"image_std is {self.image_std}; pixels are divided by it, so all must be positive.")
 
     @classmethod
@@ -148,14 +151,23 @@ class DenseConfig(PreTrainedConfig):
                 f"{pretrained_model_name_or_path} holds a vision tower alone, and {whole} needs the text tower too. "
                 f"Load it with {tower}, or give a whole checkpoint."
             )
-        if model_type != cls.model_type and "vision_config" in config_dict:
+        return cls.from_stock(config_dict), kwargs
+
+    @classmethod
+    def from_stock(cls, config_dict: dict[str, Any]) -> dict[str, Any]:
+        """A whole configuration of the family, stock or ours, as fields of this class."""
+        if config_dict.get("model_type") != cls.model_type and "vision_config" in config_dict:
             vision = cls.vision_class.vision_dict(config_dict)
             config_dict = {**config_dict, "model_type": cls.model_type, "vision_config": vision}
             config_dict.pop("vision_config_dict", None)
-        return config_dict, kwargs
+        return config_dict
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        if not cls.__module__.startswith("transformers_modules."):
+            # Where a saved pipeline's code is. The package registers the task itself; with this entry transformers
+            # would load the code of the folder in its place, and ask for trust_remote_code.
+            config_dict = {name: value for name, value in config_dict.items() if name != "custom_pipelines"}
         own = set(cls.__dataclass_fields__)
         vision_fields = set(cls.vision_class.__dataclass_fields__) - own
         overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in vision_fields}

@@ -81,7 +81,7 @@ def _with_reach(
 ) -> torch.Tensor | None:
     if reach is None:
         return bias
-    ours = reach.bias(query.shape[2], key.shape[2]).to(query.dtype)
+    ours = reach.bias(query.shape[2], key.shape[2]).to(query)
     return ours if bias is None else bias + ours
 
 
@@ -181,24 +181,22 @@ def mix_maps(
 
 
 def class_token_attention(
-    attention: Any, tokens: torch.Tensor, values: torch.Tensor
+    attention: Any, tokens: torch.Tensor, values: torch.Tensor, keys: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The class token's own attention over all tokens, at the cost of one query.
-
-    q·(W x + b) = (Wᵀ q)·x + q·b: folding the key weights into the single query needs no key for any patch, and the
-    key bias shifts all scores of a head alike, which the softmax ignores.
 
     Args:
         attention: module with q_proj, k_proj, head_dim.
         tokens: (B, 1 + N, C), the block's normalised input.
         values: (B, H, 1 + N, d).
+        keys: (B, H, 1 + N, d), where the caller has them. Making them costs under 1 % of a ViT-B pass; folding the
+            key weights into the query would spare it, but read weights that adapters and quantisation replace.
 
     Returns:
         The attended values (B, H, 1, d) and the map (B, H, 1, 1 + N).
     """
     query = split_heads(attention.q_proj(tokens[:, :1]), attention.head_dim)  # (B, H, 1, d)
-    key_weight = attention.k_proj.weight.unflatten(0, (-1, attention.head_dim))  # (C, C) -> (H, d, C)
-    folded = torch.einsum("bhqd,hdc->bhqc", query, key_weight).squeeze(2)  # (B, H, C)
-    scores = folded @ tokens.transpose(1, 2) * attention.head_dim**-0.5  # (B, H, 1 + N)
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(values.dtype).unsqueeze(2)
+    if keys is None:
+        keys = split_heads(attention.k_proj(tokens), attention.head_dim)
+    weights = attention_map(query, keys)
     return weights @ values, weights

@@ -21,6 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTAttention, DINOv3ViTLayer
 from transformers.utils.generic import can_return_tuple
 
+from .arithmetic_spar import in_fast_arithmetic
 from .configuration_spar import DenseConfig, DenseVisionConfig
 from .dense_spar import attend, attention_map, merge_heads, project_heads
 from .encoder_spar import DenseModel, DenseVisionModel
@@ -258,7 +259,6 @@ class SparDinov3Model(DenseModel):
     config: SparDinov3Config
     config_class = SparDinov3Config
     base_model_prefix = "spar_dinov3"
-    main_input_name = "pixel_values"
     weights_needed = "a folder that `spar convert --backbone dinov3` wrote; plain DINOv3 has no text tower"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
@@ -279,6 +279,7 @@ class SparDinov3Model(DenseModel):
             init.constant_(module.logit_scale, self.config.logit_scale_init_value)
 
     @can_return_tuple
+    @in_fast_arithmetic
     def get_text_features(
         self,
         input_ids: torch.Tensor,

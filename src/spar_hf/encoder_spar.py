@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -13,6 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
+from .arithmetic_spar import in_fast_arithmetic
 from .configuration_spar import DenseConfig, DenseVisionConfig
 from .dense_spar import attend, attention_map, merge_heads, project_heads
 from .grid_spar import fit_to_patches
@@ -62,10 +64,23 @@ class SparOutput(SparVisionOutput):
     logits_per_image: torch.Tensor | None = None
 
 
+class OffloadedModel(PreTrainedModel):
+    """A model whose `device` is the one it runs on, also where accelerate keeps its weights elsewhere meanwhile."""
+
+    @property
+    def device(self) -> torch.device:
+        device = next(parameter.device for parameter in self.parameters())
+        if device.type == "meta":
+            hooks = (getattr(module, "_hf_hook", None) for module in self.modules())
+            running = (getattr(hook, "execution_device", None) for hook in hooks)
+            device = next((torch.device(where) for where in running if where is not None), device)
+        return device
+
+
 # ------------------------------------------------------------------------------------------ vision towers
 
 
-class DenseVisionModel(PreTrainedModel):
+class DenseVisionModel(OffloadedModel):
     """Mixed into a family's vision tower: any size in, one vector of the text space per patch out.
 
     A family says how pixels become tokens (`embed`), how they pass the blocks (`run_blocks`) and how they enter the
@@ -106,12 +121,14 @@ class DenseVisionModel(PreTrainedModel):
         raise NotImplementedError
 
     @can_return_tuple
+    @in_fast_arithmetic
     def forward(
         self,
         pixel_values: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = True,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        original_sizes: torch.Tensor | None = None,
     ) -> SparVisionOutput:
         """Dense features of a batch of images.
 
@@ -120,15 +137,23 @@ class DenseVisionModel(PreTrainedModel):
             interpolate_pos_encoding: for callers of the stock model; this model interpolates always.
             output_hidden_states: also return the embeddings and each block's output.
             output_attentions: also return each block's attention map; it takes N x N memory.
+            original_sizes: what the image processor returns beside the pixels; post-processing needs it, this doesn't.
 
         Returns:
             `SparVisionOutput`.
 
         Raises:
-            ValueError: pixels that are no (B, 3, H, W) tensor, or an image smaller than a patch under `floor`.
+            ValueError: pixels that are no normalised (B, 3, H, W) tensor, an image smaller than a patch under `floor`,
+                or a model without weights (device "meta").
         """
         config = self.config
         check_pixels(pixel_values, config.num_channels)
+        check_values(pixel_values, config)
+        if self.device.type == "meta" and pixel_values.device.type != "meta":
+            raise ValueError(
+                "the model is on the meta device, where weights have no values; load it with from_pretrained on a "
+                "device such as 'cpu' or 'cuda'."
+            )
         need_weights = config.output_attentions if output_attentions is None else output_attentions
         need_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
 
@@ -147,6 +172,7 @@ class DenseVisionModel(PreTrainedModel):
             extent_hw=extent_hw,
         )
 
+    @in_fast_arithmetic
     def patches_from(self, tokens: torch.Tensor, grid_hw: tuple[int, int], first_block: int) -> torch.Tensor:
         """Patch features (B, h, w, D) of the tokens (B, P + h * w, C) that enter `first_block`."""
         tokens, _, _ = self.run_blocks(tokens, grid_hw, first_block)
@@ -166,6 +192,11 @@ class DenseVisionModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         return load_whole(cls, super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
+
+
+def position_table(embedding: nn.Module, length: int, device: torch.device) -> torch.Tensor:
+    """All rows of an embedding, (length, C): asked of the module, not read, so that adapters and offloading work."""
+    return embedding(torch.arange(length, device=device))
 
 
 def embed_patches(convolution: nn.Conv2d, pixels: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
@@ -199,9 +230,10 @@ class DenseAttention(nn.Module):
 class DenseEncoderLayer(nn.Module):
     """Mixed into the pre-norm block of CLIP and SigLIP: open to a visitor.
 
-    `inside(layer, x, y)` is called with the block's input x and its normalised input y, both (B, P + N, C), and what
-    it returns is returned. Whoever needs a block's own weights works through it, so that sharded weights (FSDP) are
-    gathered and gradient checkpointing sees the whole computation.
+    `inside(layer, x, y, *others)` is called with the block's input x and its normalised input y, both (B, P + N, C),
+    and what it returns is returned. Whoever needs a block's own weights works through it, so that sharded weights
+    (FSDP) are gathered and gradient checkpointing sees the whole computation. The tensors that it needs from other
+    blocks go in as `others` and a flat tuple comes out, since reentrant checkpointing follows no other gradients.
     """
 
     layer_norm1: nn.LayerNorm
@@ -212,14 +244,14 @@ class DenseEncoderLayer(nn.Module):
     def forward(
         self,
         hidden_states,
-        attention_mask=None,
+        *others,
         inside: Callable | None = None,
         reach: WindowReach | None = None,
         **kwargs,
     ):
         normed = self.layer_norm1(hidden_states)
         if inside is not None:
-            return inside(self, hidden_states, normed)
+            return inside(self, hidden_states, normed, *others)
         return self.update(hidden_states, normed, reach=reach)[0]
 
     def update(self, x: torch.Tensor, y: torch.Tensor, need_weights: bool = False, reach: WindowReach | None = None):
@@ -235,18 +267,23 @@ class DenseEncoderLayer(nn.Module):
 # ------------------------------------------------------------------------------------------- whole models
 
 
-class DenseModel(PreTrainedModel):
+class DenseModel(OffloadedModel):
     """Mixed into a family's whole model: `vision_model`, a text side with `get_text_features`, `logit_scale`."""
 
     config: DenseConfig
+    main_input_name = "pixel_values"
     weights_needed: ClassVar[str]
     vision_model: DenseVisionModel
-    get_text_features: Callable[..., BaseModelOutputWithPooling]
     logit_scale: nn.Parameter
 
     def score(self, cosine: torch.Tensor) -> torch.Tensor:
         """Cosine of image and text -> the family's logit."""
         return self.logit_scale.exp() * cosine
+
+    @in_fast_arithmetic
+    def get_text_features(self, *args, **kwargs):
+        """The stock model's."""
+        return super().get_text_features(*args, **kwargs)
 
     @can_return_tuple
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
@@ -260,6 +297,7 @@ class DenseModel(PreTrainedModel):
         )
 
     @can_return_tuple
+    @in_fast_arithmetic
     def forward(
         self,
         pixel_values: torch.Tensor | None = None,
@@ -273,15 +311,26 @@ class DenseModel(PreTrainedModel):
         Args:
             pixel_values: (B, 3, H, W).
             input_ids, attention_mask, position_ids: (K, length), one row a text.
+            **vision_kwargs: the vision tower's other arguments.
         """
         vision = self.vision_model(pixel_values, **vision_kwargs)
         text_embeds = logits = None
         if input_ids is not None:
-            text = self.get_text_features(input_ids, attention_mask, position_ids)
+            text = self.get_text_features(
+                input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids
+            )
             text_embeds = text.pooler_output
             image, words = (nn.functional.normalize(e, dim=-1) for e in (vision.image_embeds, text_embeds))
             logits = self.score(image @ words.T)
         return SparOutput(**vision, text_embeds=text_embeds, logits_per_image=logits)
+
+    @classmethod
+    def from_stock(cls, model: PreTrainedModel) -> Any:
+        """A stock model of the family, as `from_pretrained` would load it from a folder, of its type, on its device."""
+        config = cls.config_class.from_dict(cls.config_class.from_stock(model.config.to_dict()))
+        ours = cls.from_pretrained(None, config=config, state_dict=model.state_dict(), dtype=model.dtype)
+        ours.name_or_path = model.name_or_path
+        return ours.to(model.device).train(model.training)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
@@ -289,12 +338,37 @@ class DenseModel(PreTrainedModel):
 
 
 def check_pixels(pixel_values: torch.Tensor | None, num_channels: int) -> None:
-    """Raises a `ValueError` that says what came and what to do, unless the pixels are (B, channels, H, W)."""
+    """Raises a `ValueError` that says what came and what to do, unless the pixels are floats (B, channels, H, W)."""
     if not isinstance(pixel_values, torch.Tensor) or pixel_values.ndim != 4 or pixel_values.shape[1] != num_channels:
         came = tuple(pixel_values.shape) if isinstance(pixel_values, torch.Tensor) else type(pixel_values).__name__
         raise ValueError(
             f"pixel_values is {came}; it must be a (batch, {num_channels}, height, width) tensor. "
             "Use SparImageProcessor; images of different sizes go in one by one."
+        )
+    if not pixel_values.is_floating_point():
+        raise ValueError(
+            f"pixel_values is of type {pixel_values.dtype}; it must hold floats, normalised with the model's mean and "
+            "std. Use SparImageProcessor."
+        )
+    if not len(pixel_values):
+        raise ValueError(f"pixel_values is {tuple(pixel_values.shape)}: there is no image in the batch; give one.")
+
+
+def check_values(pixel_values: torch.Tensor, config: DenseVisionConfig) -> None:
+    """Raises a `ValueError` for pixels that can't be normalised ones: NaN, infinity, or as large as 0 to 255 are."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or pixel_values.is_meta:
+        return  # there are no values to look at
+    if pixel_values.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
+    # Normalised, a picture lies within `largest` of zero; of 0 to 255 it reaches many times as far, upwards only.
+    largest = max(max(mean, 1 - mean) / std for mean, std in zip(config.image_mean, config.image_std, strict=True))
+    low, high = torch.stack(pixel_values.detach().aminmax()).tolist()
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError("pixel_values hold NaN or infinity; every pixel must be a number.")
+    if high > 8 * largest and low > -8 * largest:
+        raise ValueError(
+            f"pixel_values reach from {low:.3g} to {high:.3g}; normalised with the model's mean and std they lie within "
+            f"±{largest:.3g}. Use SparImageProcessor, which takes pixels of 0 to 255."
         )
 
 

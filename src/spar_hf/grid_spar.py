@@ -62,6 +62,11 @@ def fit_to_patches(pixel_values: torch.Tensor, patch_px: int, rule: str) -> tupl
     return pixel_values, (height, width)
 
 
+def whole_patches(pixels: torch.Tensor, patch_px: int) -> torch.Tensor:
+    """(B, 3, H, W) without what is left of the last whole patch at the right and the bottom."""
+    return pixels[..., : pixels.shape[-2] // patch_px * patch_px, : pixels.shape[-1] // patch_px * patch_px]
+
+
 def resize_positions(table: torch.Tensor, grid_hw: tuple[int, int], rule: str) -> torch.Tensor:
     """Resizes a square table of learned patch positions to any grid.
 

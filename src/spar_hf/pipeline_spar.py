@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from inspect import signature
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModel, Pipeline
+from transformers import AutoModel, AutoTokenizer, Pipeline
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .processing_spar import SparProcessor
@@ -79,20 +81,46 @@ class OpenVocabularySegmentationPipeline(Pipeline):
         >>> segment("street.jpg", candidate_labels=["road", "car, automobile", "sky"])
     """
 
-    # The base class declares these None, which means "load if there".
-    _load_processor = True  # type: ignore[assignment]
+    # "If there": a stock checkpoint's tokenizer is enough. The base class declares None for all.
+    _load_processor = None
     _load_image_processor = False  # type: ignore[assignment]
     _load_feature_extractor = False  # type: ignore[assignment]
     _load_video_processor = False  # type: ignore[assignment]
     _load_tokenizer = False  # type: ignore[assignment]
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        if not isinstance(self.processor, SparProcessor):
+    # Turns a stock model and its tokenizer into ours and a `SparProcessor`; the package sets it, remote code has none.
+    convert: ClassVar[Callable[[Any, Any], tuple[Any, Any]] | None] = None
+
+    def __init__(self, model: Any, processor: Any = None, device: Any = None, **kwargs: Any) -> None:
+        """Takes what `transformers.pipeline` loads: our model and its processor, or a stock CLIP or SigLIP to convert.
+
+        Raises:
+            ValueError: The model is neither, its processor is missing, or the device holds no values ("meta").
+        """
+        if "meta" in (str(device), model.device.type):
+            raise ValueError("the device is 'meta', where weights have no values; give one such as 'cpu' or 'cuda'.")
+        # Told apart by what they can do: see `_of_our_code`.
+        if not hasattr(getattr(model, "vision_model", None), "patches_from"):
+            model, processor = self._converted(model, processor)
+        elif not hasattr(processor, "encode_labels"):
             raise ValueError(
-                f"the {TASK} pipeline got a {type(self.processor).__name__} for a processor; it needs a "
-                "SparProcessor. For a plain CLIP checkpoint pass model and processor as spar_hf.load returns them."
+                f"the {TASK} pipeline got a {type(processor).__name__} for a processor; it needs a SparProcessor. "
+                f"{model.name_or_path or 'The model'} lacks one that can be read; save it there with "
+                "processor.save_pretrained, or pass model and processor as spar_hf.load returns them."
             )
+        super().__init__(model=model, processor=_of_our_code(processor), device=device, **kwargs)
+
+    def _converted(self, model: Any, processor: Any) -> tuple[Any, Any]:
+        if self.convert is None:
+            raise ValueError(
+                f"the {TASK} pipeline got a {type(model).__name__}; without the package spar_hf it takes SPAR models "
+                "only. Install and import spar_hf to convert a stock CLIP or SigLIP."
+            )
+        tokenizer = getattr(processor, "tokenizer", None)
+        if tokenizer is None:
+            commit = getattr(model.config, "_commit_hash", None)
+            tokenizer = AutoTokenizer.from_pretrained(model.name_or_path, revision=commit, trust_remote_code=False)
+        return type(self).convert(model, tokenizer)
 
     def __call__(self, images: Any, candidate_labels: Any = None, **kwargs: Any) -> Any:
         """Segments one image or several.
@@ -143,9 +171,11 @@ class OpenVocabularySegmentationPipeline(Pipeline):
         return super().__call__(images, **kwargs)
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
-        """Also saves the processor, which the base class leaves out."""
+        """Also saves the processor and, of a pipeline that was itself loaded as remote code, the code."""
         super().save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory)
+        if not hasattr(self, "_registered_impl"):
+            custom_object_save(self, save_directory)
 
     def segmenter_of(self, segmenter: Segmenter | None = None, encoder: Any = None) -> Segmenter:
         """The segmenter that runs: the one given, one of the encoder given, or one pass of the model."""
@@ -243,6 +273,18 @@ class OpenVocabularySegmentationPipeline(Pipeline):
         return result
 
 
+def _of_our_code(processor: Any) -> SparProcessor:
+    """The processor as an instance of the class that this file imports.
+
+    Remote code of a local folder is imported once for each file that transformers asks for, so the processor, its
+    `Labels` and errors can be of classes with the same names and not the same.
+    """
+    if isinstance(processor, SparProcessor):
+        return processor
+    SparProcessor.register_for_auto_class()
+    return SparProcessor(**{name: getattr(processor, name) for name in signature(SparProcessor).parameters})
+
+
 def is_encoded(labels: Any) -> bool:
     """Whether labels are what a segmenter's `encode_labels` made of them: they hold their `Labels`."""
     return isinstance(getattr(labels, "labels", None), Labels)
@@ -295,9 +337,22 @@ def _given(parameters: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in parameters.items() if value is not None}
 
 
-def register_pipeline() -> None:
-    """Makes `pipeline("open-vocabulary-segmentation", ...)` known to transformers; again is harmless."""
+def register_pipeline(default_model: str, convert: Callable[[Any, Any], tuple[Any, Any]]) -> None:
+    """Makes `pipeline("open-vocabulary-segmentation", ...)` known to transformers; again is harmless.
+
+    Args:
+        default_model: What `pipeline` loads when it is told the task alone.
+        convert: Turns a stock model and its tokenizer into ours and a `SparProcessor`.
+    """
+    OpenVocabularySegmentationPipeline.convert = staticmethod(convert)
     if TASK not in PIPELINE_REGISTRY.get_supported_tasks():
         PIPELINE_REGISTRY.register_pipeline(
-            TASK, pipeline_class=OpenVocabularySegmentationPipeline, pt_model=AutoModel, type="multimodal"
+            TASK,
+            pipeline_class=OpenVocabularySegmentationPipeline,
+            pt_model=AutoModel,
+            default={"model": (default_model, "main")},
+            type="multimodal",
         )
+        # What a saved pipeline says of itself; the default is a folder of this machine.
+        saved = {name: value for name, value in PIPELINE_REGISTRY.check_task(TASK)[1].items() if name != "default"}
+        OpenVocabularySegmentationPipeline._registered_impl = {TASK: saved}

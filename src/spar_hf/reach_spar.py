@@ -81,7 +81,7 @@ class WindowReach:
         count = self.grid_hw[0] * self.grid_hw[1]
         others, key_others = query.shape[2] - count, key.shape[2] - count
         if torch.compiler.is_compiling():  # a loop over tiles would be compiled anew for each size
-            return attention(query, key, value, attn_mask=self.bias(query.shape[2], key.shape[2]).to(query.dtype))
+            return attention(query, key, value, attn_mask=self.bias(query.shape[2], key.shape[2]).to(query))
         query_grid, key_grid, value_grid = (
             tokens[:, :, extra:].unflatten(2, self.grid_hw)  # (B, H, N, d) -> (B, H, h, w, d)
             for tokens, extra in ((query, others), (key, key_others), (value, key_others))
@@ -97,7 +97,7 @@ class WindowReach:
                 patches.flatten(2, 3),
                 reached(key, key_grid, tile),
                 reached(value, value_grid, tile),
-                attn_mask=nn.functional.pad(tile.bias, (key_others, 0)).to(query.dtype),
+                attn_mask=nn.functional.pad(tile.bias, (key_others, 0)).to(query),
             )
             return out.unflatten(2, patches.shape[2:4])
 

@@ -18,7 +18,14 @@ from transformers.models.siglip.modeling_siglip import (
 )
 
 from .configuration_spar import DenseConfig, DenseVisionConfig
-from .encoder_spar import DenseAttention, DenseEncoderLayer, DenseModel, DenseVisionModel, embed_patches
+from .encoder_spar import (
+    DenseAttention,
+    DenseEncoderLayer,
+    DenseModel,
+    DenseVisionModel,
+    embed_patches,
+    position_table,
+)
 from .grid_spar import resize_positions
 
 WEIGHTS_NEEDED = "a SigLIP or SigLIP2 checkpoint of fixed resolution, such as google/siglip2-base-patch16-512"
@@ -94,9 +101,8 @@ class SparSiglipConfig(DenseConfig, SiglipConfig):
 class SparSiglipVisionEmbeddings(SiglipVisionEmbeddings):  # differs from SigLIP only in how positions are resized
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
         patches, grid_hw = embed_patches(self.patch_embedding, pixel_values)
-        return patches + resize_positions(
-            self.position_embedding.weight, grid_hw, self.config.position_interpolation
-        ), grid_hw
+        table = position_table(self.position_embedding, self.num_positions, patches.device)
+        return patches + resize_positions(table, grid_hw, self.config.position_interpolation), grid_hw
 
 
 class SparSiglipAttention(DenseAttention, SiglipAttention):
@@ -109,30 +115,47 @@ class SparSiglipEncoderLayer(DenseEncoderLayer, SiglipEncoderLayer):
         self.self_attn = SparSiglipAttention(config)
 
 
+class SparSiglipPooling(nn.MultiheadAttention):
+    """The head's attention, for the whole image and for each patch alone; its weights are the stock module's."""
+
+    def forward(self, probe: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        """Attends from the probe to all patches, and to each patch alone, of which the soft-max is 1.
+
+        Args:
+            probe: (1, 1, C).
+            tokens: (B, N, C).
+
+        Returns:
+            (B, 1 + N, C), the whole image first; and None, where the stock module has its map.
+        """
+        query_weight, key_weight, value_weight = self.in_proj_weight.split(self.embed_dim)
+        query_bias, _, value_bias = self.in_proj_bias.split(self.embed_dim)
+        values = nn.functional.linear(tokens, value_weight, value_bias)  # (B, N, C)
+
+        # q·(W x + b) = (Wᵀ q)·x + q·b: folding the key weights into the single query needs no key for any patch, and
+        # q·b shifts all scores of a head alike, which the soft-max ignores.
+        query = nn.functional.linear(probe[0, 0], query_weight, query_bias).view(-1, self.head_dim)  # (H, d)
+        folded = torch.einsum("hd,hdc->hc", query, key_weight.view(-1, self.head_dim, self.embed_dim))
+        scores = tokens @ folded.T * self.head_dim**-0.5  # (B, N, H)
+        weights = scores.softmax(dim=1, dtype=torch.float32).to(values.dtype)
+        pooled = torch.einsum("bnh,bnhd->bhd", weights, values.unflatten(-1, (-1, self.head_dim)))  # (B, H, d)
+        return self.out_proj(torch.cat([pooled.flatten(1)[:, None], values], dim=1)), None
+
+
 class SparSiglipHead(SiglipMultiheadAttentionPoolingHead):
     """SigLIP's attention-pooling head, for the whole image and for each patch alone (SPAR's released code).
 
-    The whole image is the values of all patches, weighed by the probe's attention. A patch alone is its own value:
-    of one patch the soft-max is 1. Both then take the same way out, y + mlp(norm(y)) of y = out_proj(value).
+    Either is y + mlp(norm(y)) of y, what the probe's attention gives.
     """
+
+    def __init__(self, config: SparSiglipVisionConfig):
+        super().__init__(config)
+        self.attention = SparSiglipPooling(config.hidden_size, config.num_attention_heads, batch_first=True)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """(B, N, C) after the final norm -> (B, 1 + N, C) in the text space, the whole image first."""
-        width, head_dim = tokens.shape[-1], self.attention.head_dim
-        query_weight, key_weight, value_weight = self.attention.in_proj_weight.split(width)
-        query_bias, _, value_bias = self.attention.in_proj_bias.split(width)
-        values = nn.functional.linear(tokens, value_weight, value_bias)  # (B, N, C)
-
-        # q·(W x + b) = (Wᵀ q)·x + q·b, as in `class_token_attention`: no key is made for any patch, and q·b shifts all
-        # scores of a head alike.
-        query = nn.functional.linear(self.probe[0, 0], query_weight, query_bias).view(-1, head_dim)  # (H, d)
-        folded = torch.einsum("hd,hdc->hc", query, key_weight.view(-1, head_dim, width))
-        scores = tokens @ folded.T * head_dim**-0.5  # (B, N, H)
-        weights = scores.softmax(dim=1, dtype=torch.float32).to(values.dtype)
-        pooled = torch.einsum("bnh,bnhd->bhd", weights, values.unflatten(-1, (-1, head_dim)))  # (B, H, d)
-
-        out = self.attention.out_proj(torch.cat([pooled.flatten(1)[:, None], values], dim=1))
-        return out + self.mlp(self.layernorm(out))
+        pooled, _ = self.attention(self.probe, tokens)
+        return pooled + self.mlp(self.layernorm(pooled))
 
 
 class SparSiglipVisionModel(DenseVisionModel, SiglipVisionModel):

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..encoder_spar import SparVisionOutput, check_pixels
-from ..grid_spar import fit_to_patches
+from ..grid_spar import fit_to_patches, whole_patches
 from .base import DenseEncoder, EncoderWrapper
 
 
@@ -29,8 +29,12 @@ class SlidingWindow(EncoderWrapper, nn.Module):
 
     Each window's (h, w, D) map is resized bilinearly by r, the smallest divisor of the patch size p such that the
     stride is a multiple of p / r (stride 24, patch 16: r = 2), and added into a canvas of cells of p / r pixels; the
-    canvas is divided by the number of windows over each cell and resized bilinearly to one vector per patch. Window
-    starts inside a cell (the border window) are floored onto it. No gradients.
+    canvas is divided by the number of windows over each cell and resized bilinearly to one vector per patch. No
+    gradients.
+
+    Differs from SPAR's code where a side is no multiple of the patch, under `floor`: that code puts the border window
+    onto the cell that its start lies in, which moves the features at the border by up to a patch. Here windows stay
+    within the whole patches, as those of the single pass do, and every one begins with a cell.
 
     An image smaller than the window in one direction is taken whole in that direction.
 
@@ -73,7 +77,8 @@ class SlidingWindow(EncoderWrapper, nn.Module):
         """How many forward passes of a window an image of this size costs."""
         image = torch.empty(1, self.config.num_channels, height_px, width_px, device="meta")  # a shape, no pixels
         pixels, _ = fit_to_patches(image, self.config.patch_size, self.config.size_rule)
-        return math.prod(len(window_starts(side, self.window_px, self.stride_px)) for side in pixels.shape[2:])
+        sides_px = whole_patches(pixels, self.config.patch_size).shape[2:]
+        return math.prod(len(window_starts(side, self.window_px, self.stride_px)) for side in sides_px)
 
     @torch.no_grad()
     def forward(self, pixel_values: torch.Tensor) -> SparVisionOutput:
@@ -82,6 +87,7 @@ class SlidingWindow(EncoderWrapper, nn.Module):
         patch_px, cell_px = self.config.patch_size, self.cell_px
         image_hw = (pixel_values.shape[2], pixel_values.shape[3])
         pixels, extent_hw = fit_to_patches(pixel_values, patch_px, self.config.size_rule)
+        pixels = whole_patches(pixels, patch_px)
         batch, _, height, width = pixels.shape
         window_hw = (min(height, self.window_px), min(width, self.window_px))
         starts = [window_starts(side, self.window_px, self.stride_px) for side in (height, width)]
@@ -116,11 +122,6 @@ class SlidingWindow(EncoderWrapper, nn.Module):
 
         canvas = (total.view(batch, *canvas_hw, -1) / count.view(1, *canvas_hw, 1)).permute(0, 3, 1, 2)
         grid_hw = (height // patch_px, width // patch_px)
-        # Under the `floor` rule the border windows reach up to the last whole cell, beyond the last whole patch.
-        extent_hw = tuple(
-            covered * cells * cell_px // (patches * patch_px)
-            for covered, cells, patches in zip(extent_hw, canvas_hw, grid_hw, strict=True)
-        )
         canvas = nn.functional.interpolate(canvas, size=grid_hw, mode="bilinear", align_corners=False)
         return SparVisionOutput(
             patch_embeds=canvas.permute(0, 2, 3, 1).to(self.dtype),

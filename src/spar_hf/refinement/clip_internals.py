@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ..clip_spar import SparVisionModel
 from ..dense_spar import attend, merge_heads, project_heads
-from ..grid_spar import coverage, fit_to_patches
+from ..grid_spar import coverage, fit_to_patches, whole_patches
 from ..methods_spar import block_index
 
 
@@ -33,7 +33,7 @@ def covered_pixels(pixel_values: Tensor, config: Any) -> Tensor:
     """The pixels that the patch grid covers, whole patches only: (B, 3, H, W) -> (B, 3, h * p, w * p)."""
     patch_px = config.patch_size
     pixels, _ = fit_to_patches(pixel_values, patch_px, config.size_rule)
-    return pixels[..., : pixels.shape[2] // patch_px * patch_px, : pixels.shape[3] // patch_px * patch_px]
+    return whole_patches(pixels, patch_px)
 
 
 class ClipInternals:
