@@ -1,0 +1,69 @@
+"""Methods with a second network in plain NumPy, float64, one image at a time; beside plain_clip.py."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from plain_clip import PlainClip, softmax, unit
+
+
+def line_weights(n_in: int, n_out: int, scale: float | None = None, origin: float = 0.0) -> np.ndarray:
+    """(n_out, n_in): bilinear weights of input samples, half-pixel centres, clamped at the border.
+
+    `scale` is input samples per output sample and `origin` where the first output begins, in input samples.
+    """
+    scale = n_in / n_out if scale is None else scale
+    table = np.zeros((n_out, n_in))
+    for i in range(n_out):
+        place = min(max((i + 0.5) * scale + origin - 0.5, 0.0), n_in - 1.0)
+        below = math.floor(place)
+        table[i, below] += 1 - (place - below)
+        if below + 1 < n_in:
+            table[i, below + 1] += place - below
+    return table
+
+
+def bilinear(image: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
+    """(..., H, W) -> (..., h, w)."""
+    down, across = line_weights(image.shape[-2], size_hw[0]), line_weights(image.shape[-1], size_hw[1])
+    return np.einsum("yv,...vu,xu->...yx", down, image, across)
+
+
+def starts(length: int, window: int, stride: int) -> list[int]:
+    """The usual starts, the last one shifted back."""
+    count = max(length - window + stride - 1, 0) // stride + 1
+    return [max(min(i * stride + window, length) - window, 0) for i in range(count)]
+
+
+def proxy_map(net: PlainClip, pixels: np.ndarray, features: np.ndarray, mean: float) -> np.ndarray:
+    """Trident's step in one window: (h * w, C) of `features` (h, w, F), given the mean similarity of all windows."""
+    rows, columns, _ = features.shape
+    tokens, grid_hw = net.embed(pixels, "offset")
+    x = net.inputs(tokens)[-2]
+    vectors = unit(features.reshape(rows * columns, -1))
+    scores = 3.0 * (vectors @ vectors.T - 1.2 * mean)
+    weights = softmax(np.where(scores < 0, -np.inf, scores))
+    last = net.num_layers - 1
+    heads = []
+    for v in net.heads(last, x[1:], "v"):  # ln_1 is a token's own: the class token may go first
+        image = bilinear(v.T.reshape(-1, *grid_hw), (rows, columns)).reshape(v.shape[1], -1).T
+        heads.append(weights @ image)
+    return net.linear(f"vision_model.encoder.layers.{last}.self_attn.out_proj", np.concatenate(heads, axis=-1))
+
+
+def sam_average(
+    canvas: np.ndarray, attention: np.ndarray, values: np.ndarray, reach: float, negative: float | None
+) -> np.ndarray:
+    """(C, rows, columns) averaged by SAM: attention (H, n, n, n, n), values (H, n, n, d), both cut to h x w before."""
+    num_heads, rows, columns, _ = values.shape
+    count = rows * columns
+    cosine = np.stack([unit(v.reshape(count, -1)) @ unit(v.reshape(count, -1)).T for v in values])
+    threshold = reach * cosine.mean(axis=0).mean(axis=1)
+    if negative is not None:
+        threshold = np.where(threshold < 0, negative, threshold)
+    threshold = np.minimum(threshold, 0.9)
+    maps = attention.reshape(num_heads, count, count) * (cosine > threshold[None, :, None])
+    weights = maps.mean(axis=0)
+    weights = weights / weights.sum(axis=1, keepdims=True)
+    return weights @ bilinear(canvas, (rows, columns)).reshape(len(canvas), -1).T
