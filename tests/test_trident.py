@@ -17,6 +17,7 @@ from spar_hf.methods.trident import Encoder, Settings
 from spar_hf.networks.sam import Sam
 
 SAM_PX = 128  # 8 x 8 patches
+WINDOW = {"window_px": 96, "stride_px": 64}  # of a native side of 64, as 336 and 224 of 224
 
 
 def sam_config(**fields) -> SamVisionConfig:
@@ -107,7 +108,6 @@ def plain_trident(net, second, sam_network, image, config, window, stride, setti
     return np.concatenate(parts, axis=1)
 
 
-# Window 96, stride 64: three times half the native side, twice half.
 @pytest.mark.parametrize(
     ("size", "patch_px", "settings"),
     [
@@ -125,7 +125,7 @@ def test_equals_its_plain_formulation(size, patch_px, settings, make_clip, make_
     settings = Settings(**settings)
     images, second, network = pixels(size, batch=2), vit(patch_px), sam()
     networks = {"dino": second, "sam": network}
-    vision = make_vision(num_hidden_layers=2, position_interpolation="offset")
+    vision = make_vision(num_hidden_layers=2, position_interpolation="offset", **WINDOW)
     encoder = Encoder(vision, networks, settings)
     output = encoder(images)
     net = PlainClip(make_clip(num_hidden_layers=2))
@@ -139,13 +139,16 @@ def test_equals_its_plain_formulation(size, patch_px, settings, make_clip, make_
 def test_the_row_builds_it_with_its_window(make_vision, pixels, tmp_path):
     sam().save_pretrained(tmp_path / "sam")
     vit(16).save_pretrained(tmp_path / "dino")
-    vision = make_vision(num_hidden_layers=2)
+    vision = make_vision(num_hidden_layers=2, **WINDOW)
     by_folder = Encoder(vision, {name: str(tmp_path / name) for name in ("dino", "sam")})
     by_module = Encoder(vision, {"dino": by_folder.dino, "sam": Sam(by_folder.sam.network)})
     assert by_module.dino is by_folder.dino
     torch.testing.assert_close(by_folder(pixels("larger")).patch_embeds, by_module(pixels("larger")).patch_embeds)
     assert METHODS["trident"].needs == {"dino": "facebook/dino-vitb16", "sam": "facebook/sam-vit-base"}
     assert METHODS["trident"].window_for(224, 16) == (336, 224)
+    built = build_encoder(make_vision(num_hidden_layers=2), "trident", networks={"dino": vit(16), "sam": sam()})
+    assert (built.window_px, built.stride_px) == (96, 64)
+    assert "window 96/64 px, stride_px=0" in repr(built)
     assert "reach=1.2" in repr(by_folder) and "sharpness=3.0" in repr(by_folder)
 
 
@@ -163,7 +166,7 @@ def test_rows_of_attention_are_the_whole_map(make_vision, pixels, monkeypatch):
             np.testing.assert_allclose(found.rows(0, count).numpy(), expected, atol=1e-6)
             np.testing.assert_allclose(found.rows(3, 7).numpy(), expected[:, 3:7], atol=1e-6)
             np.testing.assert_allclose(found.valid_values.numpy(), values[:, :h, :w].reshape(3, count, -1), atol=1e-6)
-    vision, images = make_vision(num_hidden_layers=2), pixels((112, 128))
+    vision, images = make_vision(num_hidden_layers=2, **WINDOW), pixels((112, 128))
     encoder = Encoder(vision, {"dino": vit(16), "sam": network})
     whole = encoder(images).patch_embeds
     monkeypatch.setattr("spar_hf.methods.trident.ROW_NUMBERS", 500)
@@ -176,7 +179,7 @@ def test_rows_of_attention_are_the_whole_map(make_vision, pixels, monkeypatch):
 
 @torch.no_grad()
 def test_wrong_networks_are_told_apart(make_vision, pixels):
-    vision = make_vision(num_hidden_layers=2)
+    vision = make_vision(num_hidden_layers=2, **WINDOW)
     with pytest.raises(ValueError, match=r"'trident' needs a network 'sam' and got dino; give --network sam=ID"):
         Encoder(vision, {"dino": vit(16)})
     with pytest.raises(ValueError, match="is a ViTModel; give a SAM or SAM 2"):
@@ -185,9 +188,10 @@ def test_wrong_networks_are_told_apart(make_vision, pixels):
     with pytest.raises(ValueError, match="whose last block does not attend over the whole image"):
         windowed(pixels("native"))
     with pytest.raises(ValueError, match="stride_px of method 'trident' is 24; it must be a multiple of the patch"):
-        Encoder(vision, {"dino": vit(16), "sam": sam()}, Settings(stride_px=24))
+        Encoder(make_vision(num_hidden_layers=2), {"dino": vit(16), "sam": sam()})
     whole = SamConfig(vision_config=sam_config().to_dict())
     assert isinstance(Sam(SamModel(whole)).network, SamModel)
     with pytest.raises(ValueError, match=r"image is 64x1200 px .* of which SAM sees less than one patch"):
         Encoder(vision, {"dino": vit(16), "sam": sam()})(pixels((64, 1200)))
-    assert build_encoder.__doc__
+    with pytest.raises(ValueError, match=r"there is no network 'clip'; choose one of dino, sam"):
+        build_encoder(vision, "trident", networks={"clip": vit(16)})

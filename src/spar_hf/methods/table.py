@@ -199,6 +199,29 @@ _ROWS = (
         reported=_reported(67.1, 38.6, 41.1, 84.5, 42.2, 28.3, 42.9, 21.9),
         note="with the refinement by SAM, settings chosen for each data set",
     ),
+    Method(
+        "lposs",
+        "LPOSS",
+        "Stojnić et al., CVPR 2025",
+        positions="size",
+        branch="vfm",
+        needs={"dino": "facebook/dino-vitb16"},
+        extra="vfm",
+        licence="MIT",
+        reported=_reported(61.1, 34.6, 33.4, 78.8, 37.8, 25.9, 37.3, 21.8),
+        note="with OpenCLIP ViT-B/16 of LAION-2B",
+    ),
+    Method(
+        "lposs_plus",
+        "LPOSS+",
+        "Stojnić et al., CVPR 2025",
+        positions="size",
+        branch="vfm",
+        needs={"dino": "facebook/dino-vitb16"},
+        extra="vfm",
+        licence="MIT",
+        note="with OpenCLIP ViT-B/16 of LAION-2B",
+    ),
 )
 
 METHODS: dict[str, Method] = {row.name: row for row in _ROWS}

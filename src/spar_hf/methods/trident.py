@@ -37,7 +37,6 @@ from ..encoders.sliding_window import window_starts
 from ..networks.sam import GlobalAttention, Sam
 from ..networks.vit import ViT
 from .encoder import ROW_NUMBERS, MethodEncoder, above_mean, attend_by_similarity, mean_similarity, needed
-from .table import find_method
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Settings:
     """Trident's constants (section 3 and the authors' configurations).
 
     Attributes:
-        window_px, stride_px: of the windows; None is the row's, scaled to the network. VOC20: stride 112.
+        stride_px: of the windows; 0 is the row's, scaled to the network. VOC20: 112.
         shift: beta; similarities under this multiple of their mean get no weight.
         sharpness: gamma, the factor on similarities before the soft-max.
         reach: factor on the mean cosine that makes the threshold; VOC20 0, Cityscapes 3.
@@ -56,8 +55,7 @@ class Settings:
         window_batch: windows run at once; bounds the memory.
     """
 
-    window_px: int | None = None
-    stride_px: int | None = None
+    stride_px: int = 0
     shift: float = 1.2
     sharpness: float = 3.0
     reach: float = 1.2
@@ -72,7 +70,7 @@ class Encoder(MethodEncoder):
     """Trident around a CLIP vision tower; see the head of the file.
 
     Args:
-        vision: the tower.
+        vision: the tower; its configuration gives window and step.
         networks: "dino" and "sam", each an adapter, a module, or the id or folder to load it from.
         settings: the method's constants.
         method: the row's name.
@@ -94,15 +92,17 @@ class Encoder(MethodEncoder):
         self.dino = ViT.of(needed(networks, "dino", method)).to(vision.device, vision.dtype)
         self.sam = Sam.of(needed(networks, "sam", method)).to(vision.device, vision.dtype)
         config = self.config
-        row = find_method(method).window_for(config.image_size, config.patch_size)
-        self.window_px = self.settings.window_px or row[0]
-        self.stride_px = self.settings.stride_px or row[1]
+        self.window_px = config.window_px or config.image_size
+        self.stride_px = self.settings.stride_px or config.stride_px
         for name, length in (("window_px", self.window_px), ("stride_px", self.stride_px)):
             if length % config.patch_size or not 0 < length <= self.window_px:
                 raise ValueError(
                     f"{name} of method {method!r} is {length}; it must be a multiple of the patch "
                     f"({config.patch_size} px), up to the window's {self.window_px} px."
                 )
+
+    def extra_repr(self) -> str:
+        return f"window {self.window_px}/{self.stride_px} px, {super().extra_repr()}"
 
     @torch.no_grad()
     def forward(self, pixel_values: Tensor) -> SparVisionOutput:
