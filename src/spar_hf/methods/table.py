@@ -200,6 +200,16 @@ _ROWS = (
         note="with the refinement by SAM, settings chosen for each data set",
     ),
     Method(
+        "cass",
+        "CASS, without its text side",
+        "Kim et al., CVPR 2025",
+        branch="vfm",
+        needs={"dino": "facebook/dino-vitb8"},
+        extra="vfm",
+        reported=_reported(65.8, 36.7, 37.8, 87.8, 40.2, 26.7, 39.4, 20.4),
+        note="with its text side and PAMR, settings chosen for each data set",
+    ),
+    Method(
         "lposs",
         "LPOSS",
         "Stojnić et al., CVPR 2025",
