@@ -33,6 +33,8 @@ class Method:
         window_px: side of the sliding window its authors evaluated with; None is the network's native size.
         stride_px: step of that window. Where the authors ran whole images: the field's common window, see
             `window_for`.
+        whole_image: it makes its own windows and its features or scores have a grid of their own, so it runs on whole
+            images: `window="paper"` slides none around it, and a teacher's grid is brought to the student's.
         branch: branch of the field (arXiv 2505.22209): "clip", "vfm" or "generative".
         needs: the further networks it takes: what each is called -> the id of the one its authors used.
         extra: the extra of the package that must be installed for it, if any.
@@ -47,6 +49,7 @@ class Method:
     positions: str = "offset"
     window_px: int | None = None
     stride_px: int = 112
+    whole_image: bool = False
     branch: str = "clip"
     needs: dict[str, str] = field(default_factory=dict)
     extra: str = ""
@@ -193,6 +196,7 @@ _ROWS = (
         "Shi et al., ICCV 2025",
         window_px=336,
         stride_px=224,
+        whole_image=True,
         branch="vfm",
         needs={"dino": "facebook/dino-vitb16", "sam": "facebook/sam-vit-base"},
         licence="Apache-2.0",
@@ -214,6 +218,7 @@ _ROWS = (
         "LPOSS",
         "Stojnić et al., CVPR 2025",
         positions="size",
+        whole_image=True,
         branch="vfm",
         needs={"dino": "facebook/dino-vitb16"},
         extra="vfm",
@@ -226,6 +231,7 @@ _ROWS = (
         "LPOSS+",
         "Stojnić et al., CVPR 2025",
         positions="size",
+        whole_image=True,
         branch="vfm",
         needs={"dino": "facebook/dino-vitb16"},
         extra="vfm",

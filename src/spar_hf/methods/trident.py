@@ -14,7 +14,8 @@ head; rows are made some at a time, and none is held.
 The method makes its own windows. It may run in a sliding window all the same; then it is global to each.
 Deviations: SAM sees the pixels that CLIP sees, not the file's; rows and columns of windows are kept apart (theirs
 mixes them on windows that are not square); where an image is smaller than a window, the window is padded to a multiple
-of 56 px as theirs is, and its map loses the padding again (theirs crashes).
+of 56 px as theirs is, and its map loses the padding again (theirs crashes); a patch with no key left keeps itself
+(theirs is NaN).
 To reach: mean IoU 67.1 on VOC21, 42.2 on Context59 with CLIP ViT-B/16, DINO ViT-B/16 and SAM ViT-B, with the
 refinement by SAM.
 """
@@ -210,6 +211,7 @@ class Encoder(MethodEncoder):
             rows = slice(first, min(first + step, count))
             alike = unit[:, rows] @ unit.transpose(1, 2) > threshold[rows, None]
             weights = attention.rows(rows.start, rows.stop).masked_fill(~alike, 0).float().mean(dim=0)
+            weights.diagonal(rows.start).add_(torch.finfo(torch.float32).tiny)  # a patch with none left keeps itself
             out[rows] = (weights / weights.sum(dim=-1, keepdim=True)).to(values.dtype) @ values
         return out
 
