@@ -7,60 +7,58 @@ import copy
 import pytest
 import torch
 from conftest import SIZES_HW
+from second_networks import networks_for
 from transformers import ViTConfig, ViTModel
 
 import spar_hf.methods.cliper
 import spar_hf.methods.encoder
-import spar_hf.methods.sc_clip
 from spar_cli.training_options import Parser, add_teacher_flags
 from spar_hf import METHODS, SlidingWindow, SparVisionModel, build_encoder
 from spar_hf.distillation.teacher import build_teacher, teacher_features
 
-FILES = [name for name, method in METHODS.items() if method.recipe is None]
+FEATURES = [name for name, method in METHODS.items() if method.kind == "feature"]
+FILES = [name for name in FEATURES if METHODS[name].recipe is None]
 
 
 @pytest.fixture(scope="module")
 def build(make_vision):
-    """`build("naclip")`: the method on a tower of 6 blocks, with a small ViT where it needs a second network."""
-    torch.manual_seed(0)
-    config = ViTConfig(
-        hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=64, patch_size=8
-    )
-    network = ViTModel(config).eval()
+    """`build("naclip")`: the method on a tower of 6 blocks, with small second networks where it needs some."""
 
     def make(name, layers=6, **fields):
-        needs = {"networks": {"dino": copy.deepcopy(network)}} if METHODS[name].needs else {}
-        return build_encoder(make_vision(num_hidden_layers=layers), name, **needs, **fields)
+        networks = copy.deepcopy(networks_for(name))
+        return build_encoder(make_vision(num_hidden_layers=layers), name, networks=networks, **fields)
 
     return make
 
 
 @pytest.mark.parametrize("size", SIZES_HW)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", FEATURES)
 @torch.no_grad()
 def test_a_batch_gives_what_its_images_give(name, size, build, pixels):
     encoder, images = build(name), pixels(size, batch=3)
     images[1] = 5 * images[1] + 2  # another image's statistics
     together = encoder(images)
     p = encoder.config.patch_size
-    assert together.patch_embeds.shape == (3, images.shape[2] // p, images.shape[3] // p, 24)
     assert together.image_hw == tuple(images.shape[2:])
-    assert together.extent_hw == (images.shape[2] // p * p, images.shape[3] // p * p)
+    if METHODS[name].whole_image:
+        assert together.extent_hw == together.image_hw
+    else:
+        assert together.patch_embeds.shape == (3, images.shape[2] // p, images.shape[3] // p, 24)
+        assert together.extent_hw == (images.shape[2] // p * p, images.shape[3] // p * p)
     for i in range(3):
         torch.testing.assert_close(
             together.patch_embeds[i], encoder(images[i : i + 1]).patch_embeds[0], atol=2e-5, rtol=0
         )
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", FEATURES)
 @torch.no_grad()
 def test_weights_are_shared_and_nothing_is_changed(name, make_vision, build, pixels):
     vision = make_vision(num_hidden_layers=6)
     images = pixels("off_grid", batch=2)
     before, config = copy.deepcopy(vision.state_dict()), vision.config.to_dict()
     plain = vision(images).patch_embeds
-    needs = {"networks": {"dino": build("proxyclip").dino.network}} if METHODS[name].needs else {}
-    encoder = build_encoder(vision, name, **needs)
+    encoder = build_encoder(vision, name, networks=networks_for(name))
     kept = images.clone()
     first = encoder(images).patch_embeds
     torch.testing.assert_close(encoder(images).patch_embeds, first, rtol=0, atol=0)
@@ -71,7 +69,7 @@ def test_weights_are_shared_and_nothing_is_changed(name, make_vision, build, pix
     assert {id(p) for p in vision.parameters()} <= {id(p) for p in encoder.parameters()}
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", FEATURES)
 @torch.no_grad()
 def test_bf16_is_close_to_fp32(name, build, pixels):
     images = pixels("larger", batch=2)
@@ -83,7 +81,7 @@ def test_bf16_is_close_to_fp32(name, build, pixels):
     assert (rounded.float() - exact).norm() < 0.06 * exact.norm()
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [name for name in FEATURES if not METHODS[name].whole_image])
 @torch.no_grad()
 def test_a_window_as_large_as_the_image_is_the_method_itself(name, build, pixels):
     encoder, images = build(name), pixels((64, 96), batch=2)
@@ -94,7 +92,7 @@ def test_a_window_as_large_as_the_image_is_the_method_itself(name, build, pixels
 
 
 @pytest.mark.parametrize("size_rule", ["floor", "pad", "stretch"])
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", [name for name in FILES if not METHODS[name].whole_image])
 @torch.no_grad()
 def test_size_rules(name, size_rule, build, pixels):
     output = build(name, size_rule=size_rule)(pixels((90, 75)))
@@ -109,14 +107,14 @@ def test_size_rules(name, size_rule, build, pixels):
 def test_matrices_by_rows_and_by_heads_are_the_whole_ones(name, build, pixels, monkeypatch):
     images = pixels("larger", batch=2)
     whole = build(name)(images).patch_embeds
-    for module in (spar_hf.methods.encoder, spar_hf.methods.sc_clip, spar_hf.methods.cliper):
-        monkeypatch.setattr(module, "ROW_NUMBERS", 500)
+    for module in (spar_hf.methods.encoder, METHODS[name].module):
+        monkeypatch.setattr(module, "ROW_NUMBERS", 500, raising=False)
     monkeypatch.setattr(spar_hf.methods.cliper, "HEAD_NUMBERS", 1)
     torch.testing.assert_close(build(name)(images).patch_embeds, whole, atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("layers", [2, 3])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", FEATURES)
 @torch.no_grad()
 def test_shallow_networks_and_single_patches_run(name, layers, build, pixels):
     encoder = build(name, layers=layers)
@@ -124,7 +122,7 @@ def test_shallow_networks_and_single_patches_run(name, layers, build, pixels):
         assert encoder(pixels(size, batch=2)).patch_embeds.isfinite().all()
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", FEATURES)
 @torch.no_grad()
 def test_an_even_image_has_features(name, build):
     assert build(name)(torch.zeros(1, 3, 64, 96)).patch_embeds.isfinite().all()

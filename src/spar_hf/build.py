@@ -52,7 +52,8 @@ def build_encoder(
             or a folder. Those left out are its authors'.
         settings: numbers of the method that differ from its authors', by name; for a recipe, see `Recipe`.
         window: slide a window over the image and average the features: its side in pixels, `native` (what the tower
-            was trained at) or `paper` (that of the method's authors). None is one pass.
+            was trained at) or `paper` (that of the method's authors; none around one that makes its own). None is one
+            pass.
         stride_px: step of the window; None is that of the method's authors.
         window_batch: windows run at once.
         reach: how far attention reaches, `image` or `window`; None as the tower has it.
@@ -78,6 +79,7 @@ def build_encoder(
     changed = find_refinements(views, views if isinstance(views, Mapping) else None).values()
     if changed:
         encoder = ViewEnsemble(encoder, [view for row in changed for view in row.apply(row.settings)])
+    window = _slid(row, window)
     if window is None and stride_px is None:
         return encoder
     return SlidingWindow(encoder, *window_of(encoder.config, window, stride_px), batch_size=window_batch)
@@ -131,6 +133,7 @@ def build_segmenter(
         segmenter = row.module.Segmenter(model, processor, _tower(vision, row, None, config), **parts)
         if others:
             segmenter = Refined(segmenter, others, model, others)
+        window = _slid(row, window)
         if window is not None or stride_px is not None:
             segmenter = sliding_scores(segmenter, *window_of(segmenter.config, window, stride_px))
         return segmenter
@@ -148,6 +151,11 @@ def build_segmenter(
     )
     segmenter = FromFeatures(encoder, model, processor)
     return Refined(segmenter, others, model, others) if others else segmenter
+
+
+def _slid(row: Method | None, window: int | str | None) -> int | str | None:
+    """The window to slide: the authors of a method that makes its own slid none around it."""
+    return None if row is not None and row.whole_image and window == "paper" else window
 
 
 def window_of(config: Any, window: int | str | None, stride_px: int | None) -> tuple[int, int]:

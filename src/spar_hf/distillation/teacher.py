@@ -77,12 +77,13 @@ def build_teacher(args: argparse.Namespace) -> tuple[DenseEncoder, dict[str, Any
         if not isinstance(encoder, DenseVisionModel):
             fields["recipe"] = None  # the method is in a file
         windows: list[Any] = [encoder]
-        if args.window_px != 0:
+        whole_image = method is not None and find_method(method).whole_image
+        if args.window_px if whole_image else args.window_px != 0:
             window_px = args.window_px or config.window_px
             strides = args.stride_px or [config.stride_px]
             windows = [SlidingWindow(encoder, window_px, stride, args.window_batch) for stride in strides]
             fields |= {"window_px": windows[0].window_px, "stride_px": single(strides)}
-        if config.patch_size != patch_px:
+        if config.patch_size != patch_px or whole_image:
             windows = [Regridded(window, patch_px) for window in windows]
         sides = args.teacher_short_side_px
         teachers += [Resized(window, side) if side else window for window in windows for side in sides or [0]]

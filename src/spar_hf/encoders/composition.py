@@ -74,7 +74,11 @@ class Resized(EncoderWrapper, nn.Module):
 
 
 def resample(
-    features: torch.Tensor, extent_hw: tuple[int, int], grid_hw: tuple[int, int], new_extent_hw: tuple[int, int]
+    features: torch.Tensor,
+    extent_hw: tuple[int, int],
+    grid_hw: tuple[int, int],
+    new_extent_hw: tuple[int, int],
+    origin: tuple[int, int] = (0, 0),
 ) -> torch.Tensor:
     """Bilinear features at the centres of another grid's patches; those beyond the border take the border's.
 
@@ -83,14 +87,15 @@ def resample(
         extent_hw: height and width in pixels, from the image's top left corner, that the features cover.
         grid_hw: rows and columns wanted.
         new_extent_hw: height and width in pixels that these cover.
+        origin: top and left of these, in pixels from the top left corner of the features.
 
     Returns:
         (B, D, rows, columns).
     """
     # Centres from -1 to 1 over what the features cover.
     down, across = (
-        (2 * torch.arange(n, device=features.device) + 1) / n * new_side / side - 1
-        for n, new_side, side in zip(grid_hw, new_extent_hw, extent_hw, strict=True)
+        ((2 * torch.arange(n, device=features.device) + 1) / n * new_side + 2 * first) / side - 1
+        for n, new_side, side, first in zip(grid_hw, new_extent_hw, extent_hw, origin, strict=True)
     )
     points = torch.stack([across.expand(grid_hw[0], -1), down[:, None].expand(-1, grid_hw[1])], dim=-1)  # x first
     sampled = nn.functional.grid_sample(

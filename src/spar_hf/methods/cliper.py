@@ -37,11 +37,11 @@ class Settings:
     """CLIPer's constants.
 
     Attributes:
-        rounds: how often columns and rows are divided by their sums; None is once for each block, as in the released
+        rounds: how often columns and rows are divided by their sums; 0 is once for each block, as in the released
             code.
     """
 
-    rounds: int | None = None
+    rounds: int = 0
 
 
 class Encoder(MethodEncoder):

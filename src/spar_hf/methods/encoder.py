@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -72,6 +73,12 @@ class MethodEncoder(nn.Module):
             x = layer(x, reach=reach)
         return x
 
+    def maskclip(self, x: torch.Tensor) -> torch.Tensor:
+        """The last block's input (B, 1 + N, C) -> MaskCLIP's patches in the text space (B, N, D)."""
+        layer = self.last_layer
+        values = merge_heads(project_heads(layer.self_attn, layer.layer_norm1(x), "v")["v"])
+        return self.vision.project(layer.feed_forward(x + layer.self_attn.out_proj(values)))["patch_embeds"]
+
     def output(
         self,
         patches: torch.Tensor,
@@ -116,6 +123,19 @@ def needed(networks: Mapping[str, Any], name: str, method: str) -> Any:
         given = ", ".join(networks) or "none"
         raise ValueError(f"method {method!r} needs a network {name!r} and got {given}; give --network {name}=ID.")
     return networks[name]
+
+
+def extra_package(name: str, extra: str) -> Any:
+    """A package of an extra, imported.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    try:
+        return import_module(name)
+    except ModuleNotFoundError:
+        package = name.partition(".")[0]
+        raise ValueError(f'this method needs {package}; run: pip install "spar-hf[{extra}]"') from None
 
 
 def mean_similarity(unit: torch.Tensor) -> torch.Tensor:

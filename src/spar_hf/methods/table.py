@@ -33,6 +33,8 @@ class Method:
         window_px: side of the sliding window its authors evaluated with; None is the network's native size.
         stride_px: step of that window. Where the authors ran whole images: the field's common window, see
             `window_for`.
+        whole_image: it makes its own windows and its features or scores have a grid of their own, so it runs on whole
+            images: `window="paper"` slides none around it, and a teacher's grid is brought to the student's.
         branch: branch of the field (arXiv 2505.22209): "clip", "vfm" or "generative".
         needs: the further networks it takes: what each is called -> the id of the one its authors used.
         extra: the extra of the package that must be installed for it, if any.
@@ -47,6 +49,7 @@ class Method:
     positions: str = "offset"
     window_px: int | None = None
     stride_px: int = 112
+    whole_image: bool = False
     branch: str = "clip"
     needs: dict[str, str] = field(default_factory=dict)
     extra: str = ""
@@ -186,6 +189,54 @@ _ROWS = (
         branch="vfm",
         needs={"dino": "facebook/dino-vitb8"},
         reported=_reported(61.3, 35.3, 37.5, 80.3, 39.1, 26.5, 38.1, 20.2),
+    ),
+    Method(
+        "trident",
+        "Trident",
+        "Shi et al., ICCV 2025",
+        window_px=336,
+        stride_px=224,
+        whole_image=True,
+        branch="vfm",
+        needs={"dino": "facebook/dino-vitb16", "sam": "facebook/sam-vit-base"},
+        licence="Apache-2.0",
+        reported=_reported(67.1, 38.6, 41.1, 84.5, 42.2, 28.3, 42.9, 21.9),
+        note="with the refinement by SAM, settings chosen for each data set",
+    ),
+    Method(
+        "cass",
+        "CASS, without its text side",
+        "Kim et al., CVPR 2025",
+        branch="vfm",
+        needs={"dino": "facebook/dino-vitb8"},
+        extra="vfm",
+        reported=_reported(65.8, 36.7, 37.8, 87.8, 40.2, 26.7, 39.4, 20.4),
+        note="with its text side and PAMR, settings chosen for each data set",
+    ),
+    Method(
+        "lposs",
+        "LPOSS",
+        "Stojnić et al., CVPR 2025",
+        positions="size",
+        whole_image=True,
+        branch="vfm",
+        needs={"dino": "facebook/dino-vitb16"},
+        extra="vfm",
+        licence="MIT",
+        reported=_reported(61.1, 34.6, 33.4, 78.8, 37.8, 25.9, 37.3, 21.8),
+        note="with OpenCLIP ViT-B/16 of LAION-2B",
+    ),
+    Method(
+        "lposs_plus",
+        "LPOSS+",
+        "Stojnić et al., CVPR 2025",
+        positions="size",
+        whole_image=True,
+        branch="vfm",
+        needs={"dino": "facebook/dino-vitb16"},
+        extra="vfm",
+        licence="MIT",
+        note="with OpenCLIP ViT-B/16 of LAION-2B",
     ),
 )
 
