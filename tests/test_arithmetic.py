@@ -58,7 +58,9 @@ def inputs() -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("asked", [{}, {"output_attentions": True, "output_hidden_states": True}], ids=["plain", "all"])
+@pytest.mark.parametrize(
+    "asked", [{}, {"output_attentions": True, "output_hidden_states": True}], ids=["plain", "all"]
+)
 @torch.no_grad()
 def test_weights_stay_half_and_products_are_full(
     dtype: torch.dtype, asked: Any, model: Any, inputs: Any, slow_half: None

@@ -34,6 +34,7 @@ LAYERS = (
     ("spar_hf.refinement",),
     ("spar_hf.segmenters",),
     ("spar_hf.encoders",),
+    ("spar_hf.upsampling",),
     ("spar_hf.checkpoints",),
     ("spar_hf.conversion",),
     ("spar_hf.export",),

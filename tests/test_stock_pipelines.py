@@ -113,7 +113,9 @@ def test_a_stock_folder_is_converted(
     assert type(spar_hf.load(tmp_path / "ours")[0]) is type(model)
 
 
-def test_a_stock_model_keeps_its_type_and_its_weights(make_clip: Callable[..., CLIPModel], clip_tokenizer: Any) -> None:
+def test_a_stock_model_keeps_its_type_and_its_weights(
+    make_clip: Callable[..., CLIPModel], clip_tokenizer: Any
+) -> None:
     stock = make_clip(num_hidden_layers=1).to(torch.bfloat16)
     processor = CLIPProcessor(CLIPImageProcessorPil(), clip_tokenizer)
     try:
@@ -155,7 +157,9 @@ def test_what_cannot_be_segmented_with_is_refused_at_construction(
     model, processor, _ = whole
     with pytest.raises(ValueError, match="got a NoneType for a processor; it needs a SparProcessor"):
         OpenVocabularySegmentationPipeline(model=model, device="cpu")
-    with pytest.raises(ValueError, match=r"is a CLIPVisionModel of type 'clip_vision_model'; those that can be loaded"):
+    with pytest.raises(
+        ValueError, match=r"is a CLIPVisionModel of type 'clip_vision_model'; those that can be loaded"
+    ):
         OpenVocabularySegmentationPipeline(
             model=make_clip(num_hidden_layers=1).vision_model, processor=processor, device="cpu"
         )

@@ -17,7 +17,6 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel
 
-
 from spar_hf.encoders.sliding_window import SlidingWindow
 from spar_hf.processing_spar import SparProcessor
 
@@ -121,7 +120,10 @@ def test_tuples_hold_what_dictionaries_hold(model: Any, inputs: Any) -> None:
     vision = model.vision_model
     with torch.no_grad():
         whole, tower = model(**inputs), vision(inputs["pixel_values"])
-        whole_tuple, tower_tuple = model(**inputs, return_dict=False), vision(inputs["pixel_values"], return_dict=False)
+        whole_tuple, tower_tuple = (
+            model(**inputs, return_dict=False),
+            vision(inputs["pixel_values"], return_dict=False),
+        )
     for found, wanted in ((whole_tuple, whole), (tower_tuple, tower)):
         assert isinstance(found, tuple) and len(found) == len(wanted.to_tuple())
         torch.testing.assert_close(found[0], wanted.patch_embeds, **EXACT)
@@ -432,5 +434,3 @@ def test_what_the_processor_gives_goes_into_the_model(model: Any, spar_processor
             assert found.patch_embeds.shape[:3] == outputs.patch_embeds[:1].shape[:3]
         assert model.get_image_features(**image).pooler_output.shape == outputs.image_embeds[:1].shape
         assert model(**spar_processor(images=picture), input_ids=both["input_ids"]).text_embeds.shape[0] == 2
-
-

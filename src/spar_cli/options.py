@@ -127,6 +127,18 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--stride-px", type=int, metavar="N", help="step of the sliding window (default: that of the method's authors)"
     )
     group.add_argument(
+        "--upsample",
+        metavar="NAME[=ID|FOLDER]",
+        help="follow the image's edges on a finer grid: jbu, upsample_anything (slow: fits each image), or "
+        "anyup=FOLDER with weights that 'spar convert --backbone anyup' wrote; it can help or hurt (default: none)",
+    )
+    group.add_argument(
+        "--upsample-factor",
+        type=whole_number,
+        metavar="N",
+        help="cells of the finer grid to a patch's side (default: one for each pixel)",
+    )
+    group.add_argument(
         "--short-side", type=whole_number, metavar="N", help="resize the image to this shorter side, keeping its ratio"
     )
     group.add_argument(
@@ -152,7 +164,7 @@ class Opened:
     """A model ready to run, and what the builders are told.
 
     Attributes:
-        choices: Arguments of `build_encoder` and `build_segmenter`: method, networks, settings, window, reach.
+        choices: Arguments of `build_encoder` and `build_segmenter`: method, networks, settings, window, reach, upsampler.
         facts: What was opened and how, for the JSON output.
     """
 
@@ -185,6 +197,7 @@ def open_model(args: argparse.Namespace, refine: Sequence[str] = ()) -> Opened:
 
     from spar_hf.build import record, vision_config_of, window_of
     from spar_hf.checkpoints import load
+    from spar_hf.upsampling import load_upsampler
 
     check_one_of("dtype", args.dtype, DTYPES)
     choices = {
@@ -194,6 +207,8 @@ def open_model(args: argparse.Namespace, refine: Sequence[str] = ()) -> Opened:
         "window": args.window_px,
         "stride_px": args.stride_px,
         "reach": args.attention_reach,
+        "upsample": None if args.upsample is None else load_upsampler(args.upsample),
+        "upsample_factor": args.upsample_factor,
     }
     chosen = record(args.method, choices["networks"], choices["settings"], refine)  # mistakes are told before loading
     device = _device(args.device)
@@ -215,6 +230,8 @@ def open_model(args: argparse.Namespace, refine: Sequence[str] = ()) -> Opened:
         "device": str(device),
         **chosen,
     }
+    if args.upsample is not None:
+        facts["upsample"] = {"name": args.upsample, "factor": args.upsample_factor or vision.patch_size}
     if args.window_px is not None or args.stride_px is not None:
         facts["window_px"], facts["stride_px"] = window_of(
             vision_config_of(model.vision_model, args.method), args.window_px, args.stride_px

@@ -16,12 +16,15 @@ from .clip_spar import SparVisionModel
 from .encoder_spar import DenseVisionModel
 from .encoders.base import DenseEncoder
 from .encoders.sliding_window import SlidingWindow
+from .encoders.upsampled import FromUpsampled, Upsampled
 from .grid_spar import unknown
 from .methods.table import Method, find_method
 from .refinement import Refined, find_refinements
 from .refinement.views import ViewEnsemble
 from .segmentation_spar import FromFeatures, Segmenter
 from .segmenters import sliding_scores
+from .upsampling import load_upsampler
+from .upsampling_spar import Upsampler
 
 WINDOWS = ("native", "paper")
 Networks = Mapping[str, str | nn.Module]
@@ -38,6 +41,8 @@ def build_encoder(
     window_batch: int = 32,
     reach: str | None = None,
     views: Iterable[str] | Mapping[str, Any] = (),
+    upsample: str | Upsampler | None = None,
+    upsample_factor: int | None = None,
     **config: Any,
 ) -> DenseEncoder:
     """A dense encoder that runs a method on a vision tower's weights; the tower itself stays as it is.
@@ -58,6 +63,8 @@ def build_encoder(
         window_batch: windows run at once.
         reach: how far attention reaches, `image` or `window`; None as the tower has it.
         views: refinements of stage `views`, or their settings by name: the features are a mean over changed images.
+        upsample: a finer grid at the end: a row of `UPSAMPLERS`, `anyup=FOLDER` for one with weights, or an upsampler.
+        upsample_factor: cells of the finer grid to a patch's side; None is one for each pixel.
         config: fields of the tower's configuration, to differ from the method's (`position_interpolation="size"`).
 
     Raises:
@@ -80,9 +87,13 @@ def build_encoder(
     if changed:
         encoder = ViewEnsemble(encoder, [view for row in changed for view in row.apply(row.settings)])
     window = _slid(row, window)
-    if window is None and stride_px is None:
+    if window is not None or stride_px is not None:
+        encoder = SlidingWindow(encoder, *window_of(encoder.config, window, stride_px), batch_size=window_batch)
+    if upsample is None:
+        if upsample_factor is not None:
+            raise ValueError(f"upsample_factor is {upsample_factor} without an upsampler; name one.")
         return encoder
-    return SlidingWindow(encoder, *window_of(encoder.config, window, stride_px), batch_size=window_batch)
+    return Upsampled(encoder, load_upsampler(upsample).to(vision.device), upsample_factor)
 
 
 def build_segmenter(
@@ -97,6 +108,8 @@ def build_segmenter(
     window_batch: int = 32,
     reach: str | None = None,
     refine: Iterable[str] = (),
+    upsample: str | Upsampler | None = None,
+    upsample_factor: int | None = None,
     **config: Any,
 ) -> Segmenter:
     """A segmenter: pixels and words in, score maps out, by any method of the table, with any refinements.
@@ -104,8 +117,8 @@ def build_segmenter(
     Args:
         model: a `SparModel`, or one of another family.
         processor: its `SparProcessor`.
-        method, networks, window, stride_px, window_batch, reach, config: see `build_encoder`. Windows of a method that
-            gives no features average its scores.
+        method, networks, window, stride_px, window_batch, reach, upsample, upsample_factor, config: see
+            `build_encoder`. Windows of a method that gives no features average its scores.
         settings: numbers of the method by name (`shift`), and of a refinement by both names (`pamr.steps`).
         refine: keys of `REFINEMENTS`.
 
@@ -123,6 +136,8 @@ def build_segmenter(
     row = _row_for(vision, method, networks)
     segmenter: Any
     if row is not None and row.kind == "label":
+        if upsample is not None:
+            raise ValueError(f"an upsampler is for features, and method {method!r} has none; leave it out.")
         if views:
             raise ValueError(
                 f"refinement {next(iter(views))!r} averages features, and method {method!r} has none; leave it out."
@@ -147,9 +162,19 @@ def build_segmenter(
         window_batch=window_batch,
         reach=reach,
         views=views,
+        upsample=upsample,
+        upsample_factor=upsample_factor,
         **config,
     )
-    segmenter = FromFeatures(encoder, model, processor)
+    if isinstance(encoder, Upsampled):
+        for name, refinement in refinements.items():
+            if refinement.stage in ("scores", "templates"):
+                raise ValueError(
+                    f"refinement {name!r} acts on the scores of patches, and an upsampler makes others; leave one out."
+                )
+        segmenter = FromUpsampled(encoder, model, processor)
+    else:
+        segmenter = FromFeatures(encoder, model, processor)
     return Refined(segmenter, others, model, others) if others else segmenter
 
 

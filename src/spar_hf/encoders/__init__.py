@@ -1,7 +1,17 @@
-"""Dense encoders around dense encoders: sliding windows, other sizes and grids, ensembles."""
+"""Dense encoders around dense encoders: sliding windows, other sizes and grids, ensembles, finer grids."""
 
 from .base import DenseEncoder, EncoderWrapper
 from .composition import Ensemble, Regridded, Resized
 from .sliding_window import SlidingWindow
+from .upsampled import FromUpsampled, Upsampled
 
-__all__ = ["DenseEncoder", "EncoderWrapper", "Ensemble", "Regridded", "Resized", "SlidingWindow"]
+__all__ = [
+    "DenseEncoder",
+    "EncoderWrapper",
+    "Ensemble",
+    "FromUpsampled",
+    "Regridded",
+    "Resized",
+    "SlidingWindow",
+    "Upsampled",
+]

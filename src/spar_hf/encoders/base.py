@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -42,3 +43,13 @@ class EncoderWrapper:
     @property
     def device(self) -> torch.device:
         return self.encoder.device
+
+
+def rgb(pixel_values: torch.Tensor, config: Any) -> torch.Tensor:
+    """Normalised pixels (B, 3, H, W) -> colours from 0 to 1, fp32. `config` has image_mean and image_std."""
+    return pixel_values.float() * column(config.image_std, pixel_values) + column(config.image_mean, pixel_values)
+
+
+def column(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
+    """One number a channel, (1, C, 1, 1), fp32."""
+    return torch.tensor(values, dtype=torch.float32, device=like.device).view(1, -1, 1, 1)

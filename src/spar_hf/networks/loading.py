@@ -11,6 +11,7 @@ from transformers import MODEL_FOR_BACKBONE_MAPPING, AutoConfig, AutoModel
 from transformers.image_processing_base import ImageProcessingMixin
 
 from ..checkpoints import resolve
+from ..encoders.base import column, rgb
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -39,15 +40,6 @@ def normalisation_of(name: str) -> tuple[Any, Any]:
     return stored.get("image_mean"), stored.get("image_std")
 
 
-def rgb(pixel_values: torch.Tensor, config: Any) -> torch.Tensor:
-    """Normalised pixels (B, 3, H, W) -> colours from 0 to 1, fp32. `config` has image_mean and image_std."""
-    return pixel_values.float() * _column(config.image_std, pixel_values) + _column(config.image_mean, pixel_values)
-
-
 def renormalise(pixel_values: torch.Tensor, config: Any, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
     """Pixels (B, 3, H, W) normalised by `config` -> by another mean and standard deviation, fp32."""
-    return (rgb(pixel_values, config) - _column(mean, pixel_values)) / _column(std, pixel_values)
-
-
-def _column(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(values, device=like.device).view(1, -1, 1, 1)
+    return (rgb(pixel_values, config) - column(mean, pixel_values)) / column(std, pixel_values)
