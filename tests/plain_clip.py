@@ -53,7 +53,7 @@ def plain_positions(table: np.ndarray, rows: int, columns: int, rule: str) -> np
         return table
     grid = table.reshape(side, side, -1)
     down, across = sampling_matrix(side, rows, rule), sampling_matrix(side, columns, rule)
-    return np.einsum("yv,vuc,xu->yxc", down, grid, across).reshape(rows * columns, -1)
+    return np.einsum("yv,vuc,xu->yxc", down, grid, across, optimize=True).reshape(rows * columns, -1)
 
 
 # ------------------------------------------------------------------------------------------------ CLIP
@@ -345,7 +345,7 @@ def proxyclip(net: PlainClip, inputs: Inputs, grid_hw: GridHW, features: np.ndar
     heads = []
     for v in net.heads(last, inputs[last], "v"):
         image = v[1:].reshape(*grid_hw, -1)
-        image = np.einsum("yv,vuc,xu->yxc", down, image, across).reshape(rows * columns, -1)
+        image = np.einsum("yv,vuc,xu->yxc", down, image, across, optimize=True).reshape(rows * columns, -1)
         heads.append(weights @ image)
     return net.linear(f"vision_model.encoder.layers.{last}.self_attn.out_proj", np.concatenate(heads, axis=-1))
 

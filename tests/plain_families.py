@@ -81,7 +81,7 @@ def stretch(pixels: np.ndarray, patch_px: int) -> np.ndarray:
     _, height, width = pixels.shape
     new_height, new_width = -(-height // patch_px) * patch_px, -(-width // patch_px) * patch_px
     down, across = sampling_matrix(height, new_height, "size"), sampling_matrix(width, new_width, "size")
-    return np.einsum("yv,cvu,xu->cyx", down, pixels, across)
+    return np.einsum("yv,cvu,xu->cyx", down, pixels, across, optimize=True)
 
 
 def turn(heads: np.ndarray, grid_hw: tuple[int, int], periods: list[float], num_prefix: int) -> np.ndarray:

@@ -357,7 +357,8 @@ def test_load_pipeline_window_and_evaluation(whole, tmp_path):
     assert windowed["grid_hw"] == (5, 6)
     data = load_benchmark("picturebook", scale=1.5, native_px=64)
     protocol = load_protocol(None, "picturebook").replace(templates=("a {}.",))
-    score = evaluate(model.vision_model, model, processor, data, protocol=protocol, limit=2, progress=False)
+    segmenter = spar_hf.build_segmenter(model, processor)
+    score = evaluate(segmenter, processor, data, protocol=protocol, limit=2, progress=False)
     assert score.num_images == 2 and 0 <= score.mean_iou <= 1
     assert type(AutoProcessor.from_pretrained(folder)).__name__ == "SparProcessor"
 

@@ -83,12 +83,12 @@ def slow_teacher(encoder, image: torch.Tensor, window_px: int, stride_px: int) -
             down = sampling_matrix(features.shape[0], rows, "bilinear")
             across = sampling_matrix(features.shape[1], columns, "bilinear")
             cells = np.s_[y // cell_px : y // cell_px + rows, x // cell_px : x // cell_px + columns]
-            canvas[cells] += np.einsum("yv,vud,xu->yxd", down, features, across)
+            canvas[cells] += np.einsum("yv,vud,xu->yxd", down, features, across, optimize=True)
             counts[cells] += 1
     assert counts.min() > 0, "every cell is covered"
     down = sampling_matrix(len(canvas), height // patch_px, "bilinear")
     across = sampling_matrix(canvas.shape[1], width // patch_px, "bilinear")
-    return np.einsum("yv,vud,xu->yxd", down, canvas / counts[:, :, None], across)
+    return np.einsum("yv,vud,xu->yxd", down, canvas / counts[:, :, None], across, optimize=True)
 
 
 # --------------------------------------------------------------------------------------- the slow loop
