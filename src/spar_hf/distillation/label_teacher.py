@@ -3,9 +3,9 @@
 A label method gives no features, and a student learns features. So the network's own features are moved until the
 words find in them what the method found: with p the method's probabilities of a patch, averaged over its pixels, and
 q(f) = softmax(s cos(f, t)) those of a feature f, each step adds c (p - q(f)) T: minus the gradient of the
-cross-entropy with respect to the direction of f, times the confidence c of p. What no word of the vocabulary speaks of stays as the
-network had it, and so do patches of which the method is not sure. Beyond SPAR; docs/experiments.md compares it with
-the plain mean of text features, p T.
+cross-entropy with respect to the direction of f, times the confidence c of p. What no word of the vocabulary speaks of
+stays as the network had it, and so do patches of which the method is not sure. Beyond SPAR; docs/experiments.md
+compares it with the plain mean of text features, p T.
 """
 
 from __future__ import annotations
