@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -51,3 +52,16 @@ def renormalise(pixel_values: torch.Tensor, config: Any, mean: Sequence[float], 
 
 def _column(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
     return torch.tensor(values, device=like.device).view(1, -1, 1, 1)
+
+
+def extra_package(name: str, extra: str) -> Any:
+    """A package of an extra, imported.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    try:
+        return import_module(name)
+    except ModuleNotFoundError:
+        package = name.partition(".")[0]
+        raise ValueError(f'{package} is needed and not installed; run: pip install "spar-hf[{extra}]"') from None
