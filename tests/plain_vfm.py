@@ -74,10 +74,14 @@ def cass(
     inputs: list[np.ndarray],
     grid_hw: tuple[int, int],
     dino_keys: np.ndarray,
+    chosen: list[tuple[int, int]],
     stretch: bool = True,
     transposed: bool = True,
 ) -> np.ndarray:
-    """(N, C) before the final norm; `dino_keys` (H, d, rows, columns) of the square image."""
+    """(N, C) before the final norm; `dino_keys` (H, d, rows, columns) of the square image.
+
+    Of the best assignments, which may be many, the one `chosen` is taken; it must be one of them.
+    """
     from itertools import permutations
 
     from plain_clip import gaussian
@@ -96,11 +100,11 @@ def cass(
         return np.sort(largest / np.abs(largest).sum())
 
     distance = np.array([[np.abs(spectrum(d) - spectrum(c)).sum() for c in clip_graphs] for d in dino_graphs])
-    # All of them tie where spectra differ alike; the identity comes first.
-    totals = {p: sum(distance[i, j] for i, j in enumerate(p)) for p in permutations(range(heads))}
-    chosen = next(p for p, total in totals.items() if total > max(totals.values()) - 1e-6)
+    best = max(sum(distance[i, j] for i, j in enumerate(p)) for p in permutations(range(heads)))
+    assert sorted(j for _, j in chosen) == list(range(heads))
+    assert sum(distance[i, j] for i, j in chosen) > best - 1e-6
     out = np.zeros_like(values)
-    for i, j in enumerate(chosen):
+    for i, j in chosen:
         d, c = (j, i) if transposed else (i, j)
         u, sizes, vt = np.linalg.svd(dino_graphs[d])
         u, sizes, vt = u[:, :10], sizes[:10], vt[:10]

@@ -6,7 +6,18 @@ from functools import cache
 from typing import Any
 
 import torch
-from transformers import SamVisionConfig, SamVisionModel, ViTConfig, ViTModel
+from transformers import (
+    Sam2Config,
+    Sam2HieraDetConfig,
+    Sam2Model,
+    Sam2VisionConfig,
+    SamConfig,
+    SamModel,
+    SamVisionConfig,
+    SamVisionModel,
+    ViTConfig,
+    ViTModel,
+)
 
 from spar_hf import METHODS
 
@@ -27,3 +38,37 @@ def small(name: str) -> torch.nn.Module:
 def networks_for(method: str) -> dict[str, Any]:
     """Networks for `build_encoder` and `build_segmenter`: all that the method needs."""
     return {name: small(name) for name in METHODS[method].needs}
+
+
+def sam_model() -> torch.nn.Module:
+    """A whole SAM of 128 px."""
+    prompts = {"hidden_size": 8, "image_size": 128, "patch_size": 16, "mask_input_channels": 4}
+    decoder = {"hidden_size": 8, "mlp_dim": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    decoder |= {"attention_downsample_rate": 2, "iou_head_hidden_dim": 8, "iou_head_depth": 2}
+    vision = {**small("sam").config.to_dict(), "num_pos_feats": 4}
+    config = SamConfig(vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=decoder)
+    return SamModel(config).eval()
+
+
+def sam2_model() -> torch.nn.Module:
+    """A whole SAM 2 of 128 px."""
+    widths = [8, 16, 32, 64]
+    trunk = Sam2HieraDetConfig(
+        hidden_size=8,
+        embed_dim_per_stage=widths,
+        num_attention_heads_per_stage=[1, 2, 4, 8],
+        blocks_per_stage=[1, 1, 2, 1],
+        global_attention_blocks=[3],
+        window_size_per_stage=[8, 4, 4, 4],
+        image_size=[128, 128],
+    )
+    vision = Sam2VisionConfig(
+        backbone_config=trunk,
+        backbone_channel_list=widths[::-1],
+        backbone_feature_sizes=[[32, 32], [16, 16], [8, 8]],
+        fpn_hidden_size=16,
+    )
+    prompts = {"hidden_size": 16, "image_size": 128, "patch_size": 16, "mask_input_channels": 4}
+    decoder = {"hidden_size": 16, "mlp_dim": 16, "num_attention_heads": 2, "iou_head_hidden_dim": 16}
+    config = Sam2Config(vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=decoder)
+    return Sam2Model(config).eval()

@@ -195,5 +195,5 @@ def test_one_class_one_patch_and_equal_colours(spar):
 def test_without_scipy_one_line_names_the_extra(spar, pixels, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "scipy.sparse", None)
     segmenter = build_segmenter(*spar, "lposs", networks={"dino": DINO[16]})
-    with pytest.raises(ValueError, match=r'needs scipy; run: pip install "spar-hf\[vfm\]"'):
+    with pytest.raises(ValueError, match=r'scipy is needed and not installed; run: pip install "spar-hf\[vfm\]"'):
         segmenter(pixels("native"), segmenter.encode_labels("car; dog"))

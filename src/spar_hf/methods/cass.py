@@ -14,9 +14,9 @@ As the authors' code: what was matched as D_i and C_j is joined as D_j and C_i (
 since its test of energy looks only at the values that it computed; matched heads are the least alike ones.
 Graphs are of rank d, so that eigenvalues come from d x d matrices; rows of A are made some at a time, none is held.
 Deviations: singular values are exact (theirs are random, features move by 0.02 to 0.08); DINO sees the image's own
-colours (theirs mixes up two standard deviations, and bytes wrap around). Where the differences of all spectra change
-sign at the same eigenvalue, d is a number of D_i plus one of C_j and all assignments are worth the same: rounding
-decides in theirs; here heads then stay with those of their number.
+colours (theirs mixes up two standard deviations, and bytes wrap around).
+Many assignments tie: where D_i's and C_j's spectra cross at the same place for several i and j, d is a number of D_i
+plus one of C_j. Rounding of the costs to fp32 decides, here as there, so that each image is run by itself.
 Its text side, which pulls names towards the image, is no feature and is not here.
 To reach: mean IoU 65.8 on VOC21, 40.2 on Context59 with CLIP ViT-B/16 and DINO ViT-B/8, with its text side and PAMR.
 """
@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +34,9 @@ from torch.nn import functional as F
 from ..clip_spar import SparVisionModel
 from ..dense_spar import merge_heads, project_heads, split_heads
 from ..encoder_spar import SparVisionOutput
+from ..networks.loading import extra_package
 from ..networks.vit import ViT
-from .encoder import ROW_NUMBERS, MethodEncoder, extra_package, needed
+from .encoder import ROW_NUMBERS, MethodEncoder, needed
 
 
 @dataclass(frozen=True)
@@ -92,21 +94,27 @@ class Encoder(MethodEncoder):
     @torch.no_grad()
     def forward(self, pixel_values: Tensor) -> SparVisionOutput:
         """(B, 3, H, W) -> `patch_embeds` (B, h, w, D)."""
-        x, grid_hw, extent_hw = self.embed(pixel_values)
+        outputs = [self.of_one(image) for image in pixel_values.split(1)]
+        names = ("patch_embeds", "image_embeds", "last_hidden_state", "pooler_output")
+        fields: dict[str, Any] = {name: torch.cat([getattr(output, name) for output in outputs]) for name in names}
+        return SparVisionOutput(**fields, image_hw=outputs[0].image_hw, extent_hw=outputs[0].extent_hw)
+
+    def of_one(self, image: Tensor) -> SparVisionOutput:
+        """`forward` of one image (1, 3, H, W)."""
+        x, grid_hw, extent_hw = self.embed(image)
         x = self.run_to_last(x, grid_hw)
         layer = self.last_layer
         heads = project_heads(layer.self_attn, layer.layer_norm1(x), "kv")
-        keys, values = heads["k"][:, :, 1:].float(), heads["v"][:, :, 1:].float()
-        side = min(pixel_values.shape[2:])
-        square = pixel_values.float()
-        if pixel_values.shape[2] != pixel_values.shape[3]:
+        side = min(image.shape[2:])
+        square = image.float()
+        if image.shape[2] != image.shape[3]:
             square = F.interpolate(square, size=(side, side), mode="bicubic", align_corners=False, antialias=True)
         seen = self.dino(square, self.config, heads="k").heads["k"].float()
         seen = F.interpolate(seen, size=grid_hw, mode="bilinear", align_corners=False).flatten(2).transpose(1, 2)
         dino_keys = split_heads(seen, seen.shape[-1] // self.dino.num_heads)
-        mixed = torch.stack([self.mixed(*image, grid_hw) for image in zip(keys, dino_keys, values, strict=True)])
-        patches = layer.self_attn.out_proj(merge_heads(mixed).to(x.dtype))
-        return self.output(patches, x, grid_hw, extent_hw, pixel_values)
+        mixed = self.mixed(heads["k"][0, :, 1:].float(), dino_keys[0], heads["v"][0, :, 1:].float(), grid_hw)
+        patches = layer.self_attn.out_proj(merge_heads(mixed[None]).to(x.dtype))
+        return self.output(patches, x, grid_hw, extent_hw, image)
 
     def mixed(self, keys: Tensor, dino_keys: Tensor, values: Tensor, grid_hw: tuple[int, int]) -> Tensor:
         """What each head of one image attends to: (H, N, d) each, fp32."""
@@ -155,10 +163,10 @@ def spectrum(keys: Tensor, scale: float, count: int) -> Tensor:
 
 
 def matched(distance: Tensor) -> list[tuple[int, int]]:
-    """The assignment (H, H) whose distances add up to most, as pairs; a tie goes to the diagonal."""
-    biased = distance.cpu() + 1e-6 * torch.eye(len(distance), dtype=distance.dtype)
-    assignment = extra_package("scipy.optimize", "vfm").linear_sum_assignment(biased.numpy(), maximize=True)
-    return list(zip(*(side.tolist() for side in assignment), strict=True))
+    """The assignment (H, H) whose distances add up to most, as pairs of rows and columns."""
+    solve = extra_package("scipy.optimize", "vfm").linear_sum_assignment
+    rows, columns = solve((1 - distance).float().cpu().numpy())  # the authors' costs
+    return list(zip(rows.tolist(), columns.tolist(), strict=True))
 
 
 def attend_joined(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -123,19 +122,6 @@ def needed(networks: Mapping[str, Any], name: str, method: str) -> Any:
         given = ", ".join(networks) or "none"
         raise ValueError(f"method {method!r} needs a network {name!r} and got {given}; give --network {name}=ID.")
     return networks[name]
-
-
-def extra_package(name: str, extra: str) -> Any:
-    """A package of an extra, imported.
-
-    Raises:
-        ValueError: it is not installed.
-    """
-    try:
-        return import_module(name)
-    except ModuleNotFoundError:
-        package = name.partition(".")[0]
-        raise ValueError(f'this method needs {package}; run: pip install "spar-hf[{extra}]"') from None
 
 
 def mean_similarity(unit: torch.Tensor) -> torch.Tensor:

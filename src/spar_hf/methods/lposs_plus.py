@@ -15,7 +15,7 @@ from functools import cache
 import numpy as np
 from torch import Tensor
 
-from ..networks.loading import rgb
+from ..encoders.base import rgb
 from . import lposs
 from .propagation import Graph, lab_colours, pixel_graph
 

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .encoder import ROW_NUMBERS, extra_package
+from ..networks.loading import extra_package
+from .encoder import ROW_NUMBERS
 
 # Numbers (nodes x classes) that are solved for at a time: 64 MB of fp64 for each of four vectors.
 SOLVER_NUMBERS = 2**23

@@ -18,6 +18,9 @@ from transformers import Sam2Model, SamModel, SamVisionModel
 
 from .loading import IMAGENET_MEAN, IMAGENET_STD, load_network, normalisation_of, renormalise
 
+# Numbers of the masks that are resized at a time, 128 MB in fp32.
+MASK_NUMBERS = 2**25
+
 
 @dataclass(frozen=True)
 class GlobalAttention:
@@ -192,22 +195,26 @@ class Sam(nn.Module):
         points: Tensor | None = None,
         boxes: Tensor | None = None,
         mask: Tensor | None = None,
+        frame_hw: tuple[int, int] | None = None,
         several: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Masks of prompts.
 
         Args:
             image: from `encode`.
-            points: (N, P, 2), foreground points of each prompt, x first, in the image's pixels.
+            points: (N, P, 2), foreground points of each prompt, x first.
             boxes: (N, 4), left, top, right, bottom.
-            mask: (s, s), one map for all prompts, in the decoder's own frame and logits; s is `mask_px`.
+            mask: (s, s), one map of logits for all prompts, in the decoder's own frame; see `mask_prompt`.
+            frame_hw: size of the image that points and boxes are in; None is the image's own.
             several: three masks a prompt instead of one.
 
         Returns:
             Mask logits (N, M, s, s) in the decoder's own frame, see `at_image_size`, and the expected IoU (N, M).
         """
         dtype = next(self.network.parameters()).dtype
-        to_network = torch.tensor([r / i for r, i in zip(image.resized_hw[::-1], image.image_hw[::-1], strict=True)])
+        frame_hw = image.image_hw if frame_hw is None else frame_hw
+        sides = zip(self.resized_hw(frame_hw), frame_hw, strict=True)
+        to_network = torch.tensor([resized / side for resized, side in sides]).flip(0)  # x first
         prompts: dict[str, Any] = {}
         if points is not None:
             prompts["input_points"] = (points * to_network.to(points)).to(dtype)[None]
@@ -224,6 +231,12 @@ class Sam(nn.Module):
         """Side of the decoder's maps."""
         return 4 * self.image_px // self.network.config.prompt_encoder_config.patch_size
 
+    def mask_prompt(self, scores: Tensor, image: SamImage) -> Tensor:
+        """A map (H, W) of the image, bilinear in the decoder's frame (s, s), zeros where the image is padded."""
+        size = self.resized_hw(image.image_hw, self.mask_px)
+        small = F.interpolate(scores[None, None], size=size, mode="bilinear", align_corners=False)[0, 0]
+        return F.pad(small, (0, self.mask_px - size[1], 0, self.mask_px - size[0]))
+
     def at_image_size(self, logits: Tensor, image: SamImage) -> Tensor:
         """Mask logits (N, M, s, s) -> (N, M, H, W) of the image, bilinear."""
         if not self.stretches:
@@ -231,11 +244,14 @@ class Sam(nn.Module):
             logits = logits[..., : image.resized_hw[0], : image.resized_hw[1]]
         return F.interpolate(logits, size=image.image_hw, mode="bilinear", align_corners=False)
 
-    def grid_masks(self, image: SamImage, points_per_side: int, batch: int = 64) -> Iterator[tuple[Tensor, Tensor]]:
-        """Masks of a grid of points, three a point, some points at a time: logits (n, H, W) and expected IoU (n)."""
+    def grid_masks(
+        self, image: SamImage, points_per_side: int, several: bool = True
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Masks of a grid of points, three a point or one, some at a time: logits (n, H, W), expected IoU (n)."""
         place = (torch.arange(points_per_side) + 0.5) / points_per_side
         points = torch.stack([place.repeat(points_per_side), place.repeat_interleave(points_per_side)], dim=-1)
-        points = points * torch.tensor(image.image_hw[::-1])
-        for chunk in points.to(next(self.network.parameters()).device).split(batch):
-            logits, scores = self.prompted(image, points=chunk[:, None], several=True)
+        points = (points * torch.tensor(image.image_hw[::-1])).to(next(self.network.parameters()).device)
+        batch = min(max(MASK_NUMBERS // (3 * image.image_hw[0] * image.image_hw[1]), 1), 64)
+        for chunk in points.split(batch):
+            logits, scores = self.prompted(image, points=chunk[:, None], several=several)
             yield self.at_image_size(logits, image).flatten(0, 1), scores.flatten()
