@@ -1,6 +1,6 @@
-"""Measures every label option alone on the picture book and writes the table of docs/refinement.md.
+"""Measures every refinement alone on the picture book and writes the table of docs/refinement.md.
 
-    python benchmarks/refinements.py                       # tiny, 4x, 32 scenes: none, then each option alone
+    python benchmarks/refinements.py                       # tiny, 4x, 32 scenes: none, then each refinement alone
     python benchmarks/refinements.py --limit 8 pamr pamr+cluster-vote
     python benchmarks/refinements.py --docs                # rewrites the table from the stored results
 
@@ -54,15 +54,15 @@ def table(document: dict[str, Any]) -> list[str]:
     measured = {tuple(entry["refine"]): entry for entry in document["results"]}
     plain = measured[()]
     lines = []
-    for name, option in REFINEMENTS.items():
+    for name, row in REFINEMENTS.items():
         entry = measured.get((name,))
         score = change = ""
         if entry is not None:
             score = f"{100 * entry['mean_iou']:.1f}"
             change = f"{100 * (entry['mean_iou'] - plain['mean_iou']):+.1f}".replace("-", "−")
-        does = f"{option.title} ({option.paper})"
-        needs = ", ".join(option.needs) or "nothing"
-        lines.append([f"`{name}`", does, STAGES[option.stage], needs, score, change])
+        does = f"{row.title} ({row.paper})"
+        needs = ", ".join(row.needs) or "nothing"
+        lines.append([f"`{name}`", does, STAGES[row.stage], needs, score, change])
     header = ["refinement", "does", "changes", "needs", "mIoU", "change"]
     return [
         f"`{document['model']}` in one pass at {document['scale']:g}× its native side, {plain['num_images']} scenes "
@@ -83,7 +83,7 @@ def write_docs(document: dict[str, Any], path: Path = DOCS) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows", nargs="*", metavar="NAME[+NAME]", help="default: each option alone")
+    parser.add_argument("rows", nargs="*", metavar="NAME[+NAME]", help="default: each refinement alone")
     parser.add_argument("--model", default="tiny", help="default: %(default)s")
     parser.add_argument("--scale", type=float, default=4, help="multiple of the native side (default: %(default)s)")
     parser.add_argument("--limit", type=int, default=32, help="scenes (default: %(default)s)")

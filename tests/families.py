@@ -23,15 +23,7 @@ SIGLIP_VISION = {
     "image_size": 64,
     "patch_size": 16,
 }
-DINOV3_VISION = {
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_attention_heads": 3,
-    "num_hidden_layers": 3,
-    "image_size": 64,
-    "patch_size": 16,
-    "num_register_tokens": 4,
-}
+DINOV3_VISION = {**SIGLIP_VISION, "num_register_tokens": 4}
 TEXT = {"hidden_size": 32, "intermediate_size": 40, "num_attention_heads": 2, "num_hidden_layers": 2}
 
 

@@ -209,8 +209,8 @@ class SparProcessor(ProcessorMixin):
         for index in too_long[:3]:
             lost = self.tokenizer.decode(ids[index][room:])
             logger.warning(
-                f"label '{_short(names[index])}' is {len(ids[index])} tokens long in its prompt and the text tower "
-                f"reads {room}; cut off: '{_short(lost)}'."
+                f"label {_short(names[index])!r} is {len(ids[index])} tokens long in its prompt and the text tower "
+                f"reads {room}; cut off: {_short(lost)!r}."
             )
         if len(too_long) > 3:
             logger.warning(f"{len(too_long) - 3} more labels are too long and were cut off.")

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from .grid_spar import unknown
+from .grid_spar import shown, unknown
 
 logger = logging.getLogger(__name__)
 
@@ -160,16 +160,19 @@ class Labels:
                 f"labels are a {type(labels).__name__}; allowed are a string such as 'road; car, automobile; sky', "
                 "a list, or a mapping of class names to names. Pass one of these."
             )
-        entries = [_parse_class(entry, number) for number, entry in enumerate(labels, start=1)]
+        entries = []
+        num_names = 0
+        for number, entry in enumerate(labels, start=1):
+            entries.append(_parse_class(entry, number))
+            num_names += len(entries[-1][1])
+            if num_names > max_labels:
+                raise ValueError(
+                    f"there are over {max_labels} labels; at most {max_labels} are allowed. "
+                    "Pass fewer, or raise max_labels if this is meant."
+                )
         if not entries:
             raise ValueError("there are no labels; at least one is needed. Pass some, such as 'road; car; sky'.")
         classes = tuple(names for _, names, _ in entries)
-        num_names = sum(len(names) for names in classes)
-        if num_names > max_labels:
-            raise ValueError(
-                f"there are {num_names} labels; at most {max_labels} are allowed. "
-                "Pass fewer, or raise max_labels if this is meant."
-            )
         _check_unique(classes)
         if len(classes) == 1 and num_names > 1 and entries[0][0] is None:
             # Commas between classes are the likely slip, and its result (one class everywhere) looks like a bug.
@@ -181,7 +184,7 @@ class Labels:
         titles = tuple(names[0] if title is None else title for title, names, _ in entries)
         if len(set(titles)) < len(titles):
             twice = next(title for title in titles if titles.count(title) > 1)
-            raise ValueError(f"two classes are called {twice!r}; give each a name of its own.")
+            raise ValueError(f"two classes are called {shown(twice)}; give each a name of its own.")
         templates = tuple(own for _, _, own in entries)
         return cls(
             classes,
@@ -266,9 +269,9 @@ def _parse_class(entry: Any, number: int) -> tuple[str | None, tuple[str, ...], 
         entry = [title] if entry.get("names") in (None, "", [], ()) else entry["names"]
     names = entry.split(",") if isinstance(entry, str) else entry
     if not isinstance(names, Sequence) or isinstance(names, bytes) or not all(isinstance(n, str) for n in names):
-        raise ValueError(f"label {number} is {entry!r:.200}; allowed are a string, a list of strings or a mapping.")
+        raise ValueError(f"label {number} is {shown(entry)}; allowed are a string, a list of strings or a mapping.")
     if not names or not all(name.strip() for name in names):
-        raise ValueError(f"label {number} is empty in {entry!r:.200}; every label needs a name. Remove it or name it.")
+        raise ValueError(f"label {number} is empty in {shown(entry)}; every label needs a name. Remove it or name it.")
     return title, tuple(_clean(name, f"label {number}") for name in names), templates
 
 
@@ -277,7 +280,7 @@ def _clean(name: str, what: str) -> str:
     if len(name) > MAX_CHARACTERS:
         raise ValueError(f"{what} has {len(name)} characters; at most {MAX_CHARACTERS} are read. Shorten it.")
     if any("\ud800" <= character <= "\udfff" for character in name):
-        raise ValueError(f"{what} is {name!r}, which holds bytes that are no UTF-8 text. Write it as text.")
+        raise ValueError(f"{what} is {shown(name)}, which holds bytes that are no UTF-8 text. Write it as text.")
     name = re.sub(r"\s+", " ", name).strip()
     if not name:
         raise ValueError(f"{what} is empty; every label needs a name. Remove it or name it.")
@@ -287,7 +290,9 @@ def _clean(name: str, what: str) -> str:
 def _row_of_csv(row: dict[str | None, Any]) -> dict[str, Any]:
     """A line of a CSV file as a mapping of `Labels.parse`."""
     if None in row:
-        raise ValueError(f"a line has more cells than the header: {row.get('name')!r}; quote names that hold commas")
+        raise ValueError(
+            f"a line has more cells than the header: {shown(row.get('name'))}; quote names that hold commas"
+        )
     fields = {key.strip(): (value or "").strip() for key, value in row.items() if key is not None}
     split = {"names": ",", "templates": ";"}
     return {
@@ -304,12 +309,12 @@ def _check_unique(classes: tuple[tuple[str, ...], ...]) -> None:
             first = class_of.setdefault(name.casefold(), class_id)
             if first != class_id:
                 raise ValueError(
-                    f"label '{name}' is in two classes, {first + 1} ('{classes[first][0]}') and {class_id + 1} "
-                    f"('{names[0]}'); a name belongs to one class. Remove one of them."
+                    f"label {shown(name)} is in two classes, {first + 1} ({shown(classes[first][0])}) and "
+                    f"{class_id + 1} ({shown(names[0])}); a name belongs to one class. Remove one of them."
                 )
         if len({name.casefold() for name in names}) != len(names):
             raise ValueError(
-                f"label {class_id + 1} names the same thing twice: {', '.join(names)}. Remove the repeated name."
+                f"label {class_id + 1} names the same thing twice: {shown(', '.join(names))}. Remove one of them."
             )
 
 
@@ -324,7 +329,7 @@ def check_templates(templates: str | Iterable[str]) -> tuple[str, ...]:
         raise ValueError("there are no prompt templates; at least one is needed, such as 'a photo of a {}.'.")
     for template in templates:
         if not isinstance(template, str) or template.count("{}") != 1:
-            raise ValueError(f"prompt template {template!r} must hold exactly one '{{}}', where the name goes.")
+            raise ValueError(f"prompt template {shown(template)} must hold exactly one '{{}}', where the name goes.")
     return templates
 
 
