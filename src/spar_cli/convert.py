@@ -8,7 +8,7 @@ from pathlib import Path
 from .options import check_one_of, whole_number
 from .output import table
 
-BACKBONES = ("clip", "siglip2", "dinov3")
+BACKBONES = ("clip", "siglip2", "dinov3", "anyup")
 ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "quick_gelu")
 HELP = "Convert SPAR's released weights, or those of open_clip, timm or dino.txt, and check the result."
 EPILOG = """examples:
@@ -19,6 +19,8 @@ EPILOG = """examples:
   spar convert dinov3_vitl16_pretrain.pth dinov3_vitl16_dinotxt.pth --backbone dinov3 --output dinov3-txt \\
       --tokenizer bpe_simple_vocab_16e6.txt.gz
       dino.txt comes in two files
+  spar convert anyup_multi_backbone.pth --backbone anyup --output anyup
+      an upsampler, for --upsample anyup=anyup
 
 docs/checkpoints.md lists what there is. Files are read without running anything in them."""
 
@@ -52,19 +54,24 @@ def run(args: argparse.Namespace) -> None:
     for activation in (args.activation, args.text_activation):
         if activation is not None:
             check_one_of("activation", activation, ACTIVATIONS)
-    from spar_hf.conversion import convert
+    from spar_hf.conversion import convert, convert_anyup
     from spar_hf.conversion.layouts import Asked
 
-    done = convert(
-        args.source,
-        args.backbone,
-        args.output,
-        Asked(args.activation, args.text_activation, args.heads, args.text_heads),
-        args.tokenizer,
-        args.mean,
-        args.std,
-        args.allow,
-    )
+    if args.backbone == "anyup":
+        if len(args.source) > 1:
+            raise ValueError(f"an AnyUp is one file, and {len(args.source)} are given; give one.")
+        done = convert_anyup(args.source[0], args.output, args.allow)
+    else:
+        done = convert(
+            args.source,
+            args.backbone,
+            args.output,
+            Asked(args.activation, args.text_activation, args.heads, args.text_heads),
+            args.tokenizer,
+            args.mean,
+            args.std,
+            args.allow,
+        )
     print(f"{done.source} (SHA-256 {done.digest}...): {done.layout}\n")
     print(table([("used", "from"), *((ours, ", ".join(theirs)) for ours, theirs in done.used.items())], "<<"))
     print(f"\nunused or missing: {', '.join(done.allowed) or 'none'}")

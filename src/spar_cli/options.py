@@ -164,7 +164,8 @@ class Opened:
     """A model ready to run, and what the builders are told.
 
     Attributes:
-        choices: Arguments of `build_encoder` and `build_segmenter`: method, networks, settings, window, reach, upsampler.
+        choices: Arguments of `build_encoder` and `build_segmenter`: method, networks, settings, window, reach,
+            upsampler.
         facts: What was opened and how, for the JSON output.
     """
 

@@ -12,6 +12,7 @@ from transformers import (
     AutoProcessor,
 )
 
+from .anyup_spar import SparAnyUp, SparAnyUpConfig
 from .build import build_encoder, build_segmenter
 from .checkpoints import convert_stock, load, pipeline, resolve
 from .clip_spar import SparConfig, SparModel, SparVisionConfig, SparVisionModel
@@ -19,6 +20,7 @@ from .dinov3_spar import SparDinov3Config, SparDinov3Model, SparDinov3VisionConf
 from .encoder_spar import SparOutput, SparVisionOutput
 from .encoders.base import DenseEncoder
 from .encoders.sliding_window import SlidingWindow
+from .encoders.upsampled import Upsampled
 from .families import FAMILIES
 from .image_processing_spar import InvalidImageError, SparImageProcessor
 from .methods.table import METHODS, Method
@@ -28,12 +30,14 @@ from .refinement import REFINEMENTS, Refined, Refinement, floss_templates
 from .segmentation_spar import FromFeatures, ScoreMaps, Segmenter, label_map
 from .segmenters import SlidingScores
 from .siglip_spar import SparSiglipConfig, SparSiglipModel, SparSiglipVisionConfig, SparSiglipVisionModel
+from .upsampling import UPSAMPLERS, load_upsampler
 
 __version__ = "0.1.0"
 
 __all__ = [
     "METHODS",
     "REFINEMENTS",
+    "UPSAMPLERS",
     "DenseEncoder",
     "FromFeatures",
     "InvalidImageError",
@@ -47,6 +51,8 @@ __all__ = [
     "Segmenter",
     "SlidingScores",
     "SlidingWindow",
+    "SparAnyUp",
+    "SparAnyUpConfig",
     "SparConfig",
     "SparDinov3Config",
     "SparDinov3Model",
@@ -63,11 +69,13 @@ __all__ = [
     "SparVisionConfig",
     "SparVisionModel",
     "SparVisionOutput",
+    "Upsampled",
     "build_encoder",
     "build_segmenter",
     "floss_templates",
     "label_map",
     "load",
+    "load_upsampler",
     "pipeline",
 ]
 
@@ -87,6 +95,10 @@ for _family in FAMILIES:
     _whole = _family[0]
     AutoModelForZeroShotImageClassification.register(_whole.config_class, _whole, exist_ok=True)
     AutoProcessor.register(_whole.config_class, SparProcessor, exist_ok=True)
+AutoConfig.register(SparAnyUpConfig.model_type, SparAnyUpConfig, exist_ok=True)
+AutoModel.register(SparAnyUpConfig, SparAnyUp, exist_ok=True)
+SparAnyUpConfig.register_for_auto_class()
+SparAnyUp.register_for_auto_class("AutoModel")
 SparImageProcessor.register_for_auto_class()
 SparProcessor.register_for_auto_class()
 register_pipeline(resolve("tiny"), convert_stock)

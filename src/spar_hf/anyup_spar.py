@@ -48,7 +48,7 @@ class SparAnyUpConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     source: str | None = None
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         for name in ("num_attention_heads", "num_groups"):
             if getattr(self, name) < 1 or self.hidden_size % getattr(self, name):
@@ -137,13 +137,14 @@ def norm_pixels(x: Tensor, norm: nn.GroupNorm, moments: Moments) -> Tensor:
 class AnyUpEncoder(nn.Module):
     """A first layer and two blocks."""
 
-    def __init__(self, config: SparAnyUpConfig, first: nn.Module):
+    def __init__(self, config: SparAnyUpConfig, first: Any):
         super().__init__()
-        self.first = first
+        self.first: Any = first
         self.blocks = nn.ModuleList([AnyUpBlock(config) for _ in range(2)])
 
     def run_blocks(self, x: Tensor) -> Tensor:
         """(N, C) -> (N, C); without gradients in place."""
+        block: Any
         for block in self.blocks:
             if torch.is_grad_enabled():
                 x = block(x)
@@ -190,7 +191,7 @@ class SparAnyUp(Upsampler, PreTrainedModel):
         self.post_init()
 
     @torch.no_grad()
-    def _init_weights(self, module):
+    def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, SparAnyUp):
             init.copy_(module.frequencies, initial_frequencies(self.config.hidden_size))
@@ -198,6 +199,23 @@ class SparAnyUp(Upsampler, PreTrainedModel):
             init.normal_(module.weight)
         elif isinstance(module, AnyUpNorm):
             init.ones_(module.weight)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
+    ) -> Any:
+        name = pretrained_model_name_or_path
+        # All mistakes at once, in one line; transformers would leave what is missing random.
+        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        loaded: Any = super().from_pretrained(name, *args, **kwargs)
+        model, info = loaded
+        for what in ("missing", "mismatched"):
+            if wrong := sorted(str(entry[0] if what == "mismatched" else entry) for entry in info[f"{what}_keys"]):
+                raise ValueError(
+                    f"{name} has {len(wrong)} {what} weights of {cls.__name__}: {', '.join(wrong[:4])}"
+                    f"{', ...' if len(wrong) > 4 else ''}. Give a folder that `spar convert --backbone anyup` wrote."
+                )
+        return (model, info) if output_loading_info else model
 
     def weights(self, image: Tensor, features: Tensor, size_hw: tuple[int, int]) -> AnyUpWeights:
         """See `Upsampler.weights`."""
@@ -218,7 +236,7 @@ class SparAnyUp(Upsampler, PreTrainedModel):
             for n, frequencies in zip((height, width), self.frequencies, strict=True)
         )  # (H, C), (W, C)
         x = x.unflatten(0, (height, width))
-        turned = [] if torch.is_grad_enabled() else None
+        turned: list[Tensor] | None = [] if torch.is_grad_enabled() else None
         for row, angle in zip(x, rows, strict=True):
             angle = angle + columns  # (W, C)
             first, second = row.chunk(2, dim=1)
@@ -347,7 +365,7 @@ class AnyUpWeights(LocalWeights):
         scores = query.transpose(0, 1) @ keys.transpose(1, 2) * keys.shape[2] ** -0.5
         masked = outside[0][:, None, :, None] | outside[1][None, :, None, :]  # (rows, columns, key rows, key columns)
         masked = masked.flatten(2).flatten(0, 1)
-        return Tile(*seen, scores.masked_fill(masked, -torch.inf).softmax(-1).mean(0))
+        return Tile(seen[0], seen[1], scores.masked_fill(masked, -torch.inf).softmax(-1).mean(0))
 
     def _convolved(self, rows: slice, columns: slice) -> Tensor:
         """The convolved queries of a tile, (pixels, C): one pixel around it is read, zeros beyond the border."""

@@ -7,7 +7,7 @@ import gzip
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -103,9 +103,7 @@ def convert(
             shapes, a weight is unused or missing, or the written model does not agree with the source.
         OSError: the tokenizer cannot be read.
     """
-    output = Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"{output} is there already; give a folder that is new or empty.")
+    output = new_folder(output)
     source = read_source([Path(path) for path in paths])
     layout = LAYOUTS[backbone](source, asked or Asked())
     weights, used, left_out, allowed = rename_weights(source, layout, allow)
@@ -113,17 +111,41 @@ def convert(
     model = build_model(source, layout, words, image_mean, image_std)
     set_weights(model, weights, allowed)
 
-    draft = output.with_name(f"{output.name}.{os.getpid()}.tmp")
-    try:
+    def write(draft: Path) -> Converted:
         model.save_pretrained(draft)
         save_processor(model, words, draft)
         again = layout.model_class.from_pretrained(draft).eval()
         comparisons = compare(again, REFERENCES[backbone](source.weights, layout.vision, layout.text), layout)
-        report = Converted(
+        return Converted(
             source.name, source.digest, layout.name, used, left_out, allowed, layout.vision, layout.text, comparisons
         )
+
+    return write_checked(output, write)
+
+
+def new_folder(output: Path | str) -> Path:
+    """The folder to write.
+
+    Raises:
+        ValueError: something is there already.
+    """
+    output = Path(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output} is there already; give a folder that is new or empty.")
+    return output
+
+
+def write_checked(output: Path, write: Callable[[Path], Converted]) -> Converted:
+    """Lets `write` fill a draft of the folder, adds its report, and keeps it if the comparisons agree.
+
+    Raises:
+        ValueError: they do not.
+    """
+    draft = output.with_name(f"{output.name}.{os.getpid()}.tmp")
+    try:
+        report = write(draft)
         (draft / "conversion.json").write_text(json.dumps(asdict(report), indent=1) + "\n", encoding="utf-8")
-        if wrong := [c for c in comparisons if not c.agrees]:
+        if wrong := [c for c in report.comparisons if not c.agrees]:
             raise ValueError(
                 f"the written model does not agree with the source: {wrong[0].what} differ by up to "
                 f"{wrong[0].max_difference:.2g}, their size is {wrong[0].magnitude:.2g}. Nothing was kept."

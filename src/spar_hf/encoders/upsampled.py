@@ -184,6 +184,7 @@ class FromUpsampled(FromFeatures):
                 )
             return plans[index]
 
+        coarse_maps: Any = feature_scores(outputs, encoded.text_embeds, image_hw)
         return [
             UpsampledScores(
                 scores=outputs.patch_embeds[index].float(),
@@ -196,5 +197,5 @@ class FromUpsampled(FromFeatures):
                 device=coarse.device,
                 coverage_hw=(image_hw[0] / extent_hw[0], image_hw[1] / extent_hw[1]),
             )
-            for index, coarse in enumerate(feature_scores(outputs, encoded.text_embeds, image_hw))
+            for index, coarse in enumerate(coarse_maps)
         ]

@@ -65,14 +65,9 @@ class BilateralWeights(LocalWeights):
         down = (places[0][:, None] - centres[0])[:, None]  # (rows, 1, O)
         across = (places[1][:, None] - centres[1])[None]  # (1, columns, O)
         index = cells[0][:, None] * self.grid_hw[1] + cells[1][None]  # (rows, columns, O)
-        logits = log_weight(
-            down,
-            across,
-            self.guide[:, rows, columns, None] - self.patch_colours.flatten(1)[:, index],
-            *(field.flatten()[index] for field in (self.kernels.sigma_x, self.kernels.sigma_y)),
-            self.kernels.angle.flatten()[index],
-            self.kernels.sigma_colour.flatten()[index],
-        )
+        colour = self.guide[:, rows, columns, None] - self.patch_colours.flatten(1)[:, index]
+        fields = (self.kernels.sigma_x, self.kernels.sigma_y, self.kernels.angle, self.kernels.sigma_colour)
+        logits = log_weight(down, across, colour, Kernels(*(field.flatten()[index] for field in fields)))
         if self.radius is not None:
             beyond = self.offsets.square().sum(1) > self.radius[rows, columns, None].square()
             logits = logits.masked_fill(beyond, -torch.inf)
@@ -81,7 +76,7 @@ class BilateralWeights(LocalWeights):
         inner_columns = box[1].stop - box[1].start
         inner = (cells[0] - box[0].start)[:, None] * inner_columns + (cells[1] - box[1].start)[None]
         dense = weights.new_zeros(len(weights), (box[0].stop - box[0].start) * inner_columns)
-        return Tile(*box, dense.scatter_add_(1, inner.flatten(0, 1), weights))
+        return Tile(box[0], box[1], dense.scatter_add_(1, inner.flatten(0, 1), weights))
 
 
 def offsets(most: int, device: torch.device) -> Tensor:
@@ -90,20 +85,19 @@ def offsets(most: int, device: torch.device) -> Tensor:
     return torch.cartesian_prod(steps, steps)
 
 
-def log_weight(
-    down: Tensor, across: Tensor, colour: Tensor, sigma_x: Tensor, sigma_y: Tensor, angle: Tensor, sigma_colour: Tensor
-) -> Tensor:
+def log_weight(down: Tensor, across: Tensor, colour: Tensor, patch: Kernels) -> Tensor:
     """Log of a patch's Gaussian at a pixel: its distance, turned by the patch's own angle, and its colour's.
 
     Args:
         down, across: from the patch's centre to the pixel.
         colour: (3, ...), the pixel's less the patch's.
-        sigma_x, sigma_y, angle, sigma_colour: the patch's.
+        patch: the patch's kernel.
     """
-    along = across * angle.cos() + down * angle.sin()
-    athwart = down * angle.cos() - across * angle.sin()
-    place = along.square() / (2 * sigma_x.square() + SMALL) + athwart.square() / (2 * sigma_y.square() + SMALL)
-    return -place - colour.square().sum(0) / (2 * sigma_colour.square() + SMALL)
+    along = across * patch.angle.cos() + down * patch.angle.sin()
+    athwart = down * patch.angle.cos() - across * patch.angle.sin()
+    place = along.square() / (2 * patch.sigma_x.square() + SMALL)
+    place = place + athwart.square() / (2 * patch.sigma_y.square() + SMALL)
+    return -place - colour.square().sum(0) / (2 * patch.sigma_colour.square() + SMALL)
 
 
 def resized(image: Tensor, size_hw: tuple[int, int], antialias: bool = True) -> Tensor:

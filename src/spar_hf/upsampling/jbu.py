@@ -1,7 +1,7 @@
 """Joint bilateral upsampling: a pixel is the mean of the patches near it in place and in colour. Nothing is learned.
 
-Source: Kopf et al., Joint Bilateral Upsampling, SIGGRAPH 2007, section 3; its kernel is the one that FeatUp (Fu et al.,
-ICLR 2024) learns. sigma_d is .5 patches over 5 x 5 of them and sigma_r .1 of the colours' range, the paper's.
+Source: Kopf et al., Joint Bilateral Upsampling, SIGGRAPH 2007, section 3; its kernel is the one that FeatUp (Fu et
+al., ICLR 2024) learns. sigma_d is .5 patches over 5 x 5 of them and sigma_r .1 of the colours' range, the paper's.
 Choices: the patch's colour is its mean; one step to any size, where FeatUp doubles four times.
 """
 

@@ -1,8 +1,8 @@
 """The table of upsamplers: a finer grid of features by the image's own edges, one row each.
 
-A row's file in this folder has a class `Upsampler`, whose arguments are its `Settings`; AnyUp's is a network and ships
-(`anyup_spar`). Upsampling can hurt (SPAR reports 44.4 -> 43.8 with AnyUp on DINOv3.txt, 43.6 -> 46.8 on SigLIP2), so it
-is off unless asked for.
+A row's file in this folder has a class `Upsampler`, whose argument is its `Settings`; AnyUp is a network and ships
+(`anyup_spar`). Upsampling can hurt (SPAR reports 44.4 -> 43.8 with AnyUp on DINOv3.txt, 43.6 -> 46.8 on SigLIP2), so
+it is off unless asked for.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from typing import Any
+
+from transformers import PreTrainedConfig
 
 from ..anyup_spar import SparAnyUp
 from ..checkpoints import resolve
@@ -53,7 +55,11 @@ class UpsamplerRow:
             return import_module(f"{__package__}.{self.name}").Upsampler()
         if weights is None:
             raise ValueError(f"upsampler {self.name!r} needs weights: {self.name}=FOLDER or ID; {self.weights}.")
-        return SparAnyUp.from_pretrained(resolve(weights)).eval()
+        folder = resolve(weights)
+        model_type = PreTrainedConfig.get_config_dict(folder)[0].get("model_type")
+        if model_type != SparAnyUp.config_class.model_type:
+            raise ValueError(f"{weights} is a checkpoint of type {model_type!r} and no {self.title}; {self.weights}.")
+        return SparAnyUp.from_pretrained(folder).eval()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
