@@ -14,7 +14,9 @@ import torch
 from PIL import Image, ImageFile
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from spar_hf.image_processing_spar import InvalidImageError, SparImageProcessor, load_image
+from spar_hf.image_io_spar import read_image
+from spar_hf.image_processing_spar import InvalidImageError, SparImageProcessor
+from spar_hf.image_values_spar import ReadOptions
 
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073])
 STD = np.array([0.26862954, 0.26130258, 0.27577711])
@@ -187,7 +189,7 @@ def test_reading_a_file_leaves_it_closed_and_pillows_limit_alone(rgb: np.ndarray
     path = tmp_path / "a.gif"
     Image.fromarray(rgb).save(path, save_all=True, append_images=[Image.fromarray(rgb[::-1].copy())])
     limit = Image.MAX_IMAGE_PIXELS
-    load_image(path)
+    read_image(path)
     assert limit == Image.MAX_IMAGE_PIXELS is not None
     path.unlink()
 
@@ -303,7 +305,7 @@ def test_a_raised_limit_is_obeyed_even_above_pillows_own(tmp_path: Path) -> None
     path = tmp_path / "huge.png"
     path.write_bytes(png_header(14_000, 14_000))
     with pytest.raises(InvalidImageError, match="damaged"):  # it went on to decode, and there are no pixels
-        load_image(path, max_image_pixels=500_000_000)
+        read_image(path, ReadOptions(max_pixels=500_000_000))
 
 
 def test_a_huge_image_is_never_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,7 +318,7 @@ def test_a_huge_image_is_never_decoded(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(ImageFile.ImageFile, "load", load)
     for source in (path, path.read_bytes()):
         with pytest.raises(InvalidImageError, match="raise max_image_pixels"):
-            load_image(source)
+            read_image(source)
 
 
 def test_too_many_pixels_for_the_model_are_refused_before_resizing() -> None:
