@@ -70,24 +70,34 @@ def test_palette_colours_differ_without_red_or_green_cones():
 # --- label map -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [np.int32, np.int64, np.uint8])
-def test_label_map_keeps_ids_up_to_255(dtype):
-    ids = np.arange(256).reshape(8, 32).astype(dtype)
+@pytest.mark.parametrize("dtype", [np.int32, np.int64, np.uint8, np.int16])
+def test_label_map_keeps_ids_up_to_254(dtype):
+    ids = np.arange(255).reshape(5, 51).astype(dtype)
     read = saved_and_read(label_map_image(ids))
-    assert read.mode == "P" and read.size == (32, 8)
+    assert read.mode == "P" and read.size == (51, 5)
     assert (np.asarray(read) == ids).all()
     assert tuple(read.getpalette()[3:6]) == tuple(palette(2)[1])
 
 
-def test_label_map_keeps_ids_above_255():
-    ids = np.array([[0, 255, 256], [846, 847, 65535]])
+def test_label_map_keeps_ids_above_254():
+    ids = np.array([[0, 254, 255], [846, 847, 65534]])
     read = saved_and_read(label_map_image(ids))
     assert (np.asarray(read).astype(int) == ids).all()
 
 
-@pytest.mark.parametrize("ids", [np.array([[-1, 0]]), np.array([[0, 65536]])])
+@pytest.mark.parametrize("dtype", [np.int8, np.int16, np.int32])
+def test_no_class_is_the_highest_value_of_the_label_map(dtype):
+    small = saved_and_read(label_map_image(np.array([[-1, 3]], dtype)))
+    assert small.mode == "P" and np.asarray(small).tolist() == [[255, 3]]
+    assert tuple(small.convert("RGB").getpixel((0, 0))) == (0, 0, 0)
+    if dtype != np.int8:
+        large = saved_and_read(label_map_image(np.array([[-1, 300]], dtype)))
+        assert np.asarray(large).tolist() == [[65535, 300]]
+
+
+@pytest.mark.parametrize("ids", [np.array([[-2, 0]]), np.array([[0, 65535]])])
 def test_label_map_refuses_ids_that_a_png_cannot_hold(ids):
-    with pytest.raises(ValueError, match="a PNG holds 0 to 65535"):
+    with pytest.raises(ValueError, match="a PNG holds -1 to 65534"):
         label_map_image(ids)
 
 
@@ -108,6 +118,17 @@ def test_overlay_tints_each_region_by_its_class():
         assert np.abs(picture[250, column] - expected).max() <= 1
     border = picture[250, 295:306]
     assert not (np.abs(border[:, None] - picture[250, [100, 500]][None]).max(-1) <= 1).any(1).all()
+
+
+@pytest.mark.parametrize("size_hw", [(500, 600), (1700, 23), (7, 1800)])
+def test_overlay_in_bands_is_the_overlay_in_one(monkeypatch, size_hw):
+    generator = np.random.default_rng(1)
+    image = Image.fromarray(generator.integers(0, 256, (*size_hw, 3), dtype=np.uint8))
+    ids = generator.integers(-1, 4, (size_hw[0] // 7 + 1, size_hw[1] // 7 + 1)).repeat(7, 0).repeat(7, 1)
+    ids = ids[: size_hw[0], : size_hw[1]].astype(np.int8)
+    whole = np.asarray(overlay(image, ids, ["a", "b", "c"]))
+    monkeypatch.setattr(visualize, "BAND_PIXELS", 3 * size_hw[1])
+    assert (np.asarray(overlay(image, ids, ["a", "b", "c"])) == whole).all()
 
 
 def test_overlay_without_opacity_shows_the_image_inside_the_regions():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
 
@@ -16,7 +16,8 @@ from .prompts_spar import Labels
 
 MIN_SIDE_PX = 480  # smaller pictures are enlarged by a whole factor, so that outlines and legend can be read
 MIN_LEGEND_PX = 240
-MAX_LEGEND_ROWS = 24  # more classes than this fraction one last line
+MAX_LEGEND_ROWS = 24  # more classes than this share one last line
+BAND_PIXELS = 2**21  # of a picture that is worked on at a time
 INK, PAPER, FRAME = (32, 33, 36), (255, 255, 255), (140, 140, 140)
 
 # The seven colours of Okabe and Ito, "Color Universal Design" (2008), without black.
@@ -169,9 +170,10 @@ def label_map_image(segmentation: np.ndarray) -> Image.Image:
         ValueError: not two-dimensional, not of whole numbers, or an id outside -1 to 65534.
     """
     segmentation = _class_ids(segmentation)
-    if segmentation.min() < -1 or segmentation.max() > 65534:
-        raise ValueError(f"class ids span {segmentation.min()} to {segmentation.max()}; a PNG holds -1 to 65534.")
-    if segmentation.max() > 254:
+    lowest, highest = int(segmentation.min()), int(segmentation.max())
+    if lowest < -1 or highest > 65534:
+        raise ValueError(f"class ids span {lowest} to {highest}; a PNG holds -1 to 65534.")
+    if highest > 254:
         return Image.fromarray(segmentation.astype(np.uint16))  # -1 wraps around to 65535
     picture = Image.fromarray(segmentation.astype(np.uint8))  # and here to 255
     colours = palette(256).copy()
@@ -182,7 +184,10 @@ def label_map_image(segmentation: np.ndarray) -> Image.Image:
 
 def scores_image(scores: np.ndarray) -> Image.Image:
     """Probabilities (H, W), 0 to 1, as a grey picture: 0 is black, 1 is white."""
-    return Image.fromarray((255 * scores).round().clip(0, 255).astype(np.uint8))
+    grey = np.empty(scores.shape, np.uint8)
+    for rows in _bands(scores.shape):
+        grey[rows] = (255 * scores[rows]).round().clip(0, 255)
+    return Image.fromarray(grey)
 
 
 def overlay(
@@ -216,15 +221,28 @@ def overlay(
     if not 0 <= opacity <= 1:
         raise ValueError(f"opacity is {opacity}; it must be 0 to 1.")
 
-    labelled = (segmentation >= 0) & (segmentation < len(class_names))
-    segmentation = np.where(labelled, segmentation, -1)
-    fractions = np.bincount(segmentation[labelled], minlength=len(class_names)) / segmentation.size
+    fractions = np.zeros(len(class_names))
+    for rows in _bands(segmentation.shape):
+        ids = segmentation[rows]
+        fractions += np.bincount(ids[(ids >= 0) & (ids < len(class_names))], minlength=len(class_names))
+    fractions /= segmentation.size
     factor = max(1, -(-MIN_SIDE_PX // max(segmentation.shape)))
     if factor > 1:
         image = image.resize((image.width * factor, image.height * factor), Image.Resampling.BICUBIC)
         segmentation = segmentation.repeat(factor, axis=0).repeat(factor, axis=1)
-    picture = _tint(image.convert("RGB"), segmentation, palette(len(class_names)), opacity)
-    return _with_legend(picture, class_names, fractions)
+    legend = _legend(image.size, class_names, fractions)
+    canvas = Image.new("RGB", (legend.width, image.height + legend.height), PAPER)
+    for rows, tinted in _tinted(image, segmentation, palette(len(class_names)), opacity):
+        canvas.paste(tinted, ((canvas.width - image.width) // 2, rows.start))
+    canvas.paste(legend, (0, image.height))
+    return canvas
+
+
+def _bands(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Rows of a picture, about `BAND_PIXELS` at a time."""
+    step = max(1, BAND_PIXELS // shape[1])
+    for start in range(0, shape[0], step):
+        yield slice(start, min(start + step, shape[0]))
 
 
 def _class_ids(segmentation: np.ndarray) -> np.ndarray:
@@ -234,19 +252,31 @@ def _class_ids(segmentation: np.ndarray) -> np.ndarray:
             f"the segmentation has shape {segmentation.shape} and type {segmentation.dtype}; "
             "give one (H, W) array of whole numbers."
         )
-    return segmentation.astype(np.int32, copy=False)
+    return segmentation
 
 
-def _tint(image: Image.Image, segmentation: np.ndarray, colours: np.ndarray, opacity: float) -> Image.Image:
-    """Regions in their colour at `opacity`, their borders in full colour with a thin dark line between them."""
+def _tinted(
+    image: Image.Image, segmentation: np.ndarray, colours: np.ndarray, opacity: float
+) -> Iterator[tuple[slice, Image.Image]]:
+    """Regions in their colour at `opacity`, borders in full with a thin dark line between them; some rows at a time."""
     unit_px = max(1, round(max(segmentation.shape) / 800))
-    colour = Image.fromarray(colours[np.maximum(segmentation, 0)] if len(colours) else np.zeros_like(image))
-    picture = Image.blend(image, colour, opacity)
-    picture.paste(colour, mask=Image.fromarray(_near_a_border(segmentation, 2 * unit_px)))
-    picture.paste(INK, mask=Image.fromarray(_near_a_border(segmentation, unit_px, both_sides=False)))
-    if segmentation.min() < 0:
-        picture.paste(image, mask=Image.fromarray(segmentation < 0))
-    return picture
+    margin_px = 2 * unit_px  # how far a border reaches
+    for rows in _bands(segmentation.shape):
+        above = min(margin_px, rows.start)
+        inner = slice(above, above + rows.stop - rows.start)
+        ids = segmentation[rows.start - above : rows.stop + margin_px].astype(np.int32)
+        ids[(ids < 0) | (ids >= len(colours))] = -1
+        borders = _near_a_border(ids, 2 * unit_px)[inner]
+        lines = _near_a_border(ids, unit_px, both_sides=False)[inner]
+        ids = ids[inner]
+        part = image.crop((0, rows.start, image.width, rows.stop)).convert("RGB")
+        colour = Image.fromarray(colours[np.maximum(ids, 0)] if len(colours) else np.zeros_like(part))
+        picture = Image.blend(part, colour, opacity)
+        picture.paste(colour, mask=Image.fromarray(borders))
+        picture.paste(INK, mask=Image.fromarray(lines))
+        if ids.min() < 0:
+            picture.paste(part, mask=Image.fromarray(ids < 0))
+        yield rows, picture
 
 
 def _near_a_border(segmentation: np.ndarray, reach_px: int, both_sides: bool = True) -> np.ndarray:
@@ -261,10 +291,10 @@ def _near_a_border(segmentation: np.ndarray, reach_px: int, both_sides: bool = T
     return near
 
 
-def _with_legend(picture: Image.Image, class_names: Sequence[str], fractions: np.ndarray) -> Image.Image:
-    """`picture` above a panel of swatches, class names and fractions, in as many columns as fit."""
-    text_px = int(np.clip(np.sqrt(picture.width * picture.height) / 44, 14, 72))
-    width = max(picture.width, MIN_LEGEND_PX, 16 * text_px)
+def _legend(size: tuple[int, int], class_names: Sequence[str], fractions: np.ndarray) -> Image.Image:
+    """Swatches, class names and fractions, in as many columns as fit under a picture of a (width, height)."""
+    text_px = int(np.clip(np.sqrt(size[0] * size[1]) / 44, 14, 72))
+    width = max(size[0], MIN_LEGEND_PX, 16 * text_px)
     line_px, gap_px = round(1.6 * text_px), text_px
     present = [int(index) for index in np.argsort(-fractions, kind="stable") if fractions[index] > 0]
     shown, rest = present[:MAX_LEGEND_ROWS], present[MAX_LEGEND_ROWS:]
@@ -288,20 +318,19 @@ def _with_legend(picture: Image.Image, class_names: Sequence[str], fractions: np
     columns = -(-len(rows) // lines)
     column_px = (width - gap_px * (2 + 2 * (columns - 1))) / columns
 
-    canvas = Image.new("RGB", (width, picture.height + lines * line_px + 2 * gap_px), PAPER)
-    canvas.paste(picture, ((width - picture.width) // 2, 0))
-    draw = ImageDraw.Draw(canvas)
+    panel = Image.new("RGB", (width, lines * line_px + 2 * gap_px), PAPER)
+    draw = ImageDraw.Draw(panel)
     for index, (colour, text, font, fraction) in enumerate(rows):
         column, line = divmod(index, lines)
         left = gap_px + column * (column_px + 2 * gap_px)
-        middle = picture.height + gap_px + (line + 0.5) * line_px
+        middle = gap_px + (line + 0.5) * line_px
         if colour is not None:
             swatch = (left, middle - 0.55 * text_px, left + 1.1 * text_px, middle + 0.55 * text_px)
             draw.rectangle(swatch, fill=colour, outline=FRAME)
         name = fit_text(text, font, column_px - fixed_px)
         draw.text((left + 2 * text_px, middle), name, fill=INK, font=font, anchor="lm")
         draw.text((left + column_px, middle), percent_text(fraction), fill=INK, font=digits, anchor="rm")
-    return canvas
+    return panel
 
 
 def percent_text(fraction: float) -> str:
