@@ -158,8 +158,8 @@ def main(args: argparse.Namespace) -> int:
     numbers = [number for shard in mine for number in store.views_of(shard)]
     with caught_signals() as stops:
         write_shards(args, state, store, views, numbers, cost, teacher, trunk, bad, stops)
-    if state.gather(torch.tensor([max(stops, default=0)], device=state.device)).max() > 0:
-        stop = int(max(stops, default=signal.SIGTERM))
+    stop = int(state.gather(torch.tensor([max(stops, default=0)], device=state.device)).max())
+    if stop:
         say(f"stopped by {signal.Signals(stop).name}; the same command goes on.")
         return 128 + stop
     if state.is_main_process:

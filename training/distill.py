@@ -52,6 +52,7 @@ from transformers import get_scheduler
 from spar_cli.errors import caught_signals
 from spar_cli.parser import Parser, path, positive, positive_or_0, text, whole_number, whole_number_or_0
 from spar_cli.training_options import (
+    DATA_USAGE,
     BadImages,
     RunStopped,
     add_data_flags,
@@ -84,6 +85,7 @@ from spar_hf.distillation.views import Views
 from spar_hf.files import clear_drafts, weights_digest, write_json
 from spar_hf.hub.publish import publish
 
+HEADS = ("none", "linear")  # linear: the best map from the student's start to the teacher, see `linear_head`
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")  # of transformers.get_scheduler
 
 
@@ -110,8 +112,7 @@ def parser() -> Parser:
     group = parser.add_argument_group("learning (defaults: SPAR, section 4)")
     group.add_argument("--train", default="last:2", help="last:N, all, positions, patch-embed, several by commas")
     group.add_argument("--loss", choices=LOSSES, default="mse", help="SPAR, section 3: mse")
-    group.add_argument("--head", choices=("none", "linear"), default="none", help="between student and teacher: SPAR has "
-                       "none; linear is the best map from the student's start to the teacher")  # fmt: skip
+    group.add_argument("--head", choices=HEADS, default="none", help="the student is compared through it; SPAR: none")
     group.add_argument("--learning-rate", type=positive, metavar="R", default=2e-5, help="(2e-5)")
     group.add_argument("--weight-decay", type=positive_or_0, metavar="R", default=1e-4, help="(1e-4)")
     group.add_argument("--schedule", choices=SCHEDULES, default="constant", help="of the learning rate (constant)")
@@ -223,11 +224,11 @@ def prepare(args: argparse.Namespace) -> Run:
     say, device = accelerator.print, accelerator.device
     specs = student_spec(args), settled(teacher_spec(args), args.cache, device)
     _, vision, processor = load_student(specs[0])
-    if args.evaluate_scales and processor is None:
-        raise ValueError(f"--evaluate-scales needs a text tower, and {args.student} is a vision tower; leave it out.")
     native_px, patch_px = vision.config.image_size, vision.config.patch_size
     if args.evaluate_scales and min(args.evaluate_scales) * native_px < patch_px:
         raise ValueError(f"--evaluate-scales has {min(args.evaluate_scales)}, less than a patch; give larger ones.")
+    if args.evaluate_scales and processor is None:
+        raise ValueError(f"--evaluate-scales needs a text tower, and {args.student} is a vision tower; leave it out.")
     start_weights = weights_digest(vision)
     student = Student(vision, vision.trunk_end(args.trunk_blocks) if args.trunk_blocks else 0)
     noise = torch.randint(256, (1, native_px, native_px, 3), dtype=torch.uint8)

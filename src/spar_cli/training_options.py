@@ -60,8 +60,8 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
 
     group = parser.add_argument_group("augmentation (defaults: SPAR, section 4)")
     default = Augmentation()
-    bounds = {"nargs": 2, "type": fraction, "metavar": ("LOW", "HIGH")}
-    sides = {"type": whole_number, "metavar": "PX"}
+    bounds: dict[str, Any] = {"nargs": 2, "type": fraction, "metavar": ("LOW", "HIGH")}
+    sides: dict[str, Any] = {"type": whole_number, "metavar": "PX"}
     group.add_argument("--long-side-px", **sides, help=f"at scale 1 ({default.long_side_px})")
     group.add_argument("--short-side-px", **sides, help=f"at scale 1 ({default.short_side_px})")
     group.add_argument("--min-side-px", **sides, default=default.min_side_px, help=f"({default.min_side_px})")

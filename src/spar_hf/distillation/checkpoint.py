@@ -53,10 +53,10 @@ def save_checkpoint(
     """
     gathered: Any = dcp.get_state_dict(student, optimizer, options=OPTIONS)
     weights, moments = gathered
-    tensors = {f"model.{name}": weight.contiguous() for name, weight in weights.items()}
-    for name, state in moments["state"].items():
-        tensors |= {f"optim.{name}.{key}": value.contiguous() for key, value in state.items()}
     if accelerator.is_main_process:
+        tensors = {f"model.{name}": weight.contiguous() for name, weight in weights.items()}
+        for name, state in moments["state"].items():
+            tensors |= {f"optim.{name}.{key}": value.contiguous() for key, value in state.items()}
         check_finite(f"training has failed by step {step}, its weights are not saved", tensors)
         record = {
             "step": step,

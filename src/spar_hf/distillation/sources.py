@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import tarfile
 import zlib
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -72,9 +73,9 @@ class Photographs:
         """Height and width as shown, after the EXIF orientation; reads the header only. Raises `BadImage`."""
         try:
             try:
-                image = Image.open(io.BytesIO(self.read(index, HEADER_BYTES)), formats=FORMATS)
+                image = Image.open(io.BytesIO(self.read(index, HEADER_BYTES)), formats=raster_formats())
             except Exception:  # perhaps a long header: the whole file decides
-                image = Image.open(io.BytesIO(self.read(index)), formats=FORMATS)
+                image = Image.open(io.BytesIO(self.read(index)), formats=raster_formats())
             exif = Image.Exif()
             exif.load(image.info.get("exif", b""))  # image.getexif() would decode a whole PNG
             turned = exif.get(0x0112, 1) >= 5  # orientation 5 to 8: rows and columns change places
@@ -130,6 +131,13 @@ class PictureBookScenes:
     def fingerprint(self, index: int) -> int:
         """The edition of the book: a scene changes with it alone."""
         return EDITION
+
+
+@cache
+def raster_formats() -> list[str]:
+    """Those of `FORMATS` that this Pillow reads."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
 
 
 def encoded(example: dict[str, Any]) -> bytes:
