@@ -12,8 +12,8 @@ from transformers import ViTConfig, ViTModel
 
 import spar_hf.methods.cliper
 import spar_hf.methods.encoder
-from spar_cli.training_options import Parser, add_teacher_flags
 from spar_hf import METHODS, SlidingWindow, SparVisionModel, build_encoder
+from spar_hf.distillation.specs import StudentSpec, TeacherSpec
 from spar_hf.distillation.teacher import build_teacher, teacher_features
 
 FEATURES = [name for name, method in METHODS.items() if method.kind == "feature"]
@@ -184,22 +184,21 @@ def test_a_teacher_runs_in_its_own_window_on_the_students_grid(tmp_path):
     torch.manual_seed(0)
     config = ViTConfig(hidden_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=64, patch_size=8)
     ViTModel(config).save_pretrained(tmp_path)
-    parser = Parser("")
-    add_teacher_flags(parser)
     images = torch.randint(256, (1, 144, 160, 3), dtype=torch.uint8)
-    for words, window, stride in (
-        (["naclip"], 128, 64),
-        (["itaclip", "--stride-px", "64"], 128, 64),
-        (["sc_clip"], 128, 64),
-        (["proxyclip", "--teacher-network", str(tmp_path), "--window-px", "128"], 128, 64),
-        (["naclip", "proxyclip", "--teacher-network", str(tmp_path)], [128, 192], 64),
+    networks = {"dino": str(tmp_path)}
+    for asked, window, stride in (
+        (TeacherSpec(methods=("naclip",)), 128, 64),
+        (TeacherSpec(methods=("itaclip",), strides_px=(64,)), 128, 64),
+        (TeacherSpec(methods=("sc_clip",)), 128, 64),
+        (TeacherSpec(methods=("proxyclip",), networks=networks, window_px=128), 128, 64),
+        (TeacherSpec(methods=("naclip", "proxyclip"), networks=networks), [128, 192], 64),
     ):
-        teacher, described = build_teacher(parser.parse_args(["--student", "tiny", "--teacher-method", *words]))
+        teacher, described = build_teacher(asked.on(torch.device("cpu")), StudentSpec("tiny"), patch_px=16)
         assert (described["window_px"], described["stride_px"]) == (window, stride)
         assert teacher.config.patch_size == 16
         assert teacher_features(teacher, images).shape == (1, 9, 10, 128)
     assert described["method"] == ["naclip", "proxyclip"] and described["recipe"][1] is None
-    with pytest.raises(ValueError, match="no --teacher-method takes a second network"):
-        build_teacher(
-            parser.parse_args(["--student", "tiny", "--teacher-method", "naclip", "--teacher-network", "x/y"])
-        )
+    with pytest.raises(ValueError, match=r"no method of the teacher takes a further network; leave 'dino' out"):
+        TeacherSpec(methods=("naclip",), networks=networks)
+    with pytest.raises(ValueError, match=r"there is no network 'dinoo'.*Did you mean 'dino'"):
+        TeacherSpec(methods=("naclip", "proxyclip"), networks={"dinoo": "x/y"})

@@ -1,26 +1,23 @@
-"""Tests of distillation: equal to a plain loop, however it is split, cached, killed and resumed; faults are named."""
+"""Tests of distillation: equal to a plain loop, however it is split and cached. Faults: test_training_faults.py."""
 
 from __future__ import annotations
 
-import argparse
-import errno
-import importlib
 import json
-import signal
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from distillation_help import SIZES, TRAINING, finish, run, save_network, save_pictures, start, wait_for
+from distillation_help import SIZES, Process, finish, run, save_network, save_pictures, start
+from fsdp_on_cpu import enable as with_fsdp
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from spar_cli.training_options import RunStopped
-from spar_hf import SlidingWindow, SparVisionModel, files
+from spar_hf import SlidingWindow, SparVisionModel
 from spar_hf.distillation.batches import plan_steps
+from spar_hf.distillation.losses import LOSSES
 from spar_hf.distillation.selection import select_parameters
 from spar_hf.distillation.sources import image_folder
+from spar_hf.distillation.specs import StudentSpec, TeacherSpec
 from spar_hf.distillation.teacher import build_teacher, normalise
 from spar_hf.distillation.views import Augmentation, Views
 from spar_hf.encoders.composition import Resized
@@ -166,7 +163,7 @@ def test_batches_accumulation_and_processes_split_alike(world, tmp_path):
     run("distill.py", *flags((world[0], square), one, *fixed, "--accumulate", 2))
     run("distill.py", *flags((world[0], square), batched, *fixed, "--batch-size", 4))
     run("distill.py", *flags((world[0], square), tmp_path / "four", *fixed, "--accumulate", 4))
-    finish(start("distill.py", *flags((world[0], square), two, *fixed), processes=2))
+    Process("distill.py", *flags((world[0], square), two, *fixed), processes=2).finish()
     # Tolerance: sums in another order, twice (fp32); a step moves a weight by about 1e-3.
     assert largest_difference(weights(one), weights(two)) < 2e-6
     assert largest_difference(weights(batched), weights(tmp_path / "four")) < 2e-6
@@ -175,10 +172,11 @@ def test_batches_accumulation_and_processes_split_alike(world, tmp_path):
 
 def test_fsdp_on_two_processes_trains_as_ddp_and_goes_on(world, tmp_path):
     """Sharded weights, gradients and optimiser state; resumed from the checkpoint before the last one."""
-    fsdp = (str(Path(__file__).with_name("fsdp_on_cpu.py")),)
-    finish(start("distill.py", *flags(world, tmp_path / "ddp", "--train", "all"), processes=2))
-    sharded = flags(world, tmp_path / "fsdp", "--train", "all", "--save-every", 3)
-    said = finish(start("distill.py", *sharded, processes=2, through=fsdp))
+    common = ("--train", "all", "--max-steps", 4, "--save-every", 2)
+    plain = Process("distill.py", *flags(world, tmp_path / "ddp", *common), processes=2)
+    sharded = flags(world, tmp_path / "fsdp", *common)
+    said = Process("distill.py", *sharded, processes=2, before=with_fsdp).finish()
+    plain.finish()
     assert json.loads((tmp_path / "fsdp/run.json").read_text())["distributed"] == "FSDP", said
     whole = weights(tmp_path / "fsdp")
     assert largest_difference(whole, weights(tmp_path / "ddp")) < 5e-6
@@ -186,9 +184,15 @@ def test_fsdp_on_two_processes_trains_as_ddp_and_goes_on(world, tmp_path):
 
     *_, last = sorted((tmp_path / "fsdp").glob("checkpoint-*"))
     last.unlink()
-    said = finish(start("distill.py", *sharded, "--resume", processes=2, through=fsdp))
-    assert "going on after step 3" in said
+    said = Process("distill.py", *sharded, "--resume", processes=2, before=with_fsdp).finish()
+    assert "going on after step 2" in said
     assert largest_difference(weights(tmp_path / "fsdp"), whole) == 0
+
+
+@pytest.mark.slow
+def test_torchrun_starts_two_processes(world, reference, tmp_path):
+    said = finish(start("distill.py", *flags(world, tmp_path / "run", "--max-steps", 2), processes=2))
+    assert "wrote" in said and json.loads((tmp_path / "run/run.json").read_text())["processes"] == 2
 
 
 def test_stored_features_and_trunk_train_as_on_line(world, tmp_path):
@@ -245,11 +249,8 @@ def test_student_keeps_the_last_block_and_the_reach_it_was_given(world, tmp_path
 
 
 def test_a_teacher_may_see_pictures_at_their_own_size_too(world):
-    args = argparse.Namespace(
-        student=str(world[0]), teacher_model=None, teacher_method=None, teacher_network=None, teacher_dtype="float32",
-        teacher_reach="window", window_px=0, stride_px=None, window_batch=4, teacher_short_side_px=[0, 64],
-    )  # fmt: skip
-    teacher, described = build_teacher(args)
+    spec = TeacherSpec(reach="window", window_px=0, short_sides_px=(0, 64), dtype="float32")
+    teacher, described = build_teacher(spec, StudentSpec(str(world[0])), patch_px=8)
     assert (described["short_side_px"], described["mean"]) == ([0, 64], "features")
     assert described["attention_reach"] == "window"
     vision = SparVisionModel.from_pretrained(world[0], attention_reach="window").eval()
@@ -289,9 +290,7 @@ def test_the_linear_head_is_least_squares_and_goes_between(world, tmp_path):
         assert SparVisionModel.from_pretrained(tmp_path / name / "model").config.teacher["head"] == "linear"
 
 
-def test_losses_against_numpy(monkeypatch):
-    monkeypatch.syspath_prepend(str(TRAINING))
-    losses = importlib.import_module("distill").LOSSES
+def test_losses_against_numpy():
     student, teacher, centre = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5), torch.randn(5)
     ours, theirs, mean = (tensor.numpy() for tensor in (student, teacher, centre))
 
@@ -304,8 +303,8 @@ def test_losses_against_numpy(monkeypatch):
         "cosine": one_minus_cosine(ours, theirs).mean((1, 2)),
         "centred-cosine": one_minus_cosine(ours - mean, theirs - mean).mean((1, 2)),
     }
-    assert losses.keys() == expected.keys()
-    for name, loss in losses.items():
+    assert LOSSES.keys() == expected.keys()
+    for name, loss in LOSSES.items():
         np.testing.assert_allclose(loss(student, teacher, centre).numpy(), expected[name], rtol=1e-5)
 
 
@@ -315,113 +314,3 @@ def test_other_losses_fall(world, tmp_path, loss):
                              "--clip-norm", 1, "--schedule", "cosine", "--train", "all"))  # fmt: skip
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert losses[-1] < 0.9 * losses[0]
-
-
-# ---- faults
-
-
-def test_killed_and_resumed_ends_with_the_same_weights(world, tmp_path):
-    long = ("--epochs", 40, "--save-every", 3)
-    run("distill.py", *flags(world, tmp_path / "whole", *long))
-    process = start("distill.py", *flags(world, tmp_path / "killed", *long))
-    wait_for(lambda: len(list((tmp_path / "killed").glob("checkpoint-*.safetensors"))) >= 2, process)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    assert not (tmp_path / "killed" / "model").exists()
-    with pytest.raises(ValueError, match="holds a run; add --resume"):
-        run("distill.py", *flags(world, tmp_path / "killed", *long))
-    with pytest.raises(ValueError, match=r"other flags: learning_rate is 0\.001 there and 0\.5 here"):
-        run("distill.py", *flags(world, tmp_path / "killed", *long, "--resume", "--learning-rate", 0.5))
-    run("distill.py", *flags(world, tmp_path / "killed", *long, "--resume"))
-    assert largest_difference(weights(tmp_path / "killed"), weights(tmp_path / "whole")) == 0
-    steps = [json.loads(line)["step"] for line in (tmp_path / "killed" / "log.jsonl").read_text().splitlines()]
-    assert steps == sorted(set(steps)) and steps[-1] == 240
-
-
-def test_signal_saves_and_leaves_clean(world, tmp_path):
-    long = ("--epochs", 40)
-    process = start("distill.py", *flags(world, tmp_path / "run", *long, "--workers", 1))
-    wait_for(
-        lambda: (tmp_path / "run" / "log.jsonl").exists() and (tmp_path / "run" / "log.jsonl").stat().st_size, process
-    )
-    process.send_signal(signal.SIGTERM)
-    assert "stopped by a signal after step" in finish(process, status=0)
-    assert len(list((tmp_path / "run").glob("checkpoint-*.safetensors"))) == 1
-    run("distill.py", *flags(world, tmp_path / "run", *long, "--resume"))
-    run("distill.py", *flags(world, tmp_path / "whole", *long))
-    assert largest_difference(weights(tmp_path / "run"), weights(tmp_path / "whole")) == 0
-
-
-def test_unreadable_pictures_are_named_skipped_and_limited(world, tmp_path, capsys):
-    pictures = save_pictures(tmp_path / "pictures", 5)
-    whole = (pictures / "p2.png").read_bytes()
-    (pictures / "p2.png").write_bytes(whole[: len(whole) // 2])  # a good header, then nothing
-    (pictures / "p4.png").write_bytes(b"no picture")
-    run("distill.py", *flags((world[0], pictures), tmp_path / "run", "--accumulate", 2))
-    printed = capsys.readouterr().out
-    assert printed.count("unreadable image, p2.png") == printed.count("unreadable image, p4.png") == 1
-    assert "could not be read: 2" in printed
-    with pytest.raises(RunStopped, match=r"--max-bad-images is 1; the last is p2\.png"):
-        run("distill.py", *flags((world[0], pictures), tmp_path / "strict", "--max-bad-images", 1))
-
-    # One more has become unreadable since its features were stored.
-    here = (world[0], pictures)
-    cached = ("--student", world[0], "--images", pictures, "--stride-px", 12, "--workers", 0, *SIZES)
-    run("cache_teacher.py", *cached, "--cache", tmp_path / "c")
-    whole = (pictures / "p0.png").read_bytes()
-    (pictures / "p0.png").write_bytes(whole[: len(whole) // 2])
-    run("distill.py", *flags(here, tmp_path / "later", "--cache", tmp_path / "c", "--head", "linear", "--draws", 1))
-    assert "could not be read: 3" in capsys.readouterr().out
-
-
-def test_loss_that_is_no_number_stops_with_the_batch_named(world, tmp_path):
-    network = save_network(tmp_path / "net")
-    broken = load_file(network / "model.safetensors")
-    name = next(name for name in broken if name.endswith("visual_projection.weight"))
-    broken[name][0, 0] = float("nan")
-    save_file(broken, network / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(RunStopped, match=r"the loss is \[nan\] in step 1: p\d\.png"):
-        run("distill.py", *flags((network, world[1]), tmp_path / "run"))
-
-
-def test_disk_that_fills_up_leaves_the_last_checkpoint_intact(world, reference, tmp_path, monkeypatch):
-    output, real_fsync, full = tmp_path / "run", files.os.fsync, []
-
-    def fsync(descriptor):
-        if full or list(output.glob("checkpoint-*.safetensors")):
-            full.append(True)
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return real_fsync(descriptor)
-
-    monkeypatch.setattr(files.os, "fsync", fsync)
-    with pytest.raises(OSError, match=r"disk full while writing .*checkpoint-00000006.* is intact"):
-        run("distill.py", *flags(world, output, "--save-every", 3))
-    assert [path.name for path in output.glob("*checkpoint*")] == ["checkpoint-00000003.safetensors"]
-    monkeypatch.undo()
-    run("distill.py", *flags(world, output, "--save-every", 3, "--resume"))
-    assert largest_difference(weights(output), weights(reference)) == 0
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        (("--epohcs", "3"), "unrecognized arguments: --epohcs"),
-        (("--epoch", "3"), "unrecognized arguments: --epoch"),
-        (("--train", "qkv"), "no part 'qkv'"),
-        (("--loss", "l1"), "invalid choice: 'l1'"),
-        (("--trunk-blocks", "2"), "give the --cache that holds it"),
-        (("--crop-range", "0.9", "0.4"), "crop_range is 0.9 0.4"),
-        (("--multiple-px", "12"), "--multiple-px is 12; it must be a multiple of the patch"),
-        (("--teacher-method", "naclpi"), "Did you mean 'naclip'"),
-    ],
-)
-def test_mistakes_are_explained(world, tmp_path, wrong, message):
-    with pytest.raises(ValueError, match=message):
-        run("distill.py", *flags(world, tmp_path / "run", *wrong))
-
-
-def test_mistakes_are_one_line_and_status_2(world, tmp_path):
-    printed = finish(start("distill.py", *flags(world, tmp_path / "run", "--train", "qkv")), status=2)
-    assert [line for line in printed.splitlines() if "error" in line] == [printed.splitlines()[-1]]
-    assert "Traceback" not in printed

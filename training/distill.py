@@ -1,65 +1,77 @@
 """Distils any dense teacher into one forward pass: mean squared error of student(x) and teacher(x), nothing else.
 
-    # SPAR (CVPR 2026): the last two blocks learn from sliding windows of the same network, on unlabelled images
-    accelerate launch training/distill.py --student openai/clip-vit-base-patch16 --tars sa1b/ --max-images 25000 \\
-        --output runs/spar
-    # the same with stored teacher features and a stored trunk (training/cache_teacher.py with the same flags first)
-    accelerate launch training/distill.py --student openai/clip-vit-base-patch16 --tars sa1b/ --max-images 25000 \\
-        --cache sa1b-features --trunk-blocks 2 --output runs/spar
-    # a stronger teacher than the paper's
-    accelerate launch training/distill.py --student openai/clip-vit-base-patch16 --images photos/ \\
-        --teacher-method naclip --output runs/naclip
-    # two processes on CPUs, no accelerator
-    ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 training/distill.py ...
-    # go on after an interruption (SIGTERM, Ctrl-C, a kill, a full disk)
-    accelerate launch training/distill.py ... --output runs/spar --resume
+examples:
+  accelerate launch training/distill.py --student openai/clip-vit-base-patch16 --tars sa1b/ --max-images 25000 \\
+      --output runs/spar
+      SPAR (CVPR 2026): the last two blocks learn from sliding windows of the same network, on unlabelled images
+  accelerate launch training/distill.py --student openai/clip-vit-base-patch16 --tars sa1b/ --max-images 25000 \\
+      --cache sa1b-features --trunk-blocks 2 --output runs/spar
+      the same with stored teacher features and a stored trunk (training/cache_teacher.py with the same flags first)
+  accelerate launch training/distill.py --student openai/clip-vit-base-patch16 --images photos/ \\
+      --teacher-method naclip --output runs/naclip
+      a stronger teacher than the paper's
+  python training/distill.py --student tiny --picture-book 40 --output runs/try --max-steps 20 --tracker none \\
+      --long-side-px 384 --short-side-px 384 --min-side-px 128 --stride-px 64
+      a minute on a CPU, without any data
+  ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 training/distill.py ...
+      two processes on CPUs, no accelerator
+  accelerate launch training/distill.py ... --output runs/spar --resume
+      goes on after an interruption (SIGTERM, Ctrl-C, a kill, a full disk)
 
 OUTPUT/model is a folder for `AutoModel.from_pretrained` and `spar_hf.load`; OUTPUT/run.json says what made it.
 Runs on CPUs and GPUs, one or many (DDP, FSDP): `training/recipes/*.yaml`. A step is processes x accumulate batches;
 how that product is split changes nothing, as the loss is the mean over a step's images and the seed fixes the order.
+
+exit status: 0; 2 after a mistake, before anything is written, or when the run can't go on; 128 + the number of the
+signal (130 for Ctrl-C, 143 for SIGTERM) when one stopped the run, which then has saved a checkpoint.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
-import os
 import shlex
-import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import gather_object, set_seed
+from huggingface_hub.utils import validate_repo_id
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from tqdm.auto import tqdm
 from transformers import get_scheduler
 
+from spar_cli.errors import caught_signals
+from spar_cli.parser import Parser, path, positive, positive_or_0, text, whole_number, whole_number_or_0
 from spar_cli.training_options import (
+    DATA_USAGE,
     BadImages,
-    Parser,
     RunStopped,
     add_data_flags,
     add_teacher_flags,
     build_views,
+    check_folder,
     run_script,
+    script_parser,
+    student_spec,
+    teacher_spec,
 )
-from spar_hf.checkpoints import load_tower
 from spar_hf.distillation.batches import Batch, Batches, plan_steps, share_of
-from spar_hf.distillation.cache import FeatureStore
-from spar_hf.distillation.checkpoint import load_checkpoint, save_checkpoint
+from spar_hf.distillation.cache import FeatureStore, read_cache_json
+from spar_hf.distillation.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from spar_hf.distillation.log import Log, read_log
+from spar_hf.distillation.losses import LOSSES
+from spar_hf.distillation.result import describe_software, evaluate_before_and_after, write_student
 from spar_hf.distillation.selection import first_trained_block, set_trainable
+from spar_hf.distillation.specs import StudentSpec, TeacherSpec
 from spar_hf.distillation.teacher import (
     Student,
     build_teacher,
@@ -69,70 +81,78 @@ from spar_hf.distillation.teacher import (
     mean_feature,
     teacher_features,
 )
-from spar_hf.files import weights_digest, write_atomically, write_json
+from spar_hf.distillation.views import Views
+from spar_hf.files import clear_drafts, weights_digest, write_json
 from spar_hf.hub.publish import publish
 
-
-def mse(student: torch.Tensor, teacher: torch.Tensor, centre: torch.Tensor) -> torch.Tensor:
-    """SPAR, section 3: on features that are not normalised."""
-    return (student - teacher).square().mean(dim=(1, 2, 3))
-
-
-def distance(student: torch.Tensor, teacher: torch.Tensor, centre: torch.Tensor) -> torch.Tensor:
-    """Length of the difference, not squared: where the teacher is uncertain its median is learned, not its mean."""
-    return (student - teacher).norm(dim=-1).mean(dim=(1, 2))
-
-
-def cosine(student: torch.Tensor, teacher: torch.Tensor, centre: torch.Tensor) -> torch.Tensor:
-    """One minus the cosine: the length of a feature is free."""
-    return 1 - F.cosine_similarity(student, teacher, dim=-1).mean(dim=(1, 2))
-
-
-def centred_cosine(student: torch.Tensor, teacher: torch.Tensor, centre: torch.Tensor) -> torch.Tensor:
-    """The cosine of what differs from the teacher's mean over the data: the direction all features share is free."""
-    return cosine(student - centre, teacher - centre, centre)
-
-
-# (B, h, w, D), (B, h, w, D), (D,) -> (B,)
-LOSSES: dict[str, Callable] = {"mse": mse, "distance": distance, "cosine": cosine, "centred-cosine": centred_cosine}
+HEADS = ("none", "linear")  # linear: the best map from the student's start to the teacher, see `linear_head`
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")  # of transformers.get_scheduler
 
 
-def parse_flags() -> argparse.Namespace:
-    parser = Parser(__doc__)
-    parser.add_argument("--output", type=Path, required=True, help="folder of the run")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output, if any")
-    parser.add_argument("--train", default="last:2", help="last:N, all, positions, patch-embed, joined by commas")
-    parser.add_argument("--loss", choices=LOSSES, default="mse", help="SPAR, section 3: mse")
-    parser.add_argument(
-        "--head",
-        choices=("none", "linear"),
-        default="none",
-        help="compare through the best linear map from the student's start to the teacher; SPAR: none",
+def parser() -> Parser:
+    parser = script_parser(__doc__, f"{DATA_USAGE} --output FOLDER")
+    count = {"type": whole_number, "metavar": "N"}
+    count_or_0 = {"type": whole_number_or_0, "metavar": "N"}
+    group = parser.add_argument_group("run")
+    group.add_argument("--output", type=path, metavar="FOLDER", required=True, help="folder of the run")
+    group.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output, if any")
+    group.add_argument("--cache", type=path, metavar="FOLDER", help="features of training/cache_teacher.py")
+    group.add_argument("--draws", **count, help="views of each image: one per epoch on line, 1 with --cache")
+    group.add_argument(
+        "--trunk-blocks", **count_or_0, default=0, help="learn on the stored input of the last N blocks"
     )
-    parser.add_argument("--learning-rate", type=float, default=2e-5, help="SPAR, section 4: 2e-5")
-    parser.add_argument("--weight-decay", type=float, default=1e-4, help="SPAR, section 4: 1e-4")
-    parser.add_argument("--schedule", default="constant", choices=SCHEDULES, help="SPAR, section 4: constant")
-    parser.add_argument("--warmup-steps", type=int, default=0)
-    parser.add_argument("--epochs", type=int, default=10, help="SPAR, section 4: 10")
-    parser.add_argument("--max-steps", type=int, help="stop after so many steps")
-    parser.add_argument("--batch-size", type=int, default=1, help="images of equal size per process; SPAR: 1")
-    parser.add_argument("--accumulate", type=int, default=1, help="batches per process and step")
-    parser.add_argument("--clip-norm", type=float, help="clip the gradient to that norm")
-    parser.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"), help="`accelerate config`'s; SPAR: fp16")
-    parser.add_argument("--cache", type=Path, help="features of training/cache_teacher.py; on line when not given")
-    parser.add_argument("--draws", type=int, help="views of each image: one per epoch on line, 1 with --cache")
-    parser.add_argument("--trunk-blocks", type=int, default=0, help="train on the stored input of the last N blocks")
-    parser.add_argument("--save-every", type=int, default=500, help="steps between checkpoints; the last two are kept")
-    parser.add_argument("--log-every", type=int, default=10, help="steps between lines of log.jsonl and the tracker")
-    parser.add_argument("--tracker", choices=("tensorboard", "trackio", "wandb", "none"), default="tensorboard")
-    parser.add_argument("--seed", type=int, default=0, help="of the order of training")
-    parser.add_argument("--evaluate-scales", type=float, nargs="*", default=[], help="picture book, times native side")
-    parser.add_argument("--evaluate-limit", type=int, default=50, help="scenes of each evaluation")
-    parser.add_argument("--push-to-hub", metavar="REPO_ID", help="publish the result there")
+    group.add_argument("--save-every", **count, default=500, help="steps between checkpoints, two are kept (500)")
+    group.add_argument("--log-every", **count, default=10, help="steps between lines of log.jsonl and tracker (10)")
+    group.add_argument("--tracker", choices=("tensorboard", "trackio", "wandb", "none"), default="tensorboard")
+    scales = {"type": positive, "nargs": "*", "metavar": "K", "default": []}
+    group.add_argument("--evaluate-scales", **scales, help="at the end, on the picture book, K times the native side")
+    group.add_argument("--evaluate-limit", **count, default=50, help="scenes of each evaluation (50)")
+    group.add_argument("--push-to-hub", type=text, metavar="OWNER/NAME", help="publish the result there")
+
+    group = parser.add_argument_group("learning (defaults: SPAR, section 4)")
+    group.add_argument("--train", default="last:2", help="last:N, all, positions, patch-embed, several by commas")
+    group.add_argument("--loss", choices=LOSSES, default="mse", help="SPAR, section 3: mse")
+    group.add_argument("--head", choices=HEADS, default="none", help="the student is compared through it; SPAR: none")
+    group.add_argument("--learning-rate", type=positive, metavar="R", default=2e-5, help="(2e-5)")
+    group.add_argument("--weight-decay", type=positive_or_0, metavar="R", default=1e-4, help="(1e-4)")
+    group.add_argument("--schedule", choices=SCHEDULES, default="constant", help="of the learning rate (constant)")
+    group.add_argument("--warmup-steps", **count_or_0, default=0, help="of the other schedules (0)")
+    group.add_argument("--epochs", **count, default=10, help="(10)")
+    group.add_argument("--max-steps", **count, help="stop after so many steps")
+    group.add_argument("--batch-size", **count, default=1, help="images of equal size per process (1)")
+    group.add_argument("--accumulate", **count, default=1, help="batches per process and step (1)")
+    group.add_argument("--clip-norm", type=positive, metavar="R", help="clip the gradient to that norm")
+    group.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"), help="`accelerate config`'s; SPAR: fp16")
+    group.add_argument("--seed", **count_or_0, default=0, help="of the order of training (0)")
     add_teacher_flags(parser)
     add_data_flags(parser)
-    return parser.parse_args()
+    return parser
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises a `ValueError` for flags that don't go together, before anything is loaded."""
+    if args.tracker != "none" and args.tracker not in map(str, get_available_trackers()):
+        raise ValueError(f"--tracker {args.tracker} is not installed; pip install it, or give --tracker none.")
+    if args.trunk_blocks and not args.cache:
+        raise ValueError("--trunk-blocks trains on a stored trunk; give the --cache that holds it.")
+    if args.warmup_steps and args.schedule == "constant":
+        raise ValueError("--warmup-steps has no part in --schedule constant; choose constant_with_warmup.")
+    if args.push_to_hub:
+        validate_repo_id(args.push_to_hub)
+    check_folder("--output", args.output)
+    if not args.resume and checkpoints(args.output):
+        raise ValueError(f"{args.output} holds a run; add --resume to go on with it, or choose another --output.")
+    if (args.output / "model").exists() and not (args.output / "run.json").exists():
+        raise ValueError(
+            f"{args.output}/model is there and of no run, and would be replaced; choose another --output."
+        )
+
+
+def settled(spec: TeacherSpec, cache: Path | None, device: torch.device) -> TeacherSpec:
+    """The teacher with `auto` settled: the type that its stored features were made in, or the device's fastest."""
+    if cache is None or spec.dtype != "auto":
+        return spec.on(device)
+    return replace(spec, dtype=read_cache_json(cache)["made_from"]["teacher"]["dtype"])
 
 
 def distillation_loss(
@@ -157,40 +177,77 @@ def distillation_loss(
     return loss(found, target.float(), centre)
 
 
-def main() -> None:
-    args = parse_flags()
+@dataclass
+class Run:
+    """Everything that training needs. `student`, `stepper`: the network and `optimizer` as accelerate has them."""
+
+    args: argparse.Namespace
+    accelerator: Accelerator
+    specs: tuple[StudentSpec, TeacherSpec]
+    student: nn.Module
+    trained: list[nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    stepper: Any
+    scheduler: Any
+    teacher: nn.Module | None
+    store: FeatureStore | None
+    views: Views
+    steps: list[list[list[int]]]
+    centre: torch.Tensor
+    head: torch.Tensor | None
+    bad: BadImages
+    made_from: dict[str, Any]
+    first: int = 0
+    lines: list[dict[str, Any]] = field(default_factory=list)  # of log.jsonl, up to `first`
+
+    def save(self, step: int) -> None:
+        state = self.accelerator, self.student, self.optimizer, self.scheduler
+        save_checkpoint(self.args.output, *state, step, self.made_from)
+
+    def load(self) -> None:
+        """Goes on from the last checkpoint, if any."""
+        state = self.accelerator, self.student, self.optimizer, self.scheduler
+        say = self.accelerator.print
+        self.first = load_checkpoint(self.args.output, *state, self.made_from, say)
+        if self.first:
+            say(f"going on after step {self.first}")
+            written = read_log(self.args.output / "log.jsonl", say)
+            self.lines = [line for line in written if line["step"] <= self.first]
+
+
+def prepare(args: argparse.Namespace) -> Run:
+    """Student, teacher, data, plan and optimiser, at the last checkpoint. Writes nothing."""
+    check(args)
     tracker = None if args.tracker == "none" else args.tracker
-    if tracker and tracker not in map(str, get_available_trackers()):
-        raise ValueError(f"--tracker {tracker} is not installed; pip install {tracker}, or give --tracker none.")
-    if args.trunk_blocks and not args.cache:
-        raise ValueError("--trunk-blocks trains on a stored trunk; give the --cache that holds it.")
-    if not args.resume and any(args.output.glob("checkpoint-*")):
-        raise ValueError(f"{args.output} holds a run; add --resume to go on with it, or choose another --output.")
-    args.output.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator(mixed_precision=args.mixed_precision, log_with=tracker, project_dir=args.output)
     set_seed(args.seed)
-    say, processes, device = accelerator.print, accelerator.num_processes, accelerator.device
-
-    # Student, teacher, data.
-    _, vision, _ = load_student(args)
+    say, device = accelerator.print, accelerator.device
+    specs = student_spec(args), settled(teacher_spec(args), args.cache, device)
+    _, vision, processor = load_student(specs[0])
+    native_px, patch_px = vision.config.image_size, vision.config.patch_size
+    if args.evaluate_scales and min(args.evaluate_scales) * native_px < patch_px:
+        raise ValueError(f"--evaluate-scales has {min(args.evaluate_scales)}, less than a patch; give larger ones.")
+    if args.evaluate_scales and processor is None:
+        raise ValueError(f"--evaluate-scales needs a text tower, and {args.student} is a vision tower; leave it out.")
     start_weights = weights_digest(vision)
     student = Student(vision, vision.trunk_end(args.trunk_blocks) if args.trunk_blocks else 0)
-    native_px = vision.config.image_size
     noise = torch.randint(256, (1, native_px, native_px, 3), dtype=torch.uint8)
     unreached = set_trainable(vision, args.train, probe=lambda: student(noise))
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
     if args.trunk_blocks and first_trained_block(vision) < student.first_block:
         raise ValueError(f"--train {args.train} reaches blocks before the last {args.trunk_blocks}, which are stored.")
     with accelerator.main_process_first():
-        teacher, teacher_is = build_teacher(args)
-        views = build_views(args, vision.config.patch_size, args.draws or (1 if args.cache else args.epochs))
+        teacher, teacher_is = build_teacher(specs[1], specs[0], patch_px)
+        views = build_views(args, patch_px, args.draws or (1 if args.cache else args.epochs))
         trunk_is = describe_trunk(vision, student.first_block) if args.trunk_blocks else None
         made_from = {**views.describe(), "teacher": teacher_is, "trunk": trunk_is}
         store = FeatureStore.open(args.cache, made_from) if args.cache else None
-    for field in ("patch_size", "projection_dim"):
-        ours, theirs = getattr(vision.config, field), getattr(teacher.config, field)
+        if store and accelerator.is_main_process:
+            store.check_pictures(views)
+    for name in ("patch_size", "projection_dim"):
+        ours, theirs = getattr(vision.config, name), getattr(teacher.config, name)
         if ours != theirs:
-            raise ValueError(f"the teacher's {field} is {theirs} and the student's {ours}; they must be the same.")
+            raise ValueError(f"the teacher's {name} is {theirs} and the student's {ours}; they must be the same.")
     teacher = None if store else teacher.to(device)
     bad = BadImages(args.max_bad_images, tqdm.write if accelerator.is_main_process else lambda line: None)
     bad.add({**views.bad, **(store.bad if store else {})})
@@ -198,125 +255,140 @@ def main() -> None:
     if store or args.loss == "centred-cosine":
         centre, length = mean_feature(teacher, store, views)
         say(f"teacher features: length {length:.2f} (root mean square), {centre.norm():.2f} of it common to all")
-    centre = centre.to(device)
     head = linear_head(student, teacher, store, views).to(device) if args.head == "linear" else None
 
-    # Plan, optimiser, last checkpoint.
-    steps = plan_steps(views, store, args.epochs, args.batch_size, processes * args.accumulate, args.seed)
-    steps = steps[: args.max_steps]
+    per_step = accelerator.num_processes * args.accumulate
+    steps = plan_steps(views, store, args.epochs, args.batch_size, per_step, args.seed, args.max_steps)
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=args.weight_decay)
     scheduler = get_scheduler(args.schedule, optimizer, args.warmup_steps, len(steps))
     learning = ("train", "loss", "head", "learning_rate", "weight_decay", "schedule", "warmup_steps", "clip_norm")
     made_from |= {name: getattr(args, name) for name in (*learning, "batch_size", "seed")}
     made_from |= {"student": start_weights, "student_runs": vision.config.features_depend_on()}
-    made_from |= {"batches_per_step": processes * args.accumulate, "steps": len(steps)}
-    student, stepper = accelerator.prepare(student, optimizer)
-    first = load_checkpoint(args.output, accelerator, student, optimizer, scheduler, made_from)
-    if first:
-        say(f"going on after step {first}")
+    made_from |= {"batches_per_step": per_step, "steps": len(steps)}
+    prepared, stepper = accelerator.prepare(student, optimizer)
+    parts = (
+        prepared,
+        trained,
+        optimizer,
+        stepper,
+        scheduler,
+        teacher,
+        store,
+        views,
+        steps,
+        centre.to(device),
+        head,
+        bad,
+    )
+    run = Run(args, accelerator, specs, *parts, made_from)
+    run.load()
     say(f"{len(views.images)} images, {len(steps)} steps, {sum(p.numel() for p in trained) / 1e6:.2f} M weights train")
     if unreached:
         say(f"frozen, as the loss does not depend on them: {', '.join(unreached)}")
-    run = {**describe_run(args, accelerator), "made_from": made_from}
-    if accelerator.is_main_process:
-        write_json(args.output / "run.json", run)
-    log = Log(args.output / "log.jsonl", first) if accelerator.is_main_process else None
-    if tracker:
-        accelerator.init_trackers("distill")
+    return run
 
-    stops: list[int] = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: stops.append(number))
-    share = share_of(steps[first:], accelerator.process_index, processes, args.accumulate)
-    batches = iter(Batches(share, views, store, bool(args.trunk_blocks)).loader(args.workers, device.type == "cuda"))
-    bar = tqdm(total=len(steps), initial=first, unit="step", disable=not accelerator.is_main_process)
+
+def train(run: Run) -> int | None:
+    """Trains to the end, or until a signal; returns its number."""
+    args, accelerator, processes = run.args, run.accelerator, run.accelerator.num_processes
+    device, main = accelerator.device, accelerator.is_main_process
+    log = Log(args.output / "log.jsonl", run.lines) if main else None
+    share = share_of(run.steps[run.first :], accelerator.process_index, processes, args.accumulate)
+    reader = Batches(share, run.views, run.store, bool(args.trunk_blocks))
+    batches = iter(reader.loader(args.workers, device.type == "cuda"))
     # Since the last log line: sum of losses, images; when it was.
     totals, since = torch.zeros(2, device=device), time.perf_counter()
-    student.train()
-    for step in range(first, len(steps)):
-        todo = [next(batches) for _ in range(args.accumulate)]
-        unread = {name: reason for batch in todo for name, reason in batch.bad.items()}
-        counts = torch.tensor([sum(len(batch.images) for batch in todo), len(unread), len(stops)], device=device)
-        num_images, num_unread, num_stops = accelerator.reduce(counts, "sum").tolist()
-        if num_stops:
-            save_checkpoint(args.output, accelerator, student, optimizer, scheduler, step, made_from)
-            bar.close()
-            accelerator.end_training()
-            return say(f"stopped by a signal after step {step}; the same command with --resume goes on.")
-        if num_unread:
-            bad.add({name: reason for part in gather_object([unread]) for name, reason in part.items()})
+    run.student.train()
+    with (
+        caught_signals() as stops,
+        tqdm(total=len(run.steps), initial=run.first, unit="step", disable=not main) as bar,
+    ):
+        for step in range(run.first, len(run.steps)):
+            todo = [next(batches) for _ in range(args.accumulate)]
+            unread = {name: reason for batch in todo for name, reason in batch.bad.items()}
+            counts = [sum(len(batch.images) for batch in todo), len(unread), max(stops, default=0)]
+            everyone = accelerator.gather(torch.tensor([counts], device=device))  # (processes, 3)
+            (num_images, num_unread, _), stop = everyone.sum(dim=0).tolist(), int(everyone[:, 2].max())
+            if stop:
+                run.save(step)
+                name = signal.Signals(stop).name
+                accelerator.print(f"stopped by {name} after step {step}; the same command with --resume goes on.")
+                return stop
+            if num_unread:
+                run.bad.add({name: reason for part in gather_object([unread]) for name, reason in part.items()})
 
-        for i, batch in enumerate(todo):
-            # The processes average their gradients once a step, with the last batch.
-            with contextlib.nullcontext() if i == args.accumulate - 1 else accelerator.no_sync(student):
-                losses = distillation_loss(student, teacher, batch, LOSSES[args.loss], centre, head)
-                if not losses.isfinite().all():
-                    raise RunStopped(f"the loss is {losses.tolist()} in step {step + 1}: {', '.join(batch.images)}.")
-                # Mean over the images of the step, whichever process has them.
-                accelerator.backward(losses.sum() * processes / max(num_images, 1))
-                totals += torch.stack([losses.detach().sum(), losses.new_tensor(len(batch.images))])
-        if args.clip_norm:
-            accelerator.clip_grad_norm_(trained, args.clip_norm)
-        if num_images:
-            stepper.step()
-        scheduler.step()
-        stepper.zero_grad()
-        bar.update()
+            for i, batch in enumerate(todo):
+                # The processes average their gradients once a step, with the last batch.
+                with contextlib.nullcontext() if i == args.accumulate - 1 else accelerator.no_sync(run.student):
+                    loss = LOSSES[args.loss]
+                    losses = distillation_loss(run.student, run.teacher, batch, loss, run.centre, run.head)
+                    if not losses.isfinite().all():
+                        raise RunStopped(
+                            f"the loss is {losses.tolist()} in step {step + 1}: {', '.join(batch.images)}."
+                        )
+                    # Mean over the images of the step, whichever process has them.
+                    accelerator.backward(losses.sum() * processes / max(num_images, 1))
+                    totals += torch.stack([losses.detach().sum(), losses.new_tensor(len(batch.images))])
+            if args.clip_norm:
+                accelerator.clip_grad_norm_(run.trained, args.clip_norm)
+            if num_images:
+                run.stepper.step()
+            run.scheduler.step()
+            run.stepper.zero_grad()
+            bar.update()
 
-        done, last = step + 1, step + 1 == len(steps)
-        if done % args.log_every == 0 or last:
-            loss, images = accelerator.reduce(totals, "sum").tolist()
-            rate = images / (time.perf_counter() - since)
-            line = {"loss": loss / max(images, 1), "images_per_second": rate, "lr": scheduler.get_last_lr()[0]}
-            bar.set_postfix(loss=f"{line['loss']:.4g}", images_per_s=f"{rate:.1f}")
-            accelerator.log(line, step=done)
-            if log:
-                log.write({"step": done, **line})
-            totals.zero_()
-            since = time.perf_counter()
-        if done % args.save_every == 0 or last:
-            save_checkpoint(args.output, accelerator, student, optimizer, scheduler, done, made_from)
-    bar.close()
+            done, last = step + 1, step + 1 == len(run.steps)
+            if done % args.log_every == 0 or last:
+                total, images = accelerator.reduce(totals, "sum").tolist()
+                rate = images / (time.perf_counter() - since)
+                line = {
+                    "loss": total / max(images, 1),
+                    "images_per_second": rate,
+                    "lr": run.scheduler.get_last_lr()[0],
+                }
+                bar.set_postfix(loss=f"{line['loss']:.4g}", images_per_s=f"{rate:.1f}")
+                accelerator.log(line, step=done)
+                if log:
+                    log.write({"step": done, **line})
+                totals.zero_()
+                since = time.perf_counter()
+            if done % args.save_every == 0 or last:
+                run.save(done)
+    return None
 
-    weights = get_model_state_dict(student, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+def main(args: argparse.Namespace) -> int:
+    run = prepare(args)
+    accelerator, output = run.accelerator, args.output
+    record = {**describe_run(run), "made_from": run.made_from}
+    accelerator.wait_for_everyone()  # all have read before anything is written
+    if accelerator.is_main_process:
+        write_json(output / "run.json", record)
+        for draft in clear_drafts(output):
+            accelerator.print(f"removed {draft.name}, which a killed run has left")
+    if args.tracker != "none":
+        accelerator.init_trackers("distill")
+    stop = train(run)
+    if stop:
+        accelerator.end_training()
+        return 128 + stop
+    weights = get_model_state_dict(run.student, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     accelerator.end_training()
     if accelerator.is_main_process:
-        finish(args, {name.removeprefix("vision."): weight for name, weight in weights.items()}, run)
-        say(f"images that could not be read: {len(bad.reasons)}")
+        finish(run, {name.removeprefix("vision."): weight for name, weight in weights.items()}, record)
+        accelerator.print(f"images that could not be read: {len(run.bad.reasons)}")
+    return 0
 
 
-# --- The record and the result ------------------------------------------------------------------------------------
-
-
-class Log:
-    """log.jsonl: a line every --log-every steps. Lines of steps that a resumed run does again are dropped."""
-
-    def __init__(self, path: Path, first: int):
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        # A kill may have cut the last line.
-        kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= first]
-        write_atomically(path, "".join(kept).encode())
-        self.file = open(path, "a")  # noqa: SIM115
-
-    def write(self, line: dict[str, Any]) -> None:
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
-
-
-def describe_run(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any]:
-    """Command, seed, versions and revision, for run.json."""
-
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-
-    revision = git("rev-parse", "HEAD") + ("-modified" if git("status", "--porcelain", "-uno") else "")
-    packages = ("spar-hf", "torch", "transformers", "accelerate", "numpy", "pillow")
+def describe_run(run: Run) -> dict[str, Any]:
+    """What run.json says beside what the run was made from."""
+    accelerator = run.accelerator
     return {
         "command": shlex.join(["python", *sys.argv]),
-        "seed": args.seed,
-        "git_revision": revision or None,
-        "versions": {"python": sys.version.split()[0], **{name: version(name) for name in packages}},
+        "seed": run.args.seed,
+        "student": run.specs[0].to_dict(),
+        "teacher": run.specs[1].to_dict(),
+        **describe_software(Path(__file__).parent),
         "processes": accelerator.num_processes,
         "distributed": accelerator.distributed_type.value,
         "device": accelerator.device.type,
@@ -324,49 +396,19 @@ def describe_run(args: argparse.Namespace, accelerator: Accelerator) -> dict[str
     }
 
 
-def finish(args: argparse.Namespace, weights: dict[str, torch.Tensor], run: dict[str, Any]) -> None:
-    """Writes OUTPUT/model, the starting checkpoint with the new vision tower; evaluates; publishes."""
-    model, vision, processor = load_student(args)
-    vision.load_state_dict(weights)
-    made_from = run["made_from"]
-    kept = ["data", "augmentation", "augmentation_seed", "draws"]
-    kept += ["train", "loss", "head", "learning_rate", "steps", "seed"]
-    record = {**made_from["teacher"], **{name: made_from[name] for name in kept}, "git_revision": run["git_revision"]}
-    for config in (vision.config, getattr(model.config, "vision_config", vision.config)):
-        config.teacher = record
-    draft, folder = args.output / "model.tmp", args.output / "model"
-    shutil.rmtree(draft, ignore_errors=True)
-    model.save_pretrained(draft)
-    if processor is not None:
-        processor.save_pretrained(draft)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(draft, folder)
+def finish(run: Run, weights: dict[str, torch.Tensor], record: dict[str, Any]) -> None:
+    """Writes OUTPUT/model; evaluates; publishes."""
+    args, folder = run.args, run.args.output / "model"
+    model, processor = write_student(folder, run.specs[0], weights, run.made_from, record["git_revision"])
     print(f"wrote {folder}")
     if args.evaluate_scales:
-        evaluate_picture_book(args, model, processor)
+        to = args.output / "metrics.json", args.student
+        metrics = evaluate_before_and_after(*to, model, processor, args.evaluate_scales, args.evaluate_limit)
+        for scale, before in metrics["start"].items():
+            print(f"picture book {scale}: mean IoU {100 * before:.1f} -> {100 * metrics['student'][scale]:.1f}")
     if args.push_to_hub:
         print(f"published {publish(folder, args.push_to_hub).url}")
 
 
-def evaluate_picture_book(args: argparse.Namespace, student: nn.Module, processor: Any) -> None:
-    """Mean IoU in one pass before and after, in metrics.json. The teacher's: `spar evaluate --stride-px 24`."""
-    from spar_hf.evaluation import evaluate, load_benchmark
-    from spar_hf.segmentation_spar import FromFeatures
-
-    start, _, _ = load_tower(args.student)
-    native_px = student.vision_model.config.image_size
-    metrics: dict[str, dict[str, float]] = {}
-    for scale in args.evaluate_scales:
-        data = load_benchmark("picturebook", scale=scale, native_px=native_px)
-        for name, model in (("start", start), ("student", student)):
-            result = evaluate(
-                FromFeatures(model.vision_model, model, processor), processor, data, limit=args.evaluate_limit
-            )
-            metrics.setdefault(name, {})[f"{scale:g}x"] = result.mean_iou
-        print(f"picture book {scale:g}x: mean IoU {100 * metrics['start'][f'{scale:g}x']:.1f} -> "
-              f"{100 * metrics['student'][f'{scale:g}x']:.1f}")  # fmt: skip
-    write_json(args.output / "metrics.json", {"mean_iou": metrics, "scenes": args.evaluate_limit})
-
-
 if __name__ == "__main__":
-    run_script(main)
+    sys.exit(run_script(parser(), main))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .options import check_one_of, whole_number
 from .output import table
+from .parser import check_one_of, whole_number
 
 BACKBONES = ("clip", "siglip2", "dinov3", "anyup")
 ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "quick_gelu")

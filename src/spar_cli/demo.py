@@ -6,6 +6,8 @@ import argparse
 import dataclasses
 import importlib.util
 
+from .parser import port
+
 HELP = "Open a page on this machine: drop a picture, type words, see the picture answer."
 EPILOG = """examples:
   spar demo
@@ -14,12 +16,6 @@ EPILOG = """examples:
       limits are environment variables; python -m spar_hf.demo.settings lists them
 
 The page is served to this machine alone, unless --host says otherwise. Needs gradio: pip install "spar-hf[demo]" """
-
-
-def port(word: str) -> int:
-    if not (word.isascii() and word.isdigit() and 0 < int(word) < 65536):
-        raise argparse.ArgumentTypeError(f"it is {word!r}; give a port from 1 to 65535")
-    return int(word)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .options import add_model_options, add_refine_option, check_one_of, open_model, whole_number
+from .options import add_model_options, add_refine_option, open_model
 from .output import check_outputs, command_line
+from .parser import check_one_of, positive, whole_number
 
 HELP = "Measure mean IoU, seconds per image and peak memory on a benchmark."
 EPILOG = """examples:
@@ -21,16 +22,6 @@ EPILOG = """examples:
   spar evaluate --images photos --masks masks --classes classes.txt --model FOLDER
 
 A long evaluation that may be stopped: --state FILE keeps what is done, and the same command goes on from there."""
-
-
-def positive(word: str) -> float:
-    try:
-        value = float(word)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"it is {word!r}; give a number above 0, such as 4")
-    return value
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

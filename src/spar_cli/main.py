@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import io
 import logging
-import os
 import sys
-import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
-from typing import Any, NoReturn
 
 from . import convert, demo, evaluate, features, methods, publish, segment
-from .options import check_one_of
+from .errors import MISTAKE, clean, exit_status, fail
+from .parser import Parser, check_one_of
 
 COMMANDS = {
     "segment": segment,
@@ -47,21 +44,8 @@ FLAGS = {
 }
 
 
-class Parser(argparse.ArgumentParser):
-    """An `ArgumentParser` that reports a mistake as a `ValueError` instead of leaving with its usage text."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; see '{self.prog} --help'")
-
-    def option_names(self) -> list[str]:
-        return [name for name in self._option_string_actions if name.startswith("--")]
-
-
-def build_parser() -> tuple[Parser, dict[str, Parser]]:
-    """The parser of the whole line, and that of each command."""
+def build_parser() -> Parser:
+    """The parser of the whole line."""
     parser = Parser(
         prog="spar",
         description="Open-vocabulary segmentation: name what you look for, get it as a label map.",
@@ -69,12 +53,11 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     )
     parser.add_argument("--version", action="version", version=f"spar-hf {metadata.version('spar-hf')}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
-    parsers = {}
     for name, command in COMMANDS.items():
-        parsers[name] = subparsers.add_parser(name, help=command.HELP, description=command.HELP, epilog=command.EPILOG)
-        command.add_arguments(parsers[name])
-        parsers[name].add_argument("-v", "--verbose", action="store_true", help="more messages; full tracebacks")
-    return parser, parsers
+        own = subparsers.add_parser(name, help=command.HELP, description=command.HELP, epilog=command.EPILOG)
+        command.add_arguments(own)
+        own.add_argument("-v", "--verbose", action="store_true", help="more messages; full tracebacks")
+    return parser
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -83,17 +66,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     Raises:
         ValueError: an unknown command or option, or a wrong value; the message names the nearest known one.
     """
-    parser, parsers = build_parser()
+    parser = build_parser()
     command = next((word for word in argv if not word.startswith("-")), None)
     if command is None:
         parser.parse_args(argv)  # leaves for --help and --version
         parser.error(f"no command given; choose one of {', '.join(COMMANDS)}")
     check_one_of("command", command, COMMANDS)
-    for word in argv:
-        if word == "--":
-            break
-        if word.startswith("--"):
-            check_one_of("option", word.partition("=")[0], parsers[command].option_names())
     return parser.parse_args(argv, argparse.Namespace(argv=argv))
 
 
@@ -111,34 +89,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = parse(argv)
     except ValueError as error:
-        return _fail(" ".join(str(error).split()), 2)
-    try:
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="replace")  # a label or name that the terminal's encoding lacks
+        return fail("spar", " ".join(str(error).split()), MISTAKE)
+
+    def run() -> int | None:
         with _loudness(verbose):
-            status = COMMANDS[args.command].run(args)
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130)
-    except BrokenPipeError:  # the reader of a pipe, say `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (ValueError, OSError, MemoryError) as error:
-        if verbose:
-            traceback.print_exc()
-        return _fail(_one_line(error), 2)
-    except RuntimeError as error:
-        if "out of memory" not in str(error).lower() and "not enough memory" not in str(error).lower():
-            raise
-        return _fail("out of memory; give a smaller --short-side, or --dtype bfloat16", 2)
-    return status or 0
+            return COMMANDS[args.command].run(args)
+
+    remedy = "give a smaller --short-side, or --dtype bfloat16"
+    return exit_status(run, "spar", FLAGS, remedy, verbose)
 
 
 class _Notes(logging.Handler):
     """Shows the package's own warnings, say of a label that was cut, as lines of the command."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(f"spar: note: {_clean(record.getMessage())}", file=sys.stderr)
+        print(f"spar: note: {clean(record.getMessage())}", file=sys.stderr)
 
 
 @contextmanager
@@ -157,30 +122,6 @@ def _loudness(verbose: bool) -> Iterator[None]:
         yield
     finally:
         ours.removeHandler(notes)
-
-
-def _clean(message: str) -> str:
-    """One line without control characters, whatever labels and file names it quotes."""
-    from spar_hf.visualize import plain_text
-
-    return plain_text(message)
-
-
-def _one_line(error: BaseException) -> str:
-    """The message of an error, line breaks folded; `[Errno 2]` and its like put into words."""
-    if isinstance(error, OSError) and error.strerror:
-        return _clean(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
-    if isinstance(error, MemoryError):
-        return "out of memory; give a smaller --short-side"
-    message = _clean(str(error)) or type(error).__name__
-    for name, flag in FLAGS.items():
-        message = message.replace(name, flag)
-    return message
-
-
-def _fail(message: str, status: int) -> int:
-    print(f"spar: error: {message}", file=sys.stderr)
-    return status
 
 
 if __name__ == "__main__":

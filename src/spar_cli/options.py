@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import difflib
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .parser import check_one_of, name_and_value, whole_number, window_px
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -18,53 +18,6 @@ if TYPE_CHECKING:
     from spar_hf.segmentation_spar import Segmenter
 
 DTYPES = ("float32", "bfloat16", "float16")
-
-
-def check_one_of(what: str, word: str, allowed: Iterable[str]) -> str:
-    """`word` if it is among the allowed ones.
-
-    Raises:
-        ValueError: it is not; the message lists them and suggests the nearest.
-    """
-    allowed = list(allowed)
-    if word not in allowed:
-        near = difflib.get_close_matches(word, allowed, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"there is no {what} {word!r}; choose one of {', '.join(allowed)}.{hint}")
-    return word
-
-
-def whole_number(word: str) -> int:
-    """An argparse type: a whole number from 1 up."""
-    if not re.fullmatch(r"[0-9]{1,15}", word) or int(word) < 1:
-        raise argparse.ArgumentTypeError(f"it is {word!r}; give a whole number, at least 1")
-    return int(word)
-
-
-def fraction(word: str) -> float:
-    """An argparse type: a number from 0 to 1."""
-    try:
-        value = float(word)
-    except ValueError:
-        value = float("nan")
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"it is {word!r}; give a number from 0 to 1")
-    return value
-
-
-def window_px(word: str) -> int | str:
-    """An argparse type: a whole number of pixels, or the word `native` or `paper`."""
-    if word not in ("native", "paper") and not re.fullmatch(r"[0-9]{1,15}", word):
-        raise argparse.ArgumentTypeError(f"it is {word!r}; give a whole number of pixels, or native, or paper")
-    return word if word in ("native", "paper") else int(word)
-
-
-def name_and_value(word: str) -> tuple[str, str]:
-    """An argparse type: NAME=VALUE."""
-    name, equals, value = word.partition("=")
-    if not (name and equals and value):
-        raise argparse.ArgumentTypeError(f"it is {word!r}; write NAME=VALUE")
-    return name, value
 
 
 def add_refine_option(parser: argparse.ArgumentParser) -> None:

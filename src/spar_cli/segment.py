@@ -14,12 +14,11 @@ from .options import (
     add_model_options,
     add_refine_option,
     check_images,
-    check_one_of,
-    fraction,
     open_image,
     open_model,
 )
 from .output import Batch, check_outputs, command_line, say, shorten, table
+from .parser import check_one_of, fraction
 
 if TYPE_CHECKING:
     from spar_hf.prompts_spar import Labels

@@ -8,35 +8,47 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+import socket
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
-DRAFT = re.compile(r"\..+\.(\d+)\.tmp")
+DRAFT = re.compile(r"\..+\.(?:(?P<host>[^.]+)-)?(?P<process>\d+)\.tmp")
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+HOST = re.sub(r"[^A-Za-z0-9]+", "-", socket.gethostname())[:40] or "host"
+_growing: set[Path] = set()  # this process's drafts; another one with its number is of a process before it
 
 
 def draft_of(path: Path) -> Path:
-    """The hidden name beside a file, or folder, under which it grows; it holds the process that writes it."""
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """The hidden name beside a file, or folder, under which it grows; it says which machine and process writes it."""
+    draft = path.with_name(f".{path.name}.{HOST}-{os.getpid()}.tmp")
+    _growing.add(draft)
+    return draft
 
 
 def clear_drafts(folder: Path) -> list[Path]:
-    """Removes the drafts in a folder whose process is gone: killed commands leave them. Returns what was removed."""
+    """Removes the drafts in a folder whose process is gone: killed commands leave them. Returns what was removed.
+
+    Drafts of other machines that share the folder stay.
+    """
     removed = []
     for draft in folder.glob(".*.tmp") if folder.is_dir() else ():
         match = DRAFT.fullmatch(draft.name)
-        if match is None or _is_running(int(match[1])):
+        if match is None or match["host"] not in (None, HOST) or _is_growing(draft, int(match["process"])):
             continue
-        shutil.rmtree(draft, ignore_errors=True) if draft.is_dir() else draft.unlink(missing_ok=True)
+        _remove(draft)
         removed.append(draft)
     return removed
 
 
-def _is_running(process: int) -> bool:
+def _is_growing(draft: Path, process: int) -> bool:
+    if process == os.getpid():
+        return draft in _growing
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -44,6 +56,50 @@ def _is_running(process: int) -> bool:
     except OSError:  # there, and another user's
         return True
     return True
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+@contextmanager
+def full_disk_in_words(*paths: Path) -> Iterator[None]:
+    """Turns what a full disk, or the limit of a file's size, raises inside into an `OSError` that names the files."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        # safetensors has errors of its own, with the number in their text.
+        text = re.search(r"os error (\d+)", str(error))
+        number = error.errno if isinstance(error, OSError) else int(text[1]) if text else None
+        if number not in FULL:
+            raise
+        raise OSError(
+            number,
+            f"disk full while writing {', '.join(map(str, paths))}. What was written before is intact; free "
+            "some space and run the same command again, with --resume where it has one",
+        ) from error
+
+
+@contextmanager
+def _drafts(*paths: Path) -> Iterator[list[Path]]:
+    """Names of drafts beside `paths`, which vanish when the block ends."""
+    for folder in {path.parent for path in paths}:
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder} is a file; give a folder to write into")
+        folder.mkdir(parents=True, exist_ok=True)
+        clear_drafts(folder)
+    drafts = [draft_of(path) for path in paths]
+    try:
+        yield drafts
+    finally:
+        for draft in drafts:
+            _remove(draft)
+        _growing.difference_update(drafts)
+
+
+def _flush(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 @contextmanager
@@ -56,29 +112,29 @@ def whole_files(*paths: Path) -> Iterator[list[Path]]:
         ValueError: a folder to write into is a file.
         OSError: the disk is full; the message says so, nothing is left behind and other files are as they were.
     """
-    for folder in {path.parent for path in paths}:
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"{folder} is a file; give a folder to write into")
-        folder.mkdir(parents=True, exist_ok=True)
-        clear_drafts(folder)
-    drafts = [draft_of(path) for path in paths]
-    try:
+    with full_disk_in_words(*paths), _drafts(*paths) as drafts:
         yield drafts
-        for source, target in zip(drafts, paths, strict=True):
-            with open(source, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(source, target)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise OSError(
-            error.errno,
-            f"disk full while writing {', '.join(map(str, paths))}. What was written before is intact; free "
-            "some space and run the same command again, with --resume where it has one",
-        ) from error
-    finally:
-        for source in drafts:
-            source.unlink(missing_ok=True)
+        for draft, path in zip(drafts, paths, strict=True):
+            _flush(draft)
+            os.replace(draft, path)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """An empty draft folder that takes the place of `path`, and of what was there, when the block ends.
+
+    Raises:
+        ValueError, OSError: see `whole_files`.
+    """
+    with full_disk_in_words(path), _drafts(path, path.with_name(f"{path.name}.old")) as (draft, old):
+        draft.mkdir()
+        yield draft
+        for file in draft.rglob("*"):
+            if file.is_file():
+                _flush(file)
+        if path.exists():
+            os.replace(path, old)
+        os.replace(draft, path)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -107,14 +163,22 @@ def weights_digest(*modules: nn.Module) -> str:
     return digest(parts())
 
 
+def check_finite(what: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raises a `ValueError` that names the first of some weights with a NaN or an infinity in it."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{what}: {name} holds NaN or infinity. Give whole weights.")
+
+
 def write_json(path: Path, content: Any) -> None:
     """`write_atomically` of indented JSON."""
     write_atomically(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def require_disk(folder: Path, needed_bytes: int) -> None:
-    """Raises an `OSError` when the disk of a folder cannot hold so many more bytes."""
-    free = shutil.disk_usage(folder).free
+    """Raises an `OSError` when the disk of a folder, which need not be there yet, can't hold so many more bytes."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    free = shutil.disk_usage(there).free
     if needed_bytes > free:
         raise OSError(
             errno.ENOSPC,

@@ -100,18 +100,26 @@ def ignore_signals(worker: int) -> None:
 
 
 def plan_steps(
-    views: Views, store: FeatureStore | None, epochs: int, batch_size: int, batches_per_step: int, seed: int
+    views: Views,
+    store: FeatureStore | None,
+    epochs: int,
+    batch_size: int,
+    batches_per_step: int,
+    seed: int,
+    max_steps: int | None = None,
 ) -> list[list[list[int]]]:
     """All steps of a run: step -> its batches -> numbers of their views. Each epoch has each of its views once.
 
-    The last step of an epoch may have fewer batches.
+    The last step of an epoch may have fewer batches; a run with `max_steps` ends with that one.
     """
-    steps = []
+    steps: list[list[list[int]]] = []
     for epoch in range(epochs):
+        if max_steps is not None and len(steps) >= max_steps:
+            break
         numbers = [number for number in views.of_epoch(epoch) if store is None or number in store.index]
         batches = plan_batches(views, numbers, batch_size, np.random.default_rng([seed, epoch]))
         steps += [batches[i : i + batches_per_step] for i in range(0, len(batches), batches_per_step)]
-    return steps
+    return steps[:max_steps]
 
 
 def share_of(steps: list[list[list[int]]], rank: int, processes: int, accumulate: int) -> list[list[int]]:

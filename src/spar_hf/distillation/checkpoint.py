@@ -7,26 +7,33 @@ Works for plain, data-parallel (DDP) and sharded (FSDP) networks alike.
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 from torch.distributed.checkpoint import state_dict as dcp
 
-from ..files import write_atomically
+from ..files import check_finite, digest, write_atomically
 from .cache import differences
 
 KEPT = 2
+NAME = re.compile(r"checkpoint-(\d{8})\.safetensors")
 OPTIONS = dcp.StateDictOptions(
     full_state_dict=True,
     cpu_offload=True,
     ignore_frozen_params=True,
     strict=False,  # frozen weights are not in the file
 )
+
+
+class OtherRun(ValueError):
+    """A checkpoint of a run with other flags."""
 
 
 def save_checkpoint(
@@ -42,6 +49,7 @@ def save_checkpoint(
 
     Raises:
         OSError: the disk is full; earlier checkpoints are intact.
+        ValueError: a weight or moment is NaN or infinite; earlier checkpoints are intact.
     """
     gathered: Any = dcp.get_state_dict(student, optimizer, options=OPTIONS)
     weights, moments = gathered
@@ -49,6 +57,7 @@ def save_checkpoint(
         tensors = {f"model.{name}": weight.contiguous() for name, weight in weights.items()}
         for name, state in moments["state"].items():
             tensors |= {f"optim.{name}.{key}": value.contiguous() for key, value in state.items()}
+        check_finite(f"training has failed by step {step}, its weights are not saved", tensors)
         record = {
             "step": step,
             "made_from": made_from,
@@ -56,11 +65,65 @@ def save_checkpoint(
             "scheduler": scheduler.state_dict(),
             "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
         }
-        content = save(tensors, metadata={"record": json.dumps(record)})
+        text = json.dumps(record)
+        content = save(tensors, metadata={"record": text, "digest": content_digest(text, tensors)})
         write_atomically(folder / f"checkpoint-{step:08d}.safetensors", content)
-        for old in sorted(folder.glob("checkpoint-*.safetensors"))[:-KEPT]:
+        # A file of a later step can only be one that was passed over.
+        ours = sorted(path for path in checkpoints(folder) if NAME.fullmatch(path.name) and step_of(path) <= step)
+        for old in ours[:-KEPT]:
             old.unlink()
     accelerator.wait_for_everyone()
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """What lies in a folder under the name of a checkpoint, the last first."""
+    return sorted(folder.glob("checkpoint-*"), reverse=True)
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(path.stem.rpartition("-")[2])
+
+
+def content_digest(record: str, tensors: dict[str, torch.Tensor]) -> str:
+    """`digest` of all that a checkpoint holds."""
+
+    def parts() -> Iterator[bytes]:
+        yield record.encode()
+        for name, tensor in sorted(tensors.items()):
+            yield f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode()
+            yield tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+    return digest(parts())
+
+
+def read_checkpoint(path: Path, made_from: dict[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Record and tensors of a checkpoint.
+
+    Raises:
+        OtherRun: it is of a run with other flags; says which.
+        ValueError: it is broken, no checkpoint, or holds NaN or infinity.
+    """
+    if not NAME.fullmatch(path.name) or not path.is_file():
+        raise ValueError(f"{path.name} is no checkpoint of training/distill.py")
+    try:
+        with safe_open(path, "pt") as file:
+            text, there = file.metadata()["record"], file.metadata()["digest"]
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        record = json.loads(text)
+        found = record["made_from"]
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path.name} is broken ({error})") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path.name} is no checkpoint of training/distill.py") from error
+    # As JSON, so that tuples and lists compare alike.
+    other = list(differences(json.loads(json.dumps(made_from)), found))
+    if other:
+        raise OtherRun(f"{path.parent} holds a run with other flags: {'; '.join(other)}. Choose another --output.")
+    check_finite(path.name, tensors)
+    if content_digest(text, tensors) != there:
+        raise ValueError(f"{path.name} is broken (check sum)")
+    return record, tensors
 
 
 def load_checkpoint(
@@ -70,22 +133,51 @@ def load_checkpoint(
     optimizer: torch.optim.Optimizer,
     scheduler: Any,
     made_from: dict[str, Any],
+    say: Callable[[str], None] = print,
 ) -> int:
-    """Loads the last checkpoint of a folder; returns the number of steps it has behind it, 0 without a checkpoint.
+    """Loads the last checkpoint of a folder that is whole; returns the number of steps it has behind it, or 0.
+
+    Args:
+        folder: of the run.
+        accelerator, student, optimizer, scheduler: of the run, as prepared.
+        made_from: what the run depends on.
+        say: where to report what was passed over.
 
     Raises:
-        ValueError: the checkpoint is of a run with other flags; says which.
+        OtherRun: the checkpoints are of a run with other flags; says which.
+        ValueError: there are checkpoints, and none can be used.
     """
-    found = sorted(folder.glob("checkpoint-*.safetensors"))
-    if not found:
-        return 0
-    with safe_open(found[-1], "pt") as file:
-        record = json.loads(file.metadata()["record"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    # As JSON, so that tuples and lists compare alike.
-    other = list(differences(json.loads(json.dumps(made_from)), record["made_from"]))
-    if other:
-        raise ValueError(f"{folder} holds a run with other flags: {'; '.join(other)}. Choose another --output.")
+    faults: list[ValueError] = []
+    for path in checkpoints(folder):
+        try:
+            record, tensors = read_checkpoint(path, made_from)
+        except ValueError as error:
+            faults.append(error)
+            continue
+        for fault in faults:
+            say(f"passed over a checkpoint: {fault}")
+        put_back(record, tensors, accelerator, student, optimizer, scheduler)
+        return record["step"]
+    for fault in faults:
+        if isinstance(fault, OtherRun):
+            raise fault
+    if faults:
+        raise ValueError(
+            f"no checkpoint in {folder} can be used: {'; '.join(map(str, faults))}. Delete them to begin anew, or "
+            "choose another --output."
+        )
+    return 0
+
+
+def put_back(
+    record: dict[str, Any],
+    tensors: dict[str, torch.Tensor],
+    accelerator: Accelerator,
+    student: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: Any,
+) -> None:
+    """Gives a run the state that a checkpoint holds."""
     weights: dict[str, Any] = {}
     state: dict[str, Any] = {}
     for path, tensor in tensors.items():
@@ -100,4 +192,3 @@ def load_checkpoint(
     scheduler.load_state_dict(record["scheduler"])
     if accelerator.scaler:
         accelerator.scaler.load_state_dict(record["scaler"])
-    return record["step"]

@@ -1,21 +1,25 @@
 """Where training images come from: a folder, tars, a Hugging Face data set, the picture book. No labels are read.
 
-A *source* has `names`, `description` (what the record of a run says about it), `size_hw(index)` and
-`draw(index, height, width)`. Photographs are resized to the size asked for; the picture book is drawn at it.
+A *source* has `names`, `description` (what the record of a run says about it), `size_hw(index)`,
+`draw(index, height, width)` and `fingerprint(index)`. Photographs are resized to the size asked for; the picture book
+is drawn at it.
 """
 
 from __future__ import annotations
 
 import io
 import tarfile
+import zlib
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from ..files import write_atomically
-from ..picture_book.dataset import PictureBook
+from ..image_processing_spar import FORMATS, load_image
+from ..picture_book.dataset import EDITION, PictureBook
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 HEADER_BYTES = 65536  # enough for the header of nearly every file; the rest is read only where it is not
@@ -43,6 +47,8 @@ class Source(Protocol):
 
     def draw(self, index: int, height_px: int, width_px: int) -> np.ndarray: ...
 
+    def fingerprint(self, index: int) -> int: ...
+
 
 class Photographs:
     """Encoded images, each a piece of a file: a whole file, or a member of a tar.
@@ -67,9 +73,9 @@ class Photographs:
         """Height and width as shown, after the EXIF orientation; reads the header only. Raises `BadImage`."""
         try:
             try:
-                image = Image.open(io.BytesIO(self.read(index, HEADER_BYTES)))
+                image = Image.open(io.BytesIO(self.read(index, HEADER_BYTES)), formats=raster_formats())
             except Exception:  # perhaps a long header: the whole file decides
-                image = Image.open(io.BytesIO(self.read(index)))
+                image = Image.open(io.BytesIO(self.read(index)), formats=raster_formats())
             exif = Image.Exif()
             exif.load(image.info.get("exif", b""))  # image.getexif() would decode a whole PNG
             turned = exif.get(0x0112, 1) >= 5  # orientation 5 to 8: rows and columns change places
@@ -78,10 +84,17 @@ class Photographs:
             raise BadImage(self.names[index], f"{type(error).__name__}: {error}") from error
 
     def draw(self, index: int, height_px: int, width_px: int) -> np.ndarray:
-        """The image at that size, bicubic with antialias as `SparImageProcessor`: (height, width, 3) uint8."""
+        """The image at that size, read and resized as `SparImageProcessor` does: (height, width, 3) uint8."""
         try:
-            image = ImageOps.exif_transpose(Image.open(io.BytesIO(self.read(index)))).convert("RGB")
+            image = load_image(self.read(index), name="it")
             return np.asarray(image.resize((width_px, height_px), Image.Resampling.BICUBIC))
+        except Exception as error:
+            raise BadImage(self.names[index], f"{type(error).__name__}: {error}") from error
+
+    def fingerprint(self, index: int) -> int:
+        """CRC-32 of the encoded image, by which a later run knows that it has not changed. Raises `BadImage`."""
+        try:
+            return zlib.crc32(self.read(index))
         except Exception as error:
             raise BadImage(self.names[index], f"{type(error).__name__}: {error}") from error
 
@@ -102,7 +115,7 @@ class PictureBookScenes:
     """Training scenes of the picture book, in random shapes up to 2:1, drawn (not resized) at the size asked for."""
 
     def __init__(self, num_scenes: int, seed: int):
-        self.description = {"kind": "picture book", "split": "train", "seed": seed}
+        self.description = {"kind": "picture book", "split": "train", "seed": seed, "edition": EDITION}
         self.names = [f"picture book train {index}" for index in range(num_scenes)]
         self.seed = seed
 
@@ -114,6 +127,17 @@ class PictureBookScenes:
 
     def draw(self, index: int, height_px: int, width_px: int) -> np.ndarray:
         return PictureBook("train", height_px, width_px, self.seed).scene(index).image
+
+    def fingerprint(self, index: int) -> int:
+        """The edition of the book: a scene changes with it alone."""
+        return EDITION
+
+
+@cache
+def raster_formats() -> list[str]:
+    """Those of `FORMATS` that this Pillow reads."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
 
 
 def encoded(example: dict[str, Any]) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from functools import singledispatch
 from pathlib import Path
@@ -12,16 +11,17 @@ import torch
 from torch import nn
 from transformers import ProcessorMixin
 
-from ..build import build_encoder
+from ..build import build_encoder, window_of
 from ..checkpoints import load_tower
 from ..encoder_spar import DenseVisionModel
 from ..encoders.base import DenseEncoder
 from ..encoders.composition import Ensemble, Regridded, Resized
 from ..encoders.sliding_window import SlidingWindow
-from ..files import weights_digest
+from ..files import check_finite, weights_digest
 from ..methods.table import find_method
 from .cache import FeatureStore
 from .sources import BadImage
+from .specs import StudentSpec, TeacherSpec
 from .views import Views
 
 
@@ -31,10 +31,16 @@ def normalise(pixels: torch.Tensor, config: Any) -> torch.Tensor:
     return (pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std
 
 
-def load_student(args: argparse.Namespace) -> tuple[Any, Any, ProcessorMixin | None]:
-    """`load_tower` of the network that learns, as the flags of the student have it."""
-    wanted = {"method": args.student_method, "attention_reach": args.student_reach}
-    return load_tower(args.student, **{field: value for field, value in wanted.items() if value is not None})
+def load_student(spec: StudentSpec) -> tuple[Any, Any, ProcessorMixin | None]:
+    """`load_tower` of the network that learns.
+
+    Raises:
+        ValueError: there is no such network, or its weights hold NaN or infinity.
+    """
+    wanted = {"method": spec.method, "attention_reach": spec.reach}
+    loaded = load_tower(spec.model, **{field: value for field, value in wanted.items() if value is not None})
+    check_finite(f"student {spec.model}", loaded[1].state_dict())
+    return loaded
 
 
 def describe_trunk(vision: DenseVisionModel, first_block: int) -> dict[str, Any]:
@@ -45,58 +51,64 @@ def describe_trunk(vision: DenseVisionModel, first_block: int) -> dict[str, Any]
     return {"first_block": first_block, "weights": weights_digest(vision), **runs}
 
 
-def build_teacher(args: argparse.Namespace) -> tuple[DenseEncoder, dict[str, Any]]:
-    """The dense encoder that the flags ask for, without gradients, and what its features depend on.
+def build_teacher(spec: TeacherSpec, student: StudentSpec, patch_px: int) -> tuple[DenseEncoder, dict[str, Any]]:
+    """The dense encoder of a specification, without gradients.
 
-    Several methods, strides or sizes make several teachers, one for each combination; the student learns their mean.
+    Args:
+        spec: what to build; its `dtype` is settled, see `TeacherSpec.on`.
+        student: its checkpoint is the teacher's where that has none.
+        patch_px: the student's patch, whose grid the features get.
+
+    Returns:
+        The encoder, and what its features depend on, as JSON.
+
+    Raises:
+        ValueError: a method, network, window or size that can't be, or weights with NaN or infinity.
     """
-    name = args.teacher_model or args.student
-    vision = load_tower(name, dtype=getattr(torch, args.teacher_dtype))[1].requires_grad_(False)
-    patch_px = (vision if name == args.student else load_tower(args.student)[1]).config.patch_size
-    methods = args.teacher_method or [None]
-    needs_network = [method is not None and bool(find_method(method).needs) for method in methods]
-    if args.teacher_network and not any(needs_network):
-        raise ValueError("--teacher-network is given, and no --teacher-method takes a second network; leave it out.")
-
+    name = spec.model or student.model
+    vision = load_tower(name, dtype=getattr(torch, spec.dtype))[1].requires_grad_(False)
+    check_finite(f"teacher {name}", vision.state_dict())
     teachers: list[DenseEncoder] = []
     depend_on = []
-    for method, needed in zip(methods, needs_network, strict=True):
-        networks = (
-            {next(iter(find_method(method).needs)): args.teacher_network} if needed and args.teacher_network else {}
-        )
-        fields = {} if args.teacher_reach is None else {"attention_reach": args.teacher_reach}
-        encoder: Any = build_encoder(vision, method, networks=networks, **fields)
+    for method in spec.methods or (None,):
+        needs = find_method(method).needs if method else {}
+        networks = {network: given for network, given in spec.networks.items() if network in needs}
+        encoder: Any = build_encoder(vision, method, networks=networks or None, reach=spec.reach)
         encoder.requires_grad_(False)
-        config = encoder.config
+        for network in networks:
+            check_finite(f"network {network} of the teacher, {networks[network]}", encoder.state_dict())
+        windows, window_px, strides_px = in_windows(encoder, spec, bool(method and find_method(method).whole_image))
         fields = {
             "weights": weights_digest(encoder),
-            **config.features_depend_on(),
-            "window_px": None,
-            "stride_px": None,
+            **encoder.config.features_depend_on(),
+            "window_px": window_px,
+            "stride_px": single(strides_px),
         }
         if not isinstance(encoder, DenseVisionModel):
             fields["recipe"] = None  # the method is in a file
-        windows: list[Any] = [encoder]
-        whole_image = method is not None and find_method(method).whole_image
-        if args.window_px if whole_image else args.window_px != 0:
-            window_px = args.window_px or config.window_px
-            strides = args.stride_px or [config.stride_px]
-            windows = [SlidingWindow(encoder, window_px, stride, args.window_batch) for stride in strides]
-            fields |= {"window_px": windows[0].window_px, "stride_px": single(strides)}
-        if config.patch_size != patch_px or whole_image:
+        if encoder.config.patch_size != patch_px or (method and find_method(method).whole_image):
             windows = [Regridded(window, patch_px) for window in windows]
-        sides = args.teacher_short_side_px
-        teachers += [Resized(window, side) if side else window for window in windows for side in sides or [0]]
+        sides = spec.short_sides_px or (0,)
+        teachers += [Resized(window, side) if side else window for window in windows for side in sides]
         depend_on.append(fields)
     described = {
         "model": Path(name).name if Path(name).is_dir() else name,  # no path of this machine in the weights
         "revision": getattr(vision.config, "_commit_hash", None),
         **{field: single([fields[field] for fields in depend_on]) for field in depend_on[0]},
-        "dtype": args.teacher_dtype,
-        "short_side_px": single(args.teacher_short_side_px or [None]),
+        "dtype": spec.dtype,
+        "short_side_px": single(list(spec.short_sides_px) or [None]),
         "mean": None if len(teachers) == 1 else "normalised features" if len(depend_on) > 1 else "features",
     }
     return teachers[0] if len(teachers) == 1 else Ensemble(teachers, normalise=len(depend_on) > 1), described
+
+
+def in_windows(encoder: Any, spec: TeacherSpec) -> tuple[list[Any], int | None, list[int | None]]:
+    """The encoder in the windows of a specification, one for each step; the side of the window; the steps."""
+    if spec.window_px == 0:
+        return [encoder], None, [None]
+    sizes = [window_of(encoder.config, spec.window_px, stride_px) for stride_px in spec.strides_px or (None,)]
+    windows = [SlidingWindow(encoder, window_px, stride_px, spec.window_batch) for window_px, stride_px in sizes]
+    return windows, sizes[0][0], [stride_px for _, stride_px in sizes]
 
 
 def single(values: list) -> Any:

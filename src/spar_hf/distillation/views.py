@@ -165,6 +165,10 @@ class Views:
         image = image[top : top + height, left : left + width]
         return np.array(image[:, ::-1] if view.flip else image)
 
+    def fingerprint(self, number: int) -> int:
+        """Of the image behind a view, see `Photographs.fingerprint`. Raises `BadImage`."""
+        return self.source.fingerprint(self.images[number % len(self.images)][0])
+
     def of_epoch(self, epoch: int) -> range:
         """Numbers of the views of an epoch: one of each image; after the last draw the first comes again."""
         draw = epoch % self.draws

@@ -1,0 +1,92 @@
+"""Which networks learn and teach: plain values that the command line fills in and a record of a run keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+
+from ..grid_spar import one_of, unknown
+from ..methods.table import find_method
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class StudentSpec:
+    """Which network learns.
+
+    Attributes:
+        model: `tiny`, a folder or a Hub id.
+        method: its last block, a row of `METHODS`; None leaves it as the checkpoint has it.
+        reach: how far its attention reaches, `image` or `window`; None likewise.
+    """
+
+    model: str
+    method: str | None = None
+    reach: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class TeacherSpec:
+    """Which dense encoder teaches. Several methods, strides or sizes make several, and the student learns their mean.
+
+    Attributes:
+        model: checkpoint; None is the student's.
+        methods: rows of `METHODS`; none is the checkpoint's own.
+        networks: further networks of the methods by the name they have in their rows; those left out are the authors'.
+        reach: how far attention reaches, `image` or `window`; None is the checkpoint's.
+        window_px: side of the sliding window, `native`, `paper`, or None, which is `paper`; 0 is one pass.
+        strides_px: steps of the window; none is the method's own.
+        short_sides_px: sizes at which the teacher sees every picture, 0 is the student's; none is the student's alone.
+        window_batch: windows at once.
+        dtype: of weights and arithmetic; `auto` is the fastest that the device has.
+    """
+
+    model: str | None = None
+    methods: tuple[str, ...] = ()
+    networks: Mapping[str, str] = field(default_factory=dict)
+    reach: str | None = None
+    window_px: int | str | None = None
+    strides_px: tuple[int, ...] = ()
+    short_sides_px: tuple[int, ...] = ()
+    window_batch: int = 64
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        one_of("dtype", self.dtype, DTYPES)
+        needed = [name for method in self.methods for name in find_method(method).needs]
+        for name in self.networks:
+            if not needed:
+                raise ValueError(f"no method of the teacher takes a further network; leave {name!r} out.")
+            if name not in needed:
+                raise ValueError(f"methods {', '.join(self.methods)}: " + unknown("network", name, needed))
+        if self.window_px == 0 and self.strides_px:
+            raise ValueError(
+                f"the teacher runs in one pass (window 0), which has no steps; leave {self.strides_px} out."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self)
+
+    def on(self, device: torch.device) -> TeacherSpec:
+        """The same with `auto` settled for a device."""
+        return replace(self, dtype=fast_dtype(device)) if self.dtype == "auto" else self
+
+
+def fast_dtype(device: torch.device) -> str:
+    """The fastest type that a device runs the networks in: bf16, or fp32 where that is no faster."""
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        fast = torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()
+    else:
+        fast = False
+    return "bfloat16" if fast else "float32"
