@@ -63,6 +63,8 @@ class LabelTeacher(nn.Module):
         ValueError: the names and their features don't fit.
     """
 
+    text_embeds: Tensor
+
     def __init__(
         self,
         segmenter: Segmenter,

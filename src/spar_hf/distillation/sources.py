@@ -18,7 +18,8 @@ import numpy as np
 from PIL import Image
 
 from ..files import write_atomically
-from ..image_processing_spar import FORMATS, load_image
+from ..image_file_spar import FORMATS
+from ..image_io_spar import read_image
 from ..picture_book.dataset import EDITION, PictureBook
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
@@ -86,7 +87,7 @@ class Photographs:
     def draw(self, index: int, height_px: int, width_px: int) -> np.ndarray:
         """The image at that size, read and resized as `SparImageProcessor` does: (height, width, 3) uint8."""
         try:
-            image = load_image(self.read(index), name="it")
+            image = read_image(self.read(index), name="it")
             return np.asarray(image.resize((width_px, height_px), Image.Resampling.BICUBIC))
         except Exception as error:
             raise BadImage(self.names[index], f"{type(error).__name__}: {error}") from error

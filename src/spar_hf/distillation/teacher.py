@@ -102,9 +102,14 @@ def build_teacher(spec: TeacherSpec, student: StudentSpec, patch_px: int) -> tup
     return teachers[0] if len(teachers) == 1 else Ensemble(teachers, normalise=len(depend_on) > 1), described
 
 
-def in_windows(encoder: Any, spec: TeacherSpec) -> tuple[list[Any], int | None, list[int | None]]:
-    """The encoder in the windows of a specification, one for each step; the side of the window; the steps."""
-    if spec.window_px == 0:
+def in_windows(
+    encoder: Any, spec: TeacherSpec, whole_image: bool = False
+) -> tuple[list[Any], int | None, list[int | None]]:
+    """The encoder in the windows of a specification, one for each step; the side of the window; the steps.
+
+    A method that sees whole images, and makes windows of its own, has none.
+    """
+    if spec.window_px == 0 or whole_image:
         return [encoder], None, [None]
     sizes = [window_of(encoder.config, spec.window_px, stride_px) for stride_px in spec.strides_px or (None,)]
     windows = [SlidingWindow(encoder, window_px, stride_px, spec.window_batch) for window_px, stride_px in sizes]

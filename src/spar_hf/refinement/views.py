@@ -85,7 +85,7 @@ def image_engineering(settings: EngineeringSettings) -> tuple[View, ...]:
 def flips(settings: FlipSettings) -> tuple[View, ...]:
     """The image upside down, and mirrored."""
     return tuple(
-        View(name, lambda p, axis=axis: p.flip(axis), lambda f, axis=axis: f.flip(axis - 1), settings.weight)
+        View(name, partial(torch.flip, dims=(axis,)), partial(torch.flip, dims=(axis - 1,)), settings.weight)
         for name, axis in (("vertical flip", 2), ("horizontal flip", 3))
     )
 
