@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
 from conftest import SIZES_HW
+from distillation_help import SIZES, run, run_as_command, save_pictures
 from torch.nn import functional as F
+from transformers import ViTConfig, ViTModel
 
-from spar_hf import build_segmenter
+from spar_hf import SparModel, build_segmenter
 from spar_hf.distillation.label_teacher import LabelTeacher, Settings, patch_probabilities
 from spar_hf.segmentation_spar import GridScores, label_map
 
@@ -102,3 +106,51 @@ def test_mistakes_say_what_to_do(teacher):
     made = teacher(Settings())
     with pytest.raises(ValueError, match="there are 3 text features for 5 names"):
         LabelTeacher(made.segmenter, made.encoded, made.text_embeds[:3], made.encoder)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--teacher-labels", "lposs", "--teacher-network", "dino={dino}", "--window-px", "0"),
+        ("--teacher-labels", "naclip", "--teacher-refine", "pamr", "--target", "text"),
+    ],
+)
+def test_a_label_method_teaches_end_to_end(flags, make_spar, spar_processor, tmp_path):
+    """Stored by the cache as any teacher's features, learned from, and written into the student's record."""
+    make_spar(num_hidden_layers=2).save_pretrained(tmp_path / "model")
+    spar_processor.save_pretrained(tmp_path / "model")
+    config = ViTConfig(hidden_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=16)
+    ViTModel(config).save_pretrained(tmp_path / "dino")
+    (tmp_path / "words.txt").write_text("road\ncar, automobile\nsky\n")
+    pictures = save_pictures(tmp_path / "pictures", 2)
+    common = ["--student", tmp_path / "model", "--images", pictures, *SIZES, "--workers", "0"]
+    common += [flag.format(dino=tmp_path / "dino") for flag in flags] + ["--labels", f"@{tmp_path}/words.txt"]
+    run("cache_teacher.py", *common, "--cache", tmp_path / "cache")
+    run("distill.py", *common, "--cache", tmp_path / "cache", "--output", tmp_path / "run", "--epochs", "2")
+    run("distill.py", *common, "--output", tmp_path / "live", "--epochs", "2")
+    students = [SparModel.from_pretrained(tmp_path / name / "model") for name in ("run", "live")]
+    record = students[0].config.vision_config.teacher
+    assert record["method"] == flags[1] and record["labels"] == [["road"], ["car", "automobile"], ["sky"]]
+    assert ("pamr" in record["refine"]) == ("pamr" in flags)
+    weights = [student.vision_model.state_dict() for student in students]
+    start = SparModel.from_pretrained(tmp_path / "model").vision_model.state_dict()
+    assert any(not torch.equal(weights[0][name], start[name]) for name in start)
+    for name in start:  # the store holds half precision
+        torch.testing.assert_close(weights[0][name], weights[1][name], atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--teacher-labels", "lposs"), "give both, the method and the labels"),
+        (("--labels", "road; car"), "give both, the method and the labels"),
+        (("--teacher-labels", "lpos", "--labels", "road"), "there is no method 'lpos'.*Did you mean 'lposs'"),
+        (("--teacher-labels", "naclip", "--labels", "road", "--teacher-refine", "parm"), "Did you mean 'pamr'"),
+        (("--teacher-refine", "pamr"), "refinement 'pamr' is of score maps; name the method"),
+        (("--teacher-labels", "naclip", "--labels", "road", "--teacher-method", "sclip"), "teaches alone"),
+    ],
+)
+def test_wrong_flags_write_nothing(flags, message, tmp_path, capfd):
+    common = ["--student", "tiny", "--images", save_pictures(tmp_path / "pictures", 1), "--output", tmp_path / "run"]
+    assert run_as_command("distill.py", *common, *flags) == 2
+    assert re.search(message, capfd.readouterr().err) and not (tmp_path / "run").exists()

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from spar_hf.encoder_spar import DenseModel
     from spar_hf.processing_spar import SparProcessor
+    from spar_hf.prompts_spar import Labels
     from spar_hf.segmentation_spar import Segmenter
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -191,6 +192,17 @@ def open_model(args: argparse.Namespace, refine: Sequence[str] = ()) -> Opened:
             vision_config_of(model.vision_model, args.method), args.window_px, args.stride_px
         )
     return Opened(model, processor, choices, facts)
+
+
+def read_labels(text: str) -> Labels:
+    """The vocabulary of `--labels`: words, or a file after an @."""
+    from spar_hf.prompts_spar import Labels
+
+    if text.startswith("@"):
+        return Labels.read(text[1:])
+    if text.strip() and "\n" not in text and len(text) < 200 and Path(text).is_file():
+        raise ValueError(f"--labels is {text!r}, which is a file; write --labels @{text} to read the labels in it")
+    return Labels.parse(text)
 
 
 def _device(name: str) -> Any:

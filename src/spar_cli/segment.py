@@ -16,6 +16,7 @@ from .options import (
     check_images,
     open_image,
     open_model,
+    read_labels,
 )
 from .output import Batch, check_outputs, command_line, say, shorten, table
 from .parser import check_one_of, fraction
@@ -125,17 +126,6 @@ def run(args: argparse.Namespace) -> int:
         facts = {"command": command_line(args), **opened.facts, **thresholds}
         write_json(args.json, {**facts, "images": results, "failed": batch.as_json()})
     return batch.status()
-
-
-def read_labels(text: str) -> Labels:
-    """The vocabulary of `--labels`: words, or a file after an @."""
-    from spar_hf.prompts_spar import Labels
-
-    if text.startswith("@"):
-        return Labels.read(text[1:])
-    if text.strip() and "\n" not in text and len(text) < 200 and Path(text).is_file():
-        raise ValueError(f"--labels is {text!r}, which is a file; write --labels @{text} to read the labels in it")
-    return Labels.parse(text)
 
 
 def competing(labels: Labels, args: argparse.Namespace) -> Labels:

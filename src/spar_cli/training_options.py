@@ -7,12 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from spar_hf.distillation.label_teacher import TARGETS
+from spar_hf.distillation.label_teacher import Settings as TargetSettings
 from spar_hf.distillation.sources import PictureBookScenes, Source, hub_dataset, image_folder, tar_files
 from spar_hf.distillation.specs import DTYPES, StudentSpec, TeacherSpec
 from spar_hf.distillation.views import EXTENDED, SCALE_LAWS, Augmentation, Views
 from spar_hf.reach_spar import REACHES
 
 from .errors import MISTAKE, exit_status, fail
+from .options import read_labels
 from .parser import (
     Parser,
     fraction,
@@ -115,6 +118,25 @@ def add_teacher_flags(parser: argparse.ArgumentParser) -> None:
         help="a further network of a method, such as dino=facebook/dino-vitb8; may be given again (default: those of "
         "its authors)",
     )
+    group.add_argument(
+        "--teacher-labels",
+        metavar="NAME",
+        type=text,
+        help="a row of 'spar methods' whose score maps of --labels teach, in the place of features: so label methods "
+        "(lposs) teach, and feature methods with refinements",
+    )
+    group.add_argument(
+        "--labels", metavar="TEXT|@FILE", type=text, help="the words of --teacher-labels, as 'spar segment' takes them"
+    )
+    group.add_argument(
+        "--teacher-refine", action="append", default=[], type=text, metavar="NAME", help="refinement of its score maps"
+    )
+    group.add_argument(
+        "--target",
+        choices=TARGETS,
+        default=TargetSettings.target,
+        help="how score maps become features: the network's own moved towards the words, or the words' mean",
+    )
     group.add_argument("--teacher-reach", choices=REACHES, help="how far its attention reaches")
     group.add_argument(
         "--window-px",
@@ -166,6 +188,10 @@ def teacher_spec(args: argparse.Namespace) -> TeacherSpec:
         short_sides_px=tuple(args.teacher_short_side_px),
         window_batch=args.window_batch,
         dtype=args.teacher_dtype,
+        label_method=args.teacher_labels,
+        labels=None if args.labels is None else read_labels(args.labels),
+        refine=tuple(args.teacher_refine),
+        target=TargetSettings(target=args.target),
     )
 
 

@@ -19,7 +19,8 @@ HALF = (torch.bfloat16, torch.float16)
 # What runs in fp32 where half precision is slow: products, and the norms, which take no mixed types.
 FULL = frozenset(
     {
-        F.linear, F.conv2d, F.layer_norm, F.scaled_dot_product_attention, torch.einsum, torch.matmul, torch.mm, torch.bmm,
+        F.linear, F.conv2d, F.layer_norm, F.scaled_dot_product_attention,
+        torch.einsum, torch.matmul, torch.mm, torch.bmm,
         torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.__rmatmul__, torch.Tensor.mm, torch.Tensor.bmm,
     }
 )  # fmt: skip
@@ -84,7 +85,7 @@ def _full(argument: Any) -> Any:
 
 
 def products(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
-    """What to run a model of this type in on this device: `FullProducts` where half precision is slow; says so once."""
+    """What to run a model of this type in on a device: `FullProducts` where half precision is slow; says so once."""
     if dtype not in HALF or fast_half(device, dtype):
         return nullcontext()
     name = str(dtype).removeprefix("torch.")

@@ -5,6 +5,7 @@ The command line, the page, training and benchmarks call these two; nothing else
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields, replace
 from typing import Any
@@ -230,7 +231,7 @@ def record(
         name: asdict(_with(row.settings, of_refinement.get(name, {}), f"refinement {name!r}"))
         for name, row in find_refinements(refine).items()
     }
-    return chosen
+    return json.loads(json.dumps(chosen))  # tuples become lists, as they come back from a file
 
 
 def _row_for(vision: Any, method: str | None, networks: Networks | None) -> Method | None:

@@ -326,7 +326,7 @@ class DenseModel(OffloadedModel):
 
     @classmethod
     def from_stock(cls, model: PreTrainedModel) -> Any:
-        """A stock model of the family, as `from_pretrained` would load it from a folder, of its type, on its device."""
+        """A stock model of the family as `from_pretrained` loads it from a folder, in its type and on its device."""
         config = cls.config_class.from_dict(cls.config_class.from_stock(model.config.to_dict()))
         ours = cls.from_pretrained(None, config=config, state_dict=model.state_dict(), dtype=model.dtype)
         ours.name_or_path = model.name_or_path
@@ -367,7 +367,7 @@ def check_values(pixel_values: torch.Tensor, config: DenseVisionConfig) -> None:
         raise ValueError("pixel_values hold NaN or infinity; every pixel must be a number.")
     if high > 8 * largest and low > -8 * largest:
         raise ValueError(
-            f"pixel_values reach from {low:.3g} to {high:.3g}; normalised with the model's mean and std they lie within "
+            f"pixel_values reach from {low:.3g} to {high:.3g}; normalised with the model's mean and std they lie in "
             f"±{largest:.3g}. Use SparImageProcessor, which takes pixels of 0 to 255."
         )
 

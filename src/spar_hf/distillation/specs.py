@@ -8,8 +8,12 @@ from typing import Any
 
 import torch
 
+from ..arithmetic_spar import best_dtype
 from ..grid_spar import one_of, unknown
 from ..methods.table import find_method
+from ..prompts_spar import Labels
+from ..refinement import find_refinements
+from .label_teacher import Settings
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -47,6 +51,10 @@ class TeacherSpec:
         short_sides_px: sizes at which the teacher sees every picture, 0 is the student's; none is the student's alone.
         window_batch: windows at once.
         dtype: of weights and arithmetic; `auto` is the fastest that the device has.
+        label_method: a row of `METHODS` whose score maps teach, in the place of features; see `LabelTeacher`.
+        labels: the vocabulary of those score maps.
+        refine: refinements of those score maps, keys of `REFINEMENTS`.
+        target: how score maps become features.
     """
 
     model: str | None = None
@@ -58,15 +66,27 @@ class TeacherSpec:
     short_sides_px: tuple[int, ...] = ()
     window_batch: int = 64
     dtype: str = "auto"
+    label_method: str | None = None
+    labels: Labels | None = None
+    refine: tuple[str, ...] = ()
+    target: Settings = field(default_factory=Settings)
 
     def __post_init__(self) -> None:
         one_of("dtype", self.dtype, DTYPES)
-        needed = [name for method in self.methods for name in find_method(method).needs]
+        methods = (*self.methods, self.label_method) if self.label_method else self.methods
+        needed = [name for method in methods for name in find_method(method).needs]
+        find_refinements(self.refine)
+        if (self.label_method is None) != (self.labels is None):
+            raise ValueError("a label method teaches about words: give both, the method and the labels.")
+        if self.label_method is not None and (self.methods or len(self.strides_px) > 1 or self.short_sides_px):
+            raise ValueError("a label method teaches alone; leave other methods, strides and sizes out.")
+        if self.refine and self.label_method is None:
+            raise ValueError(f"refinement {self.refine[0]!r} is of score maps; name the method that makes them.")
         for name in self.networks:
             if not needed:
                 raise ValueError(f"no method of the teacher takes a further network; leave {name!r} out.")
             if name not in needed:
-                raise ValueError(f"methods {', '.join(self.methods)}: " + unknown("network", name, needed))
+                raise ValueError(f"methods {', '.join(methods)}: " + unknown("network", name, needed))
         if self.window_px == 0 and self.strides_px:
             raise ValueError(
                 f"the teacher runs in one pass (window 0), which has no steps; leave {self.strides_px} out."
@@ -78,15 +98,4 @@ class TeacherSpec:
 
     def on(self, device: torch.device) -> TeacherSpec:
         """The same with `auto` settled for a device."""
-        return replace(self, dtype=fast_dtype(device)) if self.dtype == "auto" else self
-
-
-def fast_dtype(device: torch.device) -> str:
-    """The fastest type that a device runs the networks in: bf16, or fp32 where that is no faster."""
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "cpu":
-        fast = torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()
-    else:
-        fast = False
-    return "bfloat16" if fast else "float32"
+        return replace(self, dtype=str(best_dtype(device)).removeprefix("torch.")) if self.dtype == "auto" else self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from functools import singledispatch
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 from transformers import ProcessorMixin
 
-from ..build import build_encoder, window_of
+from ..build import build_encoder, build_segmenter, record, window_of
 from ..checkpoints import load_tower
 from ..encoder_spar import DenseVisionModel
 from ..encoders.base import DenseEncoder
@@ -20,6 +21,7 @@ from ..encoders.sliding_window import SlidingWindow
 from ..files import check_finite, weights_digest
 from ..methods.table import find_method
 from .cache import FeatureStore
+from .label_teacher import LabelTeacher
 from .sources import BadImage
 from .specs import StudentSpec, TeacherSpec
 from .views import Views
@@ -66,8 +68,15 @@ def build_teacher(spec: TeacherSpec, student: StudentSpec, patch_px: int) -> tup
         ValueError: a method, network, window or size that can't be, or weights with NaN or infinity.
     """
     name = spec.model or student.model
-    vision = load_tower(name, dtype=getattr(torch, spec.dtype))[1].requires_grad_(False)
+    model, vision, processor = load_tower(name, dtype=getattr(torch, spec.dtype))
+    vision.requires_grad_(False)
     check_finite(f"teacher {name}", vision.state_dict())
+    if spec.label_method is not None:
+        if processor is None:
+            raise ValueError(
+                f"a label method needs words, and {name} is a vision tower alone; give a whole checkpoint."
+            )
+        return build_label_teacher(spec, student, model.requires_grad_(False), processor)
     teachers: list[DenseEncoder] = []
     depend_on = []
     for method in spec.methods or (None,):
@@ -100,6 +109,47 @@ def build_teacher(spec: TeacherSpec, student: StudentSpec, patch_px: int) -> tup
         "mean": None if len(teachers) == 1 else "normalised features" if len(depend_on) > 1 else "features",
     }
     return teachers[0] if len(teachers) == 1 else Ensemble(teachers, normalise=len(depend_on) > 1), described
+
+
+def build_label_teacher(
+    spec: TeacherSpec, student: StudentSpec, model: Any, processor: Any
+) -> tuple[DenseEncoder, dict[str, Any]]:
+    """The teacher whose score maps become features of the student's space; see `build_teacher`."""
+    segmenter = build_segmenter(
+        model,
+        processor,
+        spec.label_method,
+        networks=spec.networks or None,
+        window={None: "paper", 0: None}.get(spec.window_px, spec.window_px),  # type: ignore[call-overload]
+        stride_px=spec.strides_px[0] if spec.strides_px else None,
+        window_batch=spec.window_batch,
+        reach=spec.reach,
+        refine=spec.refine,
+    )
+    # The student's own starting tower: its features are moved, in its own text space.
+    own, tower, words = load_student(student)
+    if words is None:
+        raise ValueError(f"a label method needs words, and {student.model} is a vision tower alone.")
+    text_embeds = words.encode_labels(own, spec.labels).text_embeds  # type: ignore[attr-defined]
+    encoder = tower.to(getattr(torch, spec.dtype))
+    teacher = LabelTeacher(segmenter, segmenter.encode_labels(spec.labels), text_embeds, encoder, spec.target)
+    teacher.requires_grad_(False)
+    name = spec.model or student.model
+    return teacher, {
+        "model": Path(name).name if Path(name).is_dir() else name,
+        "revision": getattr(model.config, "_commit_hash", None),
+        "weights": weights_digest(teacher),
+        "method": spec.label_method,
+        **record(spec.label_method, spec.networks, None, spec.refine),
+        "attention_reach": spec.reach or encoder.config.attention_reach,
+        "window_px": spec.window_px,
+        "stride_px": spec.strides_px[0] if spec.strides_px else None,
+        "labels": [list(names) for names in spec.labels.classes],  # type: ignore[union-attr]
+        "target": asdict(spec.target),
+        "dtype": spec.dtype,
+        "short_side_px": None,
+        "mean": None,
+    }
 
 
 def in_windows(
@@ -213,6 +263,11 @@ def _(teacher: Regridded, size_hw: tuple[int, int]) -> int:
 @pixels_seen.register
 def _(teacher: Resized, size_hw: tuple[int, int]) -> int:
     return pixels_seen(teacher.encoder, teacher.size_hw(*size_hw))
+
+
+@pixels_seen.register
+def _(teacher: LabelTeacher, size_hw: tuple[int, int]) -> int:
+    return 2 * size_hw[0] * size_hw[1]  # the method's pass and the tower's; the method's windows are not counted
 
 
 @pixels_seen.register
