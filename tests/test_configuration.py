@@ -7,9 +7,10 @@ import json
 import pytest
 from conftest import ROWS, TEXT, VISION
 from transformers import AutoConfig, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from transformers.image_utils import OPENAI_CLIP_MEAN as CLIP_MEAN
+from transformers.image_utils import OPENAI_CLIP_STD as CLIP_STD
 
 from spar_hf import METHODS, SparConfig, SparVisionConfig
-from spar_hf.configuration_spar import CLIP_MEAN, CLIP_STD
 from spar_hf.methods_spar import Recipe, Term
 
 
@@ -18,7 +19,7 @@ def test_defaults_are_those_of_spars_clip():
     assert (config.model_type, config.method, config.position_interpolation) == ("spar_vision", "maskclip", "offset")
     assert (config.size_rule, config.window_px, config.stride_px) == ("floor", None, 24)
     assert (config.image_size, config.patch_size, config.hidden_act) == (224, 16, "quick_gelu")
-    assert (tuple(config.image_mean), tuple(config.image_std)) == (CLIP_MEAN, CLIP_STD)
+    assert (list(config.image_mean), list(config.image_std)) == (list(CLIP_MEAN), list(CLIP_STD))
     assert Recipe(**config.recipe) == Recipe((Term("identity"),))
     assert isinstance(config, CLIPVisionConfig)
 

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from source_layouts import dinotxt_rest, dinov3_backbone, open_clip_vit, timm_siglip
 from torch import nn
 from transformers import AutoModel, CLIPModel, DINOv3ViTModel, SiglipModel
+from transformers.image_utils import OPENAI_CLIP_MEAN
 
 import spar_hf
 from spar_cli.main import main
@@ -89,7 +90,7 @@ def test_clip(write, clip_tokenizer, words, tmp_path):
         found = model.vision_model(pixels).patch_embeds[0]
         torch.testing.assert_close(found, torch.from_numpy(expected).float(), **CLOSE)
     assert model.config.vision_config.source.startswith(path.name)
-    assert processor.image_processor.image_mean == list(spar_hf.configuration_spar.CLIP_MEAN)
+    assert processor.image_processor.image_mean == list(OPENAI_CLIP_MEAN)
     assert set(tmp_path.iterdir()) == {path, tmp_path / "out"}  # no draft is left
 
 

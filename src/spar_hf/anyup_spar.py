@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from .upsampling_spar import LocalWeights, Tile, Upsampler
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 # Pixels that go through the 1x1 convolutions at a time: 2 MB of 128 channels stay in a CPU's cache.
 CHUNK_PIXELS = {"cpu": 2**12, "cuda": 2**18}
 
@@ -43,8 +42,8 @@ class SparAnyUpConfig(PreTrainedConfig):
     num_groups: int = 8
     basis_size: int = 5
     window_ratio: float = 0.1
-    image_mean: list[float] | tuple[float, ...] = IMAGENET_MEAN
-    image_std: list[float] | tuple[float, ...] = IMAGENET_STD
+    image_mean: list[float] | tuple[float, ...] = tuple(IMAGENET_DEFAULT_MEAN)
+    image_std: list[float] | tuple[float, ...] = tuple(IMAGENET_DEFAULT_STD)
     initializer_range: float = 0.02
     source: str | None = None
 

@@ -12,9 +12,10 @@ from transformers import initialization as init
 from transformers.configuration_utils import SubConfigSpec
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import PrefixChange, WeightRenaming
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.models.clip.modeling_clip import CLIPAttention, CLIPEncoderLayer, CLIPVisionEmbeddings
 
-from .configuration_spar import CLIP_MEAN, CLIP_STD, DenseConfig, DenseVisionConfig
+from .configuration_spar import DenseConfig, DenseVisionConfig
 from .dense_spar import class_token_attention, mean_length, merge_heads, mix_maps, mix_patches, project_heads
 from .encoder_spar import (
     DenseAttention,
@@ -46,8 +47,8 @@ class SparVisionConfig(DenseVisionConfig, CLIPVisionConfig):
     patch_size: int = 16
     method: str = "maskclip"
     recipe: dict[str, Any] | None = None
-    image_mean: list[float] | tuple[float, ...] = CLIP_MEAN
-    image_std: list[float] | tuple[float, ...] = CLIP_STD
+    image_mean: list[float] | tuple[float, ...] = tuple(OPENAI_CLIP_MEAN)
+    image_std: list[float] | tuple[float, ...] = tuple(OPENAI_CLIP_STD)
 
     def settle_method(self) -> None:
         if self.recipe is None:

@@ -11,9 +11,6 @@ from transformers import PreTrainedConfig
 from .grid_spar import POSITION_RULES, SIZE_RULES, one_of
 from .reach_spar import REACHES
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
 
 class DenseVisionConfig(PreTrainedConfig):
     """Mixed into a family's vision configuration: the fields that dense features at any resolution need beside it.

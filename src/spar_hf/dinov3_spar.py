@@ -17,6 +17,7 @@ from transformers import initialization as init
 from transformers.configuration_utils import SubConfigSpec
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import PrefixChange, WeightRenaming
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTAttention, DINOv3ViTLayer
 from transformers.utils.generic import can_return_tuple
@@ -26,9 +27,6 @@ from .configuration_spar import DenseConfig, DenseVisionConfig
 from .dense_spar import attend, attention_map, merge_heads, project_heads
 from .encoder_spar import DenseModel, DenseVisionModel
 from .reach_spar import WindowReach
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class SparDinov3VisionConfig(DenseVisionConfig, DINOv3ViTConfig):
@@ -58,8 +56,8 @@ class SparDinov3VisionConfig(DenseVisionConfig, DINOv3ViTConfig):
     rope_periods: list[float] | tuple[float, ...] | None = None
     method: str = "final_norm"
     size_rule: str = "stretch"
-    image_mean: list[float] | tuple[float, ...] = IMAGENET_MEAN
-    image_std: list[float] | tuple[float, ...] = IMAGENET_STD
+    image_mean: list[float] | tuple[float, ...] = tuple(IMAGENET_DEFAULT_MEAN)
+    image_std: list[float] | tuple[float, ...] = tuple(IMAGENET_DEFAULT_STD)
 
     @property
     def projection_dim(self) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..anyup_spar import SparAnyUp, SparAnyUpConfig
 from .convert import Comparison, Converted, measure, new_folder, rename_weights, set_weights, write_checked
@@ -142,7 +143,7 @@ def reference(weights: dict[str, Any], image: Tensor, features: Tensor, out_hw: 
     def encode(name: str, x: Tensor) -> Tensor:
         return blocks(name, F.conv2d(x, weights[f"{name}.0.weight"]))
 
-    mean, std = (image.new_tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    mean, std = (image.new_tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
     x = encode("image_encoder", (image - mean) / std)
     down, across = (torch.linspace(0, 1, n, dtype=x.dtype) for n in x.shape[2:])
     by_row, by_column = weights["rope.freqs"].view(2, -1, 1, 1)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..files import digest
 from ..grid_spar import one_of
 from .sources import BadImage, Source
 
@@ -181,7 +181,7 @@ class Views:
             "data": {
                 **self.source.description,
                 "images": len(self.images),
-                "names_and_sizes": hashlib.sha256(repr(listed).encode()).hexdigest()[:16],
+                "names_and_sizes": digest([repr(listed).encode()]),
             },
             "augmentation": {
                 key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self.augmentation).items()

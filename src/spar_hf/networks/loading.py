@@ -14,8 +14,6 @@ from transformers.image_processing_base import ImageProcessingMixin
 from ..checkpoints import resolve
 from ..encoders.base import column, rgb
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
 
 def load_network(name: str) -> nn.Module:
     """A network of transformers by id or folder; a backbone where it was saved as one. Runs no code of a checkpoint.

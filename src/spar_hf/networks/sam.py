@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Sam2Model, SamModel, SamVisionModel
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from .loading import IMAGENET_MEAN, IMAGENET_STD, load_network, normalisation_of, renormalise
+from .loading import load_network, normalisation_of, renormalise
 
 # Numbers of the masks that are resized at a time, 128 MB in fp32.
 MASK_NUMBERS = 2**25
@@ -111,7 +112,10 @@ class Sam(nn.Module):
                 "facebook/sam-vit-base or facebook/sam2.1-hiera-large."
             )
         self.network: Any = network.eval()
-        self.image_mean, self.image_std = tuple(image_mean or IMAGENET_MEAN), tuple(image_std or IMAGENET_STD)
+        self.image_mean, self.image_std = (
+            tuple(image_mean or IMAGENET_DEFAULT_MEAN),
+            tuple(image_std or IMAGENET_DEFAULT_STD),
+        )
         config: Any = network.config
         self.image_px: int = getattr(config, "prompt_encoder_config", config).image_size
         self.stretches = isinstance(network, Sam2Model)

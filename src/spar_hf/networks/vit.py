@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import ViTModel
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..grid_spar import fit_to_patches, resize_positions
-from .loading import IMAGENET_MEAN, IMAGENET_STD, load_network, normalisation_of, renormalise
+from .loading import load_network, normalisation_of, renormalise
 
 # What transformers' classes call an attention's three projections.
 PROJECTIONS = ({"q": "q_proj", "k": "k_proj", "v": "v_proj"}, {"q": "query", "k": "key", "v": "value"})
@@ -69,7 +70,10 @@ class ViT(nn.Module):
             network = load_network(network)
         network = getattr(network, "vision_model", network)  # of a whole CLIP
         self.network: Any = network.eval()
-        self.image_mean, self.image_std = tuple(image_mean or IMAGENET_MEAN), tuple(image_std or IMAGENET_STD)
+        self.image_mean, self.image_std = (
+            tuple(image_mean or IMAGENET_DEFAULT_MEAN),
+            tuple(image_std or IMAGENET_DEFAULT_STD),
+        )
         patch_px = getattr(getattr(network, "config", None), "patch_size", None)
         sides_px = {patch_px} if isinstance(patch_px, int) else set(patch_px or ())
         if len(sides_px) != 1:
