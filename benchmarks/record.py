@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from spar_hf.arithmetic_spar import cpu_capability
+
 
 def command_line() -> str:
     """The command that runs, to be pasted into a shell."""
@@ -19,8 +21,8 @@ def command_line() -> str:
 def origin(*packages: str, threads: int | None = None) -> dict[str, Any]:
     """The head of a result, as JSON.
 
-    The capability is PyTorch's name for the vector instructions that it uses (`AVX2`, `AVX512`): half precision is
-    fast on some and slow on others, so no figure of speed means anything without it.
+    The capability is PyTorch's name for the vector instructions that it uses, and the types that it is fast at
+    (`AVX2`, `AVX512, fast bfloat16`): no figure of speed means anything without it.
 
     Args:
         packages: those whose versions count, beside ours, torch and transformers.
@@ -30,7 +32,7 @@ def origin(*packages: str, threads: int | None = None) -> dict[str, Any]:
         "command": command_line(),
         "machine": {
             "cpu": platform.processor() or platform.machine(),
-            "capability": torch.backends.cpu.get_cpu_capability(),
+            "capability": cpu_capability(),
             "threads": threads or torch.get_num_threads(),
         },
         "versions": {name: version(name) for name in ("spar-hf", "torch", "transformers", *packages)},

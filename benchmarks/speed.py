@@ -2,6 +2,7 @@
 
     python benchmarks/speed.py                         # ours, ours within the window's reach, stock transformers
     pip install open_clip_torch && python benchmarks/speed.py --models ours stock open_clip
+    ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 python benchmarks/speed.py --models ours   # as on an older CPU
 
 For each size and type: seconds (median), ratio to ours in the same run, peak memory over the loaded model, and the
 share of this machine's measured matrix-product rate (floating-point operations counted by formula). Models take turns
@@ -24,6 +25,7 @@ from pathlib import Path
 import torch
 from record import origin
 
+from spar_hf.arithmetic_spar import cpu_capability, fast_half
 from spar_hf.files import write_json
 
 RESULTS = Path(__file__).parent / "results" / "speed.json"
@@ -182,16 +184,19 @@ def main() -> None:
         return
 
     table = []
+    print(f"CPU: {cpu_capability()}; {args.threads} threads")
     print(f"{'size':>10} {'type':>9} {'model':>10} {'seconds':>8} {'vs ours':>8} {'peak MB':>8} {'of rate':>8}")
     for size in args.sizes:
         height_px, width_px = map(int, size.split("x"))
         for dtype in args.dtypes:
-            rate = matrix_rate(getattr(torch, dtype))
+            products = getattr(torch, dtype)
+            products = products if fast_half("cpu", products) else torch.float32  # what ours multiplies in
+            rate = matrix_rate(products)
             rows = compare(args.models, size, dtype, args.rounds, args.threads)
-            rate = max(rate, matrix_rate(getattr(torch, dtype)))
+            rate = max(rate, matrix_rate(products))
             for name, row in rows.items():
                 flops = forward_flops(height_px, width_px, name)
-                row |= {"size": size, "dtype": dtype, "model": name, "flops": flops}
+                row |= {"size": size, "dtype": dtype, "model": name, "flops": flops, "cpu": cpu_capability()}
                 row |= {"of_matrix_rate": flops / row["seconds"] / rate, "matrix_gflops": rate / 1e9}
                 row["ratio_to_ours"] = row["seconds"] / rows[args.models[0]]["seconds"]
                 table.append(row)

@@ -380,7 +380,7 @@ def test_pixels_that_are_no_floats_are_refused(dtype: torch.dtype, model: Any) -
 @pytest.mark.parametrize("brightest", [255, 60])
 def test_pixels_of_0_to_255_are_refused(brightest: int, model: Any) -> None:
     image = torch.linspace(0, brightest, 64 * 64).view(1, 1, 64, 64).expand(1, 3, 64, 64)
-    message = rf"pixel_values reach from 0 to {brightest}; normalised .* they lie within ±\d.* Use SparImageProcessor"
+    message = rf"pixel_values reach from 0 to {brightest}; normalised .* they lie in ±\d.* Use SparImageProcessor"
     for encoder in (model, model.vision_model, SlidingWindow(model.vision_model)):
         with pytest.raises(ValueError, match=message):
             encoder(image)

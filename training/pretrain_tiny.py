@@ -44,6 +44,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from spar_hf.arithmetic_spar import fast_half
 from spar_hf.picture_book.dataset import CLASSES, COLOURS, HELD_OUT, NUM_THINGS, PATTERNS, PictureBook
 from spar_hf.prompts_spar import IMAGENET_TEMPLATES
 
@@ -376,7 +377,7 @@ def main() -> None:
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = args.learning_rate * min(1.0, (step + 1) / WARMUP_STEPS) * cosine
         slots = words.rng.choice(min(drawn.value, args.pool_views), args.batch_size, replace=False)
-        with torch.autocast(args.device, torch.bfloat16):
+        with torch.autocast(args.device, torch.bfloat16, enabled=fast_half(args.device, torch.bfloat16)):
             losses, scores = training_losses(
                 model, tokenizer, views, slots, words, by_value=step % 3 < 2, with_captions=step % 2 == 0
             )

@@ -101,7 +101,8 @@ def pipeline(model: str | Path | Any = "tiny", **kwargs: Any) -> OpenVocabularyS
         model: as for `load`; or a model, ours or a stock one, with `processor=`.
         kwargs: arguments of `transformers.pipeline`, and of each call (`candidate_labels`, ...).
     """
-    return transformers.pipeline(TASK, model=resolve(model) if isinstance(model, str | Path) else model, **kwargs)
+    task: Any = TASK  # which transformers' types don't list
+    return transformers.pipeline(task, model=resolve(model) if isinstance(model, str | Path) else model, **kwargs)
 
 
 def load_tower(name: str, **overrides: Any) -> tuple[Any, Any, SparProcessor | None]:

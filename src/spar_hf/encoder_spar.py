@@ -283,7 +283,7 @@ class DenseModel(OffloadedModel):
     @in_fast_arithmetic
     def get_text_features(self, *args, **kwargs):
         """The stock model's."""
-        return super().get_text_features(*args, **kwargs)
+        return super().get_text_features(*args, **kwargs)  # type: ignore[misc]
 
     @can_return_tuple
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:

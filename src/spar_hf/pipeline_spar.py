@@ -111,7 +111,8 @@ class OpenVocabularySegmentationPipeline(Pipeline):
         super().__init__(model=model, processor=_of_our_code(processor), device=device, **kwargs)
 
     def _converted(self, model: Any, processor: Any) -> tuple[Any, Any]:
-        if self.convert is None:
+        convert = type(self).convert
+        if convert is None:
             raise ValueError(
                 f"the {TASK} pipeline got a {type(model).__name__}; without the package spar_hf it takes SPAR models "
                 "only. Install and import spar_hf to convert a stock CLIP or SigLIP."
@@ -120,7 +121,7 @@ class OpenVocabularySegmentationPipeline(Pipeline):
         if tokenizer is None:
             commit = getattr(model.config, "_commit_hash", None)
             tokenizer = AutoTokenizer.from_pretrained(model.name_or_path, revision=commit, trust_remote_code=False)
-        return type(self).convert(model, tokenizer)
+        return convert(model, tokenizer)
 
     def __call__(self, images: Any, candidate_labels: Any = None, **kwargs: Any) -> Any:
         """Segments one image or several.

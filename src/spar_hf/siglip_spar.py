@@ -118,7 +118,7 @@ class SparSiglipEncoderLayer(DenseEncoderLayer, SiglipEncoderLayer):
 class SparSiglipPooling(nn.MultiheadAttention):
     """The head's attention, for the whole image and for each patch alone; its weights are the stock module's."""
 
-    def forward(self, probe: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def forward(self, probe: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, None]:
         """Attends from the probe to all patches, and to each patch alone, of which the soft-max is 1.
 
         Args:

@@ -9,7 +9,7 @@ folder=${1:-quickstart}
 # Scenes of 1 to 5 times the native side (128 px), half of them cropped; a window of stride 40, which the paper finds
 # nearly as good as 24 at a third of the windows. The student attends as far as that window reaches (docs/reach.md).
 data=(--student tiny --student-reach window --picture-book 480 --long-side-px 640 --short-side-px 640
-      --scale-range 0.2 1 --scale-law log-uniform --min-side-px 128 --stride-px 40 --teacher-dtype bfloat16 --workers 0)
+      --scale-range 0.2 1 --scale-law log-uniform --min-side-px 128 --stride-px 40 --teacher-dtype auto --workers 0)
 
 export ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1
 torchrun --standalone --nproc-per-node 2 training/cache_teacher.py "${data[@]}" --cache "$folder/features" --trunk-blocks 2
