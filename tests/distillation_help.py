@@ -142,6 +142,7 @@ def _run_alone(name, flags, environment, output, before):
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ |= environment
+    multiprocessing.set_start_method("fork", force=True)  # for its workers; the server's would import all again
     torch.set_num_threads(1)
     if before is not None:
         before()

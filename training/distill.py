@@ -137,15 +137,17 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--trunk-blocks trains on a stored trunk; give the --cache that holds it.")
     if args.warmup_steps and args.schedule == "constant":
         raise ValueError("--warmup-steps has no part in --schedule constant; choose constant_with_warmup.")
+    if args.learning_rate * args.weight_decay >= 1:
+        raise ValueError(
+            "--learning-rate times --weight-decay must be below 1: each step takes that part of the weights."
+        )
     if args.push_to_hub:
         validate_repo_id(args.push_to_hub)
     check_folder("--output", args.output)
     if not args.resume and checkpoints(args.output):
         raise ValueError(f"{args.output} holds a run; add --resume to go on with it, or choose another --output.")
     if (args.output / "model").exists() and not (args.output / "run.json").exists():
-        raise ValueError(
-            f"{args.output}/model is there and of no run, and would be replaced; choose another --output."
-        )
+        raise ValueError(f"{args.output} holds a model that is of no run; choose another --output.")
 
 
 def settled(spec: TeacherSpec, cache: Path | None, device: torch.device) -> TeacherSpec:

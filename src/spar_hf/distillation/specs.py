@@ -88,9 +88,7 @@ class TeacherSpec:
             if name not in needed:
                 raise ValueError(f"methods {', '.join(methods)}: " + unknown("network", name, needed))
         if self.window_px == 0 and self.strides_px:
-            raise ValueError(
-                f"the teacher runs in one pass (window 0), which has no steps; leave {self.strides_px} out."
-            )
+            raise ValueError("window_px is 0, one pass, which has no stride_px; leave one of them out.")
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""

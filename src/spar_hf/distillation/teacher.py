@@ -86,7 +86,8 @@ def build_teacher(spec: TeacherSpec, student: StudentSpec, patch_px: int) -> tup
         encoder.requires_grad_(False)
         for network in networks:
             check_finite(f"network {network} of the teacher, {networks[network]}", encoder.state_dict())
-        windows, window_px, strides_px = in_windows(encoder, spec, bool(method and find_method(method).whole_image))
+        makes_windows = method is not None and find_method(method).whole_image
+        windows, window_px, strides_px = in_windows(encoder, spec, makes_windows)
         fields = {
             "weights": weights_digest(encoder),
             **encoder.config.features_depend_on(),
@@ -95,7 +96,7 @@ def build_teacher(spec: TeacherSpec, student: StudentSpec, patch_px: int) -> tup
         }
         if not isinstance(encoder, DenseVisionModel):
             fields["recipe"] = None  # the method is in a file
-        if encoder.config.patch_size != patch_px or (method and find_method(method).whole_image):
+        if encoder.config.patch_size != patch_px or makes_windows:
             windows = [Regridded(window, patch_px) for window in windows]
         sides = spec.short_sides_px or (0,)
         teachers += [Resized(window, side) if side else window for window in windows for side in sides]
@@ -152,14 +153,12 @@ def build_label_teacher(
     }
 
 
-def in_windows(
-    encoder: Any, spec: TeacherSpec, whole_image: bool = False
-) -> tuple[list[Any], int | None, list[int | None]]:
+def in_windows(encoder: Any, spec: TeacherSpec, makes_windows: bool) -> tuple[list[Any], int | None, list[int | None]]:
     """The encoder in the windows of a specification, one for each step; the side of the window; the steps.
 
-    A method that sees whole images, and makes windows of its own, has none.
+    An encoder that makes windows of its own runs in one pass unless the specification has a window.
     """
-    if spec.window_px == 0 or whole_image:
+    if spec.window_px == 0 or (makes_windows and spec.window_px is None):
         return [encoder], None, [None]
     sizes = [window_of(encoder.config, spec.window_px, stride_px) for stride_px in spec.strides_px or (None,)]
     windows = [SlidingWindow(encoder, window_px, stride_px, spec.window_batch) for window_px, stride_px in sizes]
