@@ -19,8 +19,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..encoders.base import rgb
 from ..files import digest
-from .loading import extra_package, rgb
+from .loading import extra_package
 from .sam import Sam
 
 
