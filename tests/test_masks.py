@@ -58,7 +58,7 @@ def test_prompts_are_transformers_own(kind, make_vision, pixels, tmp_path):
     points = torch.tensor([[[10.0, 20.0]], [[70.0, 50.0]]])
     boxes = torch.tensor([[5.0, 10.0, 40.0, 30.0], [50.0, 20.0, 90.0, 59.0]])
     scores = torch.rand(60, 96, generator=torch.Generator().manual_seed(0))
-    mask = sam.mask_prompt(scores, image)
+    mask = sam.mask_prompt(scores, (60, 96))
     low, expected_iou = sam.prompted(image, points=points, boxes=boxes, mask=mask)
     assert low.shape == (2, 1, 32, 32)
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..encoders.base import rgb
+from ..extras import extra_package
 from ..files import digest
-from .loading import extra_package
 from .sam import Sam
 
 
