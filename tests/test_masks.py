@@ -138,7 +138,7 @@ def test_no_mask_is_no_error_and_soft_masks_are_logits(make_vision, pixels):
     one = SamRegions(MODELS["sam"], SamSettings(**easy, several=False, max_box_iou=1.0))(images, config)
     assert len(one.masks) == 9
     with pytest.raises(ValueError, match=r"image encoder alone; masks need a whole SamModel"):
-        SamRegions(small("sam"))(images, config)
+        SamRegions(small("sam_vision"))(images, config)
 
 
 def test_boxes_and_suppression():

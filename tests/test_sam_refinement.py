@@ -97,7 +97,7 @@ def test_any_method_takes_it_and_shares_its_sam(make_spar, spar_processor, pixel
     model, images = make_spar(num_hidden_layers=3), pixels((96, 128))
     chosen = {"sam.min_pixels": 10, "sam.min_iou": -10.0, "sam.coarse": 0.05}
     for method in (None, "naclip", "trident", "lposs"):
-        networks = {**(networks_for(method) if method else {}), "sam": MODELS["sam"]}
+        networks = {**networks_for(method), "sam": MODELS["sam"]}
         segmenter = build_segmenter(model, spar_processor, method, networks=networks, refine=["sam"], settings=chosen)
         encoded = segmenter.encode_labels("car; tree; sky", ["a photo of a {}"])
         (maps,) = segmenter(images, encoded)
@@ -119,7 +119,7 @@ def test_what_is_missing_or_wrong_is_named(make_spar, spar_processor, pixels):
         model,
         spar_processor,
         refine=["sam"],
-        networks={"sam": small("sam")},
+        networks={"sam": small("sam_vision")},
         settings={"sam.min_pixels": 1, "sam.coarse": 0.01},
     )
     encoded = segmenter.encode_labels("car; tree", ["a photo of a {}"])
