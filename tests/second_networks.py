@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -19,7 +20,7 @@ from transformers import (
     ViTModel,
 )
 
-from spar_hf import METHODS
+from spar_hf import METHODS, REFINEMENTS
 
 
 @cache
@@ -29,15 +30,18 @@ def small(name: str) -> torch.nn.Module:
         own = {"hidden_size": 24, "intermediate_size": 32, "num_attention_heads": 3, "image_size": 64, "patch_size": 8}
         return ViTModel(ViTConfig(num_hidden_layers=2, **own)).eval()
     if name == "sam":
+        return sam_model()
+    if name == "sam_vision":  # its image encoder alone
         own = {"hidden_size": 24, "mlp_dim": 32, "num_attention_heads": 2, "image_size": 128, "patch_size": 16}
         own |= {"num_hidden_layers": 2, "output_channels": 8, "window_size": 3, "global_attn_indexes": [1]}
         return SamVisionModel(SamVisionConfig(**own)).eval()
     raise KeyError(f"tests/second_networks.py makes no network {name!r}; add one")
 
 
-def networks_for(method: str) -> dict[str, Any]:
-    """Networks for `build_encoder` and `build_segmenter`: all that the method needs."""
-    return {name: small(name) for name in METHODS[method].needs}
+def networks_for(method: str | None, refine: Iterable[str] = ()) -> dict[str, Any]:
+    """Networks for `build_encoder` and `build_segmenter`: all that the method and the refinements need."""
+    needs = {} if method is None else METHODS[method].needs
+    return {name: small(name) for name in [*needs, *(name for row in refine for name in REFINEMENTS[row].networks)]}
 
 
 def sam_model() -> torch.nn.Module:
@@ -45,7 +49,7 @@ def sam_model() -> torch.nn.Module:
     prompts = {"hidden_size": 8, "image_size": 128, "patch_size": 16, "mask_input_channels": 4}
     decoder = {"hidden_size": 8, "mlp_dim": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
     decoder |= {"attention_downsample_rate": 2, "iou_head_hidden_dim": 8, "iou_head_depth": 2}
-    vision = {**small("sam").config.to_dict(), "num_pos_feats": 4}
+    vision = {**small("sam_vision").config.to_dict(), "num_pos_feats": 4}
     config = SamConfig(vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=decoder)
     return SamModel(config).eval()
 

@@ -15,6 +15,7 @@ from conftest import SIZES_HW
 from families import spar_dinov3, spar_siglip
 from plain_clip import PlainClip
 from scipy import ndimage
+from second_networks import networks_for
 from sklearn.cluster import DBSCAN
 from torch.nn import functional as F
 
@@ -379,7 +380,8 @@ class Model:
         self.model, self.processor = model, processor
 
     def segmenter(self, names, **choices):
-        return build_segmenter(self.model, self.processor, refine=names, **choices)
+        networks = networks_for(None, names)
+        return build_segmenter(self.model, self.processor, refine=names, networks=networks, **choices)
 
     def encoded(self, segmenter, images: torch.Tensor):
         return segmenter.encode_labels(LABELS, TEMPLATES, unlabelled=iter(images.split(1)))
@@ -522,7 +524,7 @@ def test_the_other_families_take_what_does_not_look_inside(family, clip_tokenize
             with pytest.raises(ValueError, match=f"refinement '{name}' looks into .* take a CLIP checkpoint"):
                 build_segmenter(model, spar_processor, refine=[name])
         elif row.stage != "templates":
-            segmenter = build_segmenter(model, spar_processor, refine=[name])
+            segmenter = build_segmenter(model, spar_processor, refine=[name], networks=networks_for(None, [name]))
             inner = segmenter.segmenter if isinstance(segmenter, Refined) else segmenter
             text_embeds = inner.encoder(images).patch_embeds[0].flatten(0, 1)[::5]  # each finds its own patch
             names = [f"name {number}" for number in range(len(text_embeds))]
@@ -576,6 +578,9 @@ def test_the_page_shows_the_stored_results(monkeypatch):
     benchmark = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(benchmark)
     document = json.loads(benchmark.RESULTS.read_text())
-    assert [tuple(entry["refine"]) for entry in document["results"]] == [(), *((name,) for name in REFINEMENTS)]
+    assert [tuple(entry["refine"]) for entry in document["results"]] == [
+        (),
+        *((name,) for name, row in REFINEMENTS.items() if not row.networks),
+    ]
     page = benchmark.DOCS.read_text(encoding="utf-8")
     assert "\n".join(benchmark.table(document)) in page, "run: python benchmarks/refinements.py --docs"

@@ -20,6 +20,7 @@ from .encoders.sliding_window import SlidingWindow
 from .encoders.upsampled import FromUpsampled, Upsampled
 from .grid_spar import unknown
 from .methods.table import Method, find_method
+from .networks.sam import Sam
 from .refinement import Refined, find_refinements
 from .refinement.views import ViewEnsemble
 from .segmentation_spar import FromFeatures, Segmenter
@@ -29,6 +30,8 @@ from .upsampling_spar import Upsampler
 
 WINDOWS = ("native", "paper")
 Networks = Mapping[str, str | nn.Module]
+# What a refinement's network is taken for, by the name it has in the row.
+ADAPTERS = {"sam": Sam}
 
 
 def build_encoder(
@@ -134,6 +137,7 @@ def build_segmenter(
     views = {name: row.settings for name, row in refinements.items() if row.stage == "views"}
     others = {name: row.settings for name, row in refinements.items() if name not in views}
     vision = model.vision_model
+    networks, further = _shared(refinements, networks or {}, method, vision)
     row = _row_for(vision, method, networks)
     segmenter: Any
     if row is not None and row.kind == "label":
@@ -148,7 +152,7 @@ def build_segmenter(
         parts = _parts(row, networks, own)
         segmenter = row.module.Segmenter(model, processor, _tower(vision, row, None, config), **parts)
         if others:
-            segmenter = Refined(segmenter, others, model, others)
+            segmenter = Refined(segmenter, others, model, others, further)
         window = _slid(row, window)
         if window is not None or stride_px is not None:
             segmenter = sliding_scores(segmenter, *window_of(segmenter.config, window, stride_px))
@@ -176,7 +180,21 @@ def build_segmenter(
         segmenter = FromUpsampled(encoder, model, processor)
     else:
         segmenter = FromFeatures(encoder, model, processor)
-    return Refined(segmenter, others, model, others) if others else segmenter
+    return Refined(segmenter, others, model, others, further) if others else segmenter
+
+
+def _shared(
+    refinements: Mapping[str, Any], networks: Networks, method: str | None, vision: Any
+) -> tuple[Networks, dict[str, Any]]:
+    """The networks given for the method, and those of the refinements, loaded once for both."""
+    wanted = {name: default for row in refinements.values() for name, default in row.networks.items()}
+    further = {
+        name: ADAPTERS[name].of(networks.get(name, default)).to(vision.device, vision.dtype)
+        for name, default in wanted.items()
+    }
+    own = find_method(method).needs if method is not None else {}
+    kept = {name: network for name, network in networks.items() if name not in wanted}
+    return {**kept, **{name: network for name, network in further.items() if name in own}}, further
 
 
 def _slid(row: Method | None, window: int | str | None) -> int | str | None:
@@ -217,12 +235,15 @@ def record(
     """What was chosen, as JSON: networks by name and every number of the method and the refinements."""
     own, of_refinement = _split_settings(settings or {}, refine)
     row = None if method is None else find_method(method)
+    of_refinements = {name: id for row in find_refinements(refine).values() for name, id in row.networks.items()}
+    needs = {**({} if row is None else row.needs), **of_refinements}
     chosen: dict[str, Any] = {"networks": {}, "settings": {}}
-    if row is not None:
+    if needs:
         chosen["networks"] = {
             name: given if isinstance(given, str) else type(given).__name__
-            for name, given in {**row.needs, **(networks or {})}.items()
+            for name, given in {**needs, **(networks or {})}.items()
         }
+    if row is not None:
         if row.recipe is None:
             chosen["settings"] = asdict(_with(row.module.Settings(), own, f"method {method!r}"))
         else:

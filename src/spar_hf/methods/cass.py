@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from ..clip_spar import SparVisionModel
 from ..dense_spar import merge_heads, project_heads, split_heads
 from ..encoder_spar import SparVisionOutput
-from ..networks.loading import extra_package
+from ..extras import extra_package
 from ..networks.vit import ViT
 from .encoder import ROW_NUMBERS, MethodEncoder, needed
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..networks.loading import extra_package
+from ..extras import extra_package
 from .encoder import ROW_NUMBERS
 
 # Numbers (nodes x classes) that are solved for at a time: 64 MB of fp64 for each of four vectors.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -42,16 +41,3 @@ def normalisation_of(name: str) -> tuple[Any, Any]:
 def renormalise(pixel_values: torch.Tensor, config: Any, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
     """Pixels (B, 3, H, W) normalised by `config` -> by another mean and standard deviation, fp32."""
     return (rgb(pixel_values, config) - column(mean, pixel_values)) / column(std, pixel_values)
-
-
-def extra_package(name: str, extra: str) -> Any:
-    """A package of an extra, imported.
-
-    Raises:
-        ValueError: it is not installed.
-    """
-    try:
-        return import_module(name)
-    except ModuleNotFoundError:
-        package = name.partition(".")[0]
-        raise ValueError(f'{package} is needed and not installed; run: pip install "spar-hf[{extra}]"') from None

@@ -19,8 +19,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..encoders.base import rgb
+from ..extras import extra_package
 from ..files import digest
-from .loading import extra_package, rgb
 from .sam import Sam
 
 

@@ -119,6 +119,7 @@ class Sam(nn.Module):
         config: Any = network.config
         self.image_px: int = getattr(config, "prompt_encoder_config", config).image_size
         self.stretches = isinstance(network, Sam2Model)
+        self._last: tuple[Tensor, Any, Tensor | None] | None = None  # pixels, embeddings, last projections
 
     @classmethod
     def of(cls, network: str | nn.Module) -> Sam:
@@ -145,6 +146,29 @@ class Sam(nn.Module):
         pixels = F.pad(pixels, (0, self.image_px - resized_hw[1], 0, self.image_px - resized_hw[0]))
         return pixels.to(next(self.network.parameters()).dtype), resized_hw
 
+    def _encoded(self, pixels: Tensor) -> tuple[Any, Tensor | None]:
+        """The network's embeddings of prepared pixels, and its last block's projections where they are one layer's.
+
+        Those of the last image are kept: the same image is often looked at and then prompted.
+        """
+        if self._last is not None and torch.equal(self._last[0], pixels):
+            return self._last[1:]
+        kept: list[Tensor] = []
+        layers = getattr(self.network.vision_encoder, "layers", None)
+        hook = (
+            layers[-1].attn.qkv.register_forward_hook(lambda module, args, out: kept.append(out)) if layers else None
+        )
+        try:
+            if isinstance(self.network, SamVisionModel):
+                embeddings = self.network.vision_encoder(pixels).last_hidden_state
+            else:
+                embeddings = self.network.get_image_embeddings(pixels)
+        finally:
+            if hook is not None:
+                hook.remove()
+        self._last = (pixels, embeddings, kept[0] if kept else None)
+        return self._last[1:]
+
     @torch.no_grad()
     def last_attention(self, pixel_values: Tensor, config: Any) -> list[GlobalAttention]:
         """What the image encoder's last block attends with, for each image of (B, 3, H, W).
@@ -159,14 +183,10 @@ class Sam(nn.Module):
                 "whole image; give a SAM such as facebook/sam-vit-base."
             )
         attention = layers[-1].attn
-        kept: list[Tensor] = []
         pixels, resized_hw = self.prepare(pixel_values, config)
-        hook = attention.qkv.register_forward_hook(lambda module, args, out: kept.append(out))
-        try:
-            self.network.vision_encoder(pixels)
-        finally:
-            hook.remove()
-        patch_px = pixels.shape[2] // kept[0].shape[1]
+        _, projections = self._encoded(pixels)
+        assert projections is not None
+        patch_px = pixels.shape[2] // projections.shape[1]
         valid_hw = (resized_hw[0] // patch_px, resized_hw[1] // patch_px)
         if not min(valid_hw):
             raise ValueError(
@@ -174,7 +194,7 @@ class Sam(nn.Module):
                 f" than one patch in one direction; cut it to a ratio below {self.image_px // patch_px}."
             )
         rel_pos = (attention.rel_pos_h, attention.rel_pos_w) if attention.use_rel_pos else None
-        heads = kept[0].unflatten(-1, (3, attention.num_attention_heads, -1)).permute(3, 0, 4, 1, 2, 5)
+        heads = projections.unflatten(-1, (3, attention.num_attention_heads, -1)).permute(3, 0, 4, 1, 2, 5)
         return [  # heads: (3, B, H, n, n, d)
             GlobalAttention(query, key, value, rel_pos, valid_hw) for query, key, value in zip(*heads, strict=True)
         ]
@@ -189,7 +209,7 @@ class Sam(nn.Module):
         if isinstance(self.network, SamVisionModel):
             raise ValueError("the second network is SAM's image encoder alone; masks need a whole SamModel.")
         pixels, resized_hw = self.prepare(pixel_values, config)
-        embeddings = self.network.get_image_embeddings(pixels)
+        embeddings, _ = self._encoded(pixels)
         return SamImage(embeddings, (pixel_values.shape[2], pixel_values.shape[3]), resized_hw)
 
     @torch.no_grad()
@@ -235,9 +255,9 @@ class Sam(nn.Module):
         """Side of the decoder's maps."""
         return 4 * self.image_px // self.network.config.prompt_encoder_config.patch_size
 
-    def mask_prompt(self, scores: Tensor, image: SamImage) -> Tensor:
-        """A map (H, W) of the image, bilinear in the decoder's frame (s, s), zeros where the image is padded."""
-        size = self.resized_hw(image.image_hw, self.mask_px)
+    def mask_prompt(self, scores: Tensor, image_hw: tuple[int, int]) -> Tensor:
+        """A map (h, w) of an image, bilinear in the decoder's frame (s, s), zeros where the image is padded."""
+        size = self.resized_hw(image_hw, self.mask_px)
         small = F.interpolate(scores[None, None], size=size, mode="bilinear", align_corners=False)[0, 0]
         return F.pad(small, (0, self.mask_px - size[1], 0, self.mask_px - size[0]))
 

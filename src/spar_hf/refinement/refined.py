@@ -41,26 +41,41 @@ class Refined(SegmenterWrapper):
         names: keys of `REFINEMENTS`, in any order.
         model: a `SparModel`; refinements that look inside ask its vision tower.
         settings: settings of a refinement by its name; those left out are its authors'.
+        networks: adapters of the further networks that they need, by name.
 
     Raises:
-        ValueError: there is no such refinement, or it asks for what the model's vision tower lacks.
+        ValueError: there is no such refinement, it asks for what the model's vision tower lacks, or needs a network.
     """
 
     def __init__(
-        self, segmenter: Segmenter, names: Iterable[str], model: Any, settings: Mapping[str, Any] | None = None
+        self,
+        segmenter: Segmenter,
+        names: Iterable[str],
+        model: Any,
+        settings: Mapping[str, Any] | None = None,
+        networks: Mapping[str, Any] | None = None,
     ) -> None:
         self.segmenter = segmenter
         self.model = model
+        self.further = dict(networks or {})
         self.refinements = find_refinements(names, settings)
         for name, refinement in self.refinements.items():
             if refinement.stage == "views":
                 raise ValueError(f"refinement {name!r} changes the encoder; build it with spar_hf.build_segmenter.")
             if refinement.looks_inside:
                 check_network(model.vision_model, name)
+            for network in refinement.networks:
+                if network not in self.further:
+                    raise ValueError(f"refinement {name!r} needs a network {network!r}; give --network {network}=ID.")
+
+    @property
+    def networks(self) -> tuple[torch.nn.Module, ...]:
+        return (*self.segmenter.networks, *self.further.values())
 
     def __repr__(self) -> str:
         chosen = {name: refinement.settings for name, refinement in self.refinements.items()}
-        return f"Refined({self.segmenter!r}, {chosen})"
+        further = f", {self.further}" if self.further else ""
+        return f"Refined({self.segmenter!r}, {chosen}{further})"
 
     def of(self, *stages: str) -> dict[str, Refinement]:
         """The refinements of some stages."""
@@ -96,7 +111,13 @@ class Refined(SegmenterWrapper):
             maps = self._rescored(image, maps, encoded)
         for refinement in self.of("maps").values():
             maps = _with_guide(maps, refinement, image.pixel_values[0].float())
-        votes = [partial(row.apply, image=image, settings=row.settings) for row in self.of("labels").values()]
+        votes: list[Any] = []
+        for row in self.of("labels").values():
+            votes.append(partial(row.apply, image=image, settings=row.settings))
+            if row.networks:
+                asked = {name: self.further[name] for name in row.networks}
+                ids = torch.tensor(encoded.labels.class_ids, device=maps.device)
+                votes[-1] = partial(votes[-1], maps=maps, class_ids=ids, **asked)
         return replace(maps, corrections=(*maps.corrections, *votes))
 
     def _rescored(self, image: ClipInternals, maps: ScoreMaps, encoded: Any) -> ScoreMaps:
@@ -173,4 +194,4 @@ def _(segmenter: Refined, window_px: int, stride_px: int) -> Segmenter:
         inner = SlidingScores(Refined(inner, inside, segmenter.model, settings), window_px, stride_px)
     else:
         inner = sliding_scores(inner, window_px, stride_px)
-    return Refined(inner, outside, segmenter.model, settings) if outside else inner
+    return Refined(inner, outside, segmenter.model, settings, segmenter.further) if outside else inner

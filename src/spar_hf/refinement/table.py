@@ -6,11 +6,11 @@ Adding one is adding a row: the command line, the tests and the docs read this t
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..grid_spar import unknown
-from . import cluster_vote, floss, pamr, tagclip, views
+from . import cluster_vote, floss, pamr, sam_prompts, tagclip, views
 from .scores import (
     DenoisingSettings,
     RedundancySettings,
@@ -43,6 +43,8 @@ class Refinement:
         settings: its numbers, a frozen dataclass; the authors' unless others are asked for.
         needs: what it takes beside features and text.
         looks_inside: it asks CLIP's own blocks or class token, one more plain pass.
+        networks: the further networks it takes: what each is called -> the id of the one its authors used. Only for
+            "labels"; `apply` then also takes each by its name, and `maps` and `class_ids`.
     """
 
     title: str
@@ -52,6 +54,7 @@ class Refinement:
     settings: Any
     needs: tuple[str, ...] = ()
     looks_inside: bool = False
+    networks: dict[str, str] = field(default_factory=dict)
 
 
 REFINEMENTS: dict[str, Refinement] = {
@@ -128,6 +131,15 @@ REFINEMENTS: dict[str, Refinement] = {
         cluster_vote.Settings(),
         needs=("self-correlation of block 11",),
         looks_inside=True,
+    ),
+    "sam": Refinement(
+        "regions drawn anew by SAM",
+        "Trident; Shi et al., ICCV 2025",
+        "labels",
+        sam_prompts.redrawn,
+        sam_prompts.Settings(),
+        needs=("SAM",),
+        networks={"sam": "facebook/sam-vit-base"},
     ),
 }
 
