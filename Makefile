@@ -16,7 +16,7 @@ demo: $(VENV)/.spar-demo  ## install, then segment a shipped picture with the sh
 		--labels "cake; car, automobile; tree; apple; star; sea; sky; sand" --output demo-output
 
 test: $(VENV)/.spar-dev  ## install, then run the tests (PYTEST_ARGS adds options)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 lint: $(VENV)/.spar-dev  ## ruff and mypy
 	$(BIN)/ruff check .

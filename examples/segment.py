@@ -1,4 +1,4 @@
-"""Segments a picture by words, in five lines. Prints the classes with their share of the picture.
+"""Segments a picture by words, in five lines. Prints the classes and how much of the picture each has.
 
 python examples/segment.py [IMAGE]
 """

@@ -188,7 +188,6 @@ def test_the_checks_see_what_they_are_for(tmp_path):
     assert [found.at_top for found in found if found.source == "spar_hf.build"] == [False]
 
 
-@pytest.mark.xfail(strict=False, reason="distillation/teacher.py still reads flags")
 def test_the_library_knows_no_command_line(imports):
     assert [str(found) for found in imports if found.target == "argparse" and found.source.startswith("spar_hf")] == []
 

@@ -69,11 +69,11 @@ class ConfusionMatrix:
         return _ratio(hits, self.matrix.sum(0) + self.matrix.sum(1) - hits)
 
     def class_accuracy(self) -> np.ndarray:
-        """Share of each class's true pixels that were predicted right, (K,); nan where a class is never true."""
+        """Fraction of each class's true pixels that were predicted right, (K,); nan where a class is never true."""
         return _ratio(np.diag(self.matrix), self.matrix.sum(1))
 
     def pixel_accuracy(self) -> float:
-        """Share of all counted pixels that were predicted right; nan when none was counted."""
+        """Fraction of all counted pixels that were predicted right; nan when none was counted."""
         return float(_ratio(np.trace(self.matrix), self.matrix.sum()))
 
 
@@ -102,7 +102,7 @@ class SegmentationCounts:
     Args:
         num_classes: K; class ids are 0 to K - 1.
         ignore_index: Pixels with this true label are not counted.
-        boundary_ratio: Distance from the contour as a share of the image's diagonal.
+        boundary_ratio: Distance from the contour as a fraction of the image's diagonal.
     """
 
     num_classes: int

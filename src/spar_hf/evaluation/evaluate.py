@@ -44,8 +44,8 @@ class EvaluationResult:
         protocol: Every constant of the protocol, under "name" its name.
         num_images: Images that were counted.
         mean_iou: Mean over the classes that occur in prediction or target, 0 to 1. All scores are nan if none does.
-        pixel_accuracy: Share of the pixels that were predicted right.
-        mean_accuracy: Mean over the true classes of the share of their pixels that were predicted right.
+        pixel_accuracy: Fraction of the pixels that were predicted right.
+        mean_accuracy: Mean over the true classes of the fraction of their pixels that were predicted right.
         boundary_iou: Mean boundary IoU over the same classes as `mean_iou`; see `SegmentationCounts`.
         per_class_iou: First name of each class -> IoU, nan for a class that occurs nowhere.
         seconds_per_image: Median over the images, of encoder and post-processing; without reading and resizing.

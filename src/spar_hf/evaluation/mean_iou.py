@@ -43,7 +43,7 @@ class MeanIoU(evaluate.Metric):
     Args:
         num_labels: Number of classes K; class ids are 0 to K - 1.
         ignore_index: References with this label are not counted.
-        boundary_ratio: Distance from a contour, as a share of the image's diagonal, for the boundary IoU.
+        boundary_ratio: Distance from a contour, as a fraction of the image's diagonal, for the boundary IoU.
         **kwargs: Passed to `evaluate.Metric`.
 
     Raises:
