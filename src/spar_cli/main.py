@@ -44,6 +44,11 @@ FLAGS = {
     "max_input_pixels": "--max-pixels",
     "window_px": "--window-px",
     "stride_px": "--stride-px",
+    "mask_orientation": "--mask-orientation",
+    "bands=(3, 2, 1)": "--bands 3,2,1",
+    "bands=(2,)": "--bands 2",
+    "alpha='compose'": "--alpha compose",
+    "value_range='auto'": "--range auto",
 }
 
 
@@ -138,7 +143,7 @@ class _Notes(logging.Handler):
     """Shows the package's own warnings, say of a label that was cut, as lines of the command."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(f"spar: note: {_clean(record.getMessage())}", file=sys.stderr)
+        print(f"spar: note: {_with_flags(_clean(record.getMessage()))}", file=sys.stderr)
 
 
 @contextmanager
@@ -172,7 +177,10 @@ def _one_line(error: BaseException) -> str:
         return _clean(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
     if isinstance(error, MemoryError):
         return "out of memory; give a smaller --short-side"
-    message = _clean(str(error)) or type(error).__name__
+    return _with_flags(_clean(str(error)) or type(error).__name__)
+
+
+def _with_flags(message: str) -> str:
     for name, flag in FLAGS.items():
         message = message.replace(name, flag)
     return message
