@@ -11,7 +11,7 @@ from importlib import metadata
 
 from . import convert, demo, evaluate, features, methods, publish, segment
 from .errors import MISTAKE, clean, exit_status, fail
-from .parser import Parser, check_one_of
+from .parser import Parser, check_one_of, with_flags
 
 COMMANDS = {
     "segment": segment,
@@ -41,6 +41,11 @@ FLAGS = {
     "max_input_pixels": "--max-pixels",
     "window_px": "--window-px",
     "stride_px": "--stride-px",
+    "mask_orientation": "--mask-orientation",
+    "bands=(3, 2, 1)": "--bands 3,2,1",
+    "bands=(2,)": "--bands 2",
+    "alpha='compose'": "--alpha compose",
+    "value_range='auto'": "--range auto",
 }
 
 
@@ -103,7 +108,7 @@ class _Notes(logging.Handler):
     """Shows the package's own warnings, say of a label that was cut, as lines of the command."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(f"spar: note: {clean(record.getMessage())}", file=sys.stderr)
+        print(f"spar: note: {with_flags(clean(record.getMessage()), FLAGS)}", file=sys.stderr)
 
 
 @contextmanager

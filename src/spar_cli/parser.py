@@ -70,7 +70,7 @@ class Parser(argparse.ArgumentParser):
 def with_flags(message: str, flags: dict[str, str]) -> str:
     """A message of the library with the names of its arguments turned into those of the options."""
     for name, flag in flags.items():
-        message = re.sub(rf"(?<![\w./-]){name}(?![\w/-])", flag, message)
+        message = re.sub(rf"(?<![\w./-]){re.escape(name)}(?![\w/-])", flag, message)
     return message
 
 
@@ -137,6 +137,26 @@ def window_px(word: str) -> int | str:
     if word not in ("native", "paper") and not re.fullmatch(r"[0-9]{1,15}", word):
         raise argparse.ArgumentTypeError(f"it is {word!r}; give a whole number of pixels, or native, or paper")
     return word if word in ("native", "paper") else int(word)
+
+
+def band_numbers(word: str) -> tuple[int, ...]:
+    """An argparse type: one band or three, counted from 1."""
+    if not re.fullmatch(r"[1-9][0-9]{0,3}(,[1-9][0-9]{0,3}){2}|[1-9][0-9]{0,3}", word):
+        raise argparse.ArgumentTypeError(f"it is {word!r}; give three band numbers, such as 3,2,1, or one for grey")
+    return tuple(int(number) for number in word.split(","))
+
+
+def value_range(word: str) -> str | tuple[float, float]:
+    """An argparse type: `auto`, or the values of black and white."""
+    if word == "auto":
+        return word
+    try:
+        black, white = (float(number) for number in word.split(","))
+    except ValueError:
+        black = white = 0.0
+    if not float("-inf") < black < white < float("inf"):
+        raise argparse.ArgumentTypeError(f"it is {word!r}; give auto, or what is black and white, such as 0,3000")
+    return black, white
 
 
 def name_and_value(word: str) -> tuple[str, str]:
