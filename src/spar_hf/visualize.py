@@ -258,7 +258,7 @@ def _class_ids(segmentation: np.ndarray) -> np.ndarray:
 def _tinted(
     image: Image.Image, segmentation: np.ndarray, colours: np.ndarray, opacity: float
 ) -> Iterator[tuple[slice, Image.Image]]:
-    """Regions in their colour at `opacity`, borders in full with a thin dark line between them; some rows at a time."""
+    """Regions tinted at `opacity`, borders in full colour with a thin dark line between them; some rows at a time."""
     unit_px = max(1, round(max(segmentation.shape) / 800))
     margin_px = 2 * unit_px  # how far a border reaches
     for rows in _bands(segmentation.shape):
