@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import base64
 import gc
 import io
 import json
 import re
+import shutil
 import struct
 import subprocess
 import sys
 import threading
 import zlib
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import httpx
@@ -23,17 +26,23 @@ from PIL import Image
 pytest.importorskip("gradio")
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
+from transformers import ViTConfig, ViTModel
 
 import spar_hf
 from spar_cli.main import main
-from spar_hf.build import build_encoder
+from spar_hf.build import build_encoder, build_segmenter
 from spar_hf.checkpoints import ASSETS
+from spar_hf.demo import engine as engine_module
+from spar_hf.demo import pictures
 from spar_hf.demo.app import EXAMPLES, OWN_METHOD, build, serve, vocabularies
-from spar_hf.demo.engine import DemoError, Engine, Stopped
-from spar_hf.demo.payload import Downloads, view
+from spar_hf.demo.engine import Engine
+from spar_hf.demo.models import Stopped
+from spar_hf.demo.payload import Downloads, facts, view
+from spar_hf.demo.pictures import DemoError
 from spar_hf.demo.settings import DEFAULT_MODEL, Settings
 from spar_hf.demo.space import space_files
 from spar_hf.methods.table import METHODS
+from spar_hf.segmentation_spar import label_map
 
 ROOT = Path(__file__).parents[1]
 PICTURE = str(ASSETS / "pictures" / "demo.png")
@@ -43,7 +52,7 @@ HOSTILE = [
     "</script><script>alert(1)</script>",
     "=cmd|' /C calc'!A0",
     "שלום",
-    "y" * 5000,
+    "y" * 1900,
 ]
 
 
@@ -71,7 +80,7 @@ def test_endpoints_are_named_and_documented(client):
     endpoints = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
     assert set(endpoints) == {"/segment", "/compare", "/similarity"}
     assert [entry["parameter_name"] for entry in endpoints["/segment"]["parameters"]] == [
-        "picture", "words", "model", "method",
+        "picture", "words", "model", "method", "background_threshold",
     ]  # fmt: skip
 
 
@@ -118,7 +127,7 @@ def test_similarity_endpoint_agrees_with_the_features(client):
 def test_errors_reach_programs_in_words(client):
     with pytest.raises(AppError, match="There are no words yet"):
         client.predict(handle_file(PICTURE), " ", "tiny", OWN_METHOD, api_name="/segment")
-    with pytest.raises((AppError, ValueError), match=r"not in the list of choices|on the menu"):
+    with pytest.raises((AppError, ValueError), match=r"model is 'evil/model'; choose one of 'tiny'"):
         client.predict(handle_file(PICTURE), WORDS, "evil/model", OWN_METHOD, api_name="/segment")
 
 
@@ -165,11 +174,11 @@ def faulty(tmp_path) -> dict[str, Path]:
 
 
 SAYS = {
-    "huge": r"20000x20000 pixels \(400 million\); at most 40 million are read. Shrink it first.",
-    "text": "no picture that can be read",
+    "huge": r"20000x20000 pixels \(400 million\); at most 40 million are read. Shrink it\.$",
+    "text": "is not an image that can be read; allowed formats are .*JPEG",
     "truncated": "damaged",
-    "svg": "no picture that can be read",
-    "empty": "no picture that can be read",
+    "svg": "is not an image that can be read",
+    "empty": "is not an image that can be read",
     "heavy": "3 MB; at most 2 MB are taken",
 }
 
@@ -192,7 +201,7 @@ def test_of_an_animation_the_first_frame_counts(engine, tmp_path):
     frames = [Image.new("RGB", (96, 64), colour) for colour in ("red", "green", "blue")]
     frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
     answer = engine.segment(tmp_path / "moving.gif", WORDS, "tiny")
-    assert answer.image.getpixel((5, 5)) == (255, 0, 0) and answer.segmentation.shape == (64, 96)
+    assert answer.picture.shown.getpixel((5, 5)) == (255, 0, 0) and answer.segmentation.shape == (64, 96)
 
 
 def test_faulty_uploads_are_errors_of_the_endpoint_and_not_of_the_server(client, faulty):
@@ -219,18 +228,29 @@ def test_words_have_limits(engine, words, says):
         engine.segment(PICTURE, words, "tiny")
 
 
+def test_words_are_refused_before_the_picture_is_read(engine, monkeypatch):
+    monkeypatch.setattr(engine.pictures, "read", lambda path: pytest.fail("the picture was read"))
+    monkeypatch.setattr(engine.models, "open", lambda name: pytest.fail("the model was opened"))
+    with pytest.raises(DemoError, match="The words have 1000000 characters; at most 8000 are read"):
+        engine.segment(PICTURE, "z" * 1_000_000, "tiny")
+    with pytest.raises(DemoError, match=r"no method on the menu 'nacclip'.*Did you mean 'naclip'"):
+        engine.segment(PICTURE, WORDS, "tiny", "nacclip")
+    with pytest.raises(DemoError, match="The threshold is nan; give a number from 0 to 1"):
+        engine.segment(PICTURE, WORDS, "tiny", background_threshold=float("nan"))
+
+
 @pytest.mark.parametrize("method", ["naclip", "sc_clip"])
 def test_a_method_runs_on_the_weights_that_are_there(engine, method):
-    assert method in engine.methods
+    assert method in engine.settings.methods
     plain, other = engine.features(PICTURE, "tiny"), engine.features(PICTURE, "tiny", method)
-    expected = build_encoder(engine.open_model("tiny").model.vision_model, method)
-    pixels = engine.open_model("tiny").processor(images=PICTURE)["pixel_values"]
+    expected = build_encoder(engine.models.open("tiny").model.vision_model, method)
+    pixels = engine.models.open("tiny").processor(images=PICTURE)["pixel_values"]
     with torch.no_grad():
         patch_embeds = torch.nn.functional.normalize(expected(pixels).patch_embeds[0], dim=-1)
     torch.testing.assert_close(other.patch_embeds, patch_embeds, atol=1e-5, rtol=0)
     assert (other.patch_embeds - plain.patch_embeds).abs().max() > 0.01
-    assert len(engine._models) == 1
-    with pytest.raises(DemoError, match="no method 'proxyclip' on the menu"):
+    assert len(engine.models._models) == 1
+    with pytest.raises(DemoError, match="no method on the menu 'proxyclip'"):
         engine.features(PICTURE, "tiny", "proxyclip")
 
 
@@ -243,10 +263,103 @@ def test_large_pictures_are_shrunk_for_the_model_only(tmp_path):
     noise(900, 300).save(tmp_path / "wide.png")
     answer = engine.segment(tmp_path / "wide.png", WORDS, "tiny")
     assert answer.segmentation.shape == (300, 900)
-    height, width = answer.input_hw
+    height, width = answer.picture.input_hw
     assert height * width <= 200 * 200 and 2.8 < width / height < 3.2
-    opened = engine.open_model("tiny")
-    assert engine.input_size_hw(answer.image, opened) == answer.input_hw
+
+
+def test_what_is_shown_is_small_and_the_label_map_is_whole(tmp_path, monkeypatch):
+    """A picture larger than the page: everything but the label map is made at the size that is shown."""
+    monkeypatch.setattr(pictures, "SHOWN_PX", 500)
+    Image.open(PICTURE).convert("RGB").resize((750, 501)).save(tmp_path / "large.png")
+    engine, downloads = Engine(Settings(model="tiny", device="cpu", max_input_pixels=100 * 100)), Downloads()
+    answer = engine.segment(tmp_path / "large.png", WORDS, "tiny")
+    assert answer.picture.shown.size == (500, 334) and answer.picture.size_hw == (501, 750)
+    model, processor = spar_hf.load("tiny")
+    expected = spar_hf.OpenVocabularySegmentationPipeline(model=model, processor=processor)(
+        str(tmp_path / "large.png"), candidate_labels=WORDS, size={"max_pixels": 100 * 100}
+    )
+    assert answer.segmentation.dtype == np.int8 and (answer.segmentation == expected["segmentation"]).all()
+    assert answer.segments == expected["segments"]
+    overlay, label_map, _ = downloads.write(answer)
+    with Image.open(label_map) as image:
+        assert image.mode == "P" and (np.asarray(image) == expected["segmentation"]).all()
+    with Image.open(overlay) as image:
+        assert image.width == 500
+    features = engine.features(tmp_path / "large.png", "tiny")
+    cosines, _ = engine.similarity(features, 0.5, 0.5)
+    assert features.pca.size == (500, 334) and cosines.shape == (334, 500)
+    shown = view([{"title": "t", "note": "", "answer": answer}], [answer], "1")["panels"][0]["labels"]
+    with Image.open(io.BytesIO(base64.b64decode(shown.partition(",")[2]))) as image:
+        drawn = np.asarray(image)[..., 0]
+    rows = ((np.arange(334) + 0.5) * 501 / 334).astype(int)
+    columns = ((np.arange(500) + 0.5) * 750 / 500).astype(int)
+    assert (drawn == expected["segmentation"][rows][:, columns]).all()
+
+
+def test_uncertain_pixels_have_no_class(engine):
+    every, sure = (engine.segment(PICTURE, WORDS, "tiny", background_threshold=value) for value in (0.0, 0.6))
+    assert every.segmentation.min() == 0
+    kept = sure.segmentation >= 0
+    assert 0.05 < kept.mean() < 0.95 and (sure.segmentation[kept] == every.segmentation[kept]).all()
+    model, processor = spar_hf.load("tiny")
+    expected = spar_hf.OpenVocabularySegmentationPipeline(model=model, processor=processor)(
+        PICTURE, candidate_labels=WORDS, background_threshold=0.6
+    )
+    assert (sure.segmentation == expected["segmentation"]).all()
+    value = view([{"title": "t", "note": "", "answer": sure}], [sure], "1")
+    none = next(entry for entry in value["classes"] if entry["label"] == "no class")
+    assert none["id"] == 65535 and none["colour"] is None and abs(none["fraction"] - (~kept).mean()) < 1e-9
+    assert abs(facts(sure)["no_class"] - (~kept).mean()) < 1e-9 and facts(sure)["background_threshold"] == 0.6
+
+
+def test_one_class_competes_with_everyday_words_under_a_threshold(engine, monkeypatch):
+    monkeypatch.setattr(engine_module, "EVERYDAY_WORDS", ("sky", "sand", "cake"))
+    alone = engine.segment(PICTURE, "cake", "tiny")
+    sure = engine.segment(PICTURE, "cake", "tiny", background_threshold=0.5)
+    assert (alone.segmentation == 0).all()
+    assert 0.3 < (sure.segmentation < 0).mean() < 1 and facts(sure)["classes"][0]["label"] == "cake"
+
+
+def test_a_result_says_what_it_was_made_with(engine):
+    plain = facts(engine.segment(PICTURE, WORDS, "tiny"))
+    assert (plain["model"], plain["method"], plain["refine"]) == ("tiny", None, {})
+    other = facts(engine.segment(PICTURE, WORDS, "tiny", "sc_clip"))
+    assert other["method"] == "sc_clip" and other["settings"] == asdict(METHODS["sc_clip"].module.Settings())
+    json.dumps([plain, other])
+
+
+def test_of_a_model_folder_only_the_name_is_shown(tmp_path):
+    folder = tmp_path / "secret" / "mine"
+    shutil.copytree(ASSETS / "tiny", folder)
+    settings = Settings(model=str(folder), device="cpu")
+    assert settings.models[0] == "mine" and settings.menu["mine"] == str(folder)
+    engine = Engine(settings)
+    assert "secret" not in json.dumps(facts(engine.segment(PICTURE, WORDS, "mine")))
+    (folder / "model.safetensors").write_bytes(b"broken")
+    with pytest.raises(DemoError, match="The model mine could not be loaded") as caught:
+        Engine(settings).segment(PICTURE, WORDS, "mine")
+    assert "secret" not in str(caught.value)
+
+
+@pytest.fixture
+def two_networks(tmp_path) -> Engine:
+    """The page of an operator who has named a second network."""
+    torch.manual_seed(0)
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    ViTModel(ViTConfig(**small, patch_size=16, image_size=64), add_pooling_layer=False).save_pretrained(
+        tmp_path / "vit"
+    )
+    return Engine(Settings(model="tiny", device="cpu", networks=f"dino={tmp_path / 'vit'}"))
+
+
+def test_methods_with_a_second_network_run_where_it_is_named(two_networks, tmp_path):
+    answer = two_networks.segment(PICTURE, WORDS, "tiny", "proxyclip")
+    assert facts(answer)["networks"] == {"dino": "vit"} and str(tmp_path) not in json.dumps(facts(answer))
+    model, processor = spar_hf.load("tiny")
+    expected = build_segmenter(model, processor, "proxyclip", networks={"dino": str(tmp_path / "vit")})
+    (maps,) = expected(processor(images=PICTURE)["pixel_values"], expected.encode_labels(WORDS))
+    ids = label_map(maps, torch.tensor([0, 1, 1, 2, 3]))
+    assert (answer.segmentation == ids.numpy()).mean() > 0.999
 
 
 def test_a_window_can_be_stopped_and_has_a_limit(engine):
@@ -258,16 +371,18 @@ def test_a_window_can_be_stopped_and_has_a_limit(engine):
             raise Stopped
 
     with pytest.raises(Stopped):
-        engine.segment(PICTURE, WORDS, "tiny", window=True, watch=watch)
-    assert len(seen) == 2
-    with pytest.raises(DemoError, match=r"needs 1[0-9]{3} windows; at most 600 are run"):
-        engine.segment(PICTURE, WORDS, "tiny", window=True, stride_px=12)
+        engine.segment(PICTURE, WORDS, "tiny", watch=watch)
+    assert seen == [16, 16]
+    few = Engine(Settings(model="tiny", device="cpu", max_windows=400))
+    with pytest.raises(DemoError, match="needs 476 windows; at most 400 are run"):
+        few.segment(PICTURE, WORDS, "tiny", watch=watch)
+    assert seen == [16, 16]
 
 
 def test_similarity_of_a_patch_with_itself_is_one(engine):
     features = engine.features(PICTURE, "tiny")
     assert features is engine.features(PICTURE, "tiny")  # kept, so that a click costs no pass
-    for place in ((0.0, 0.0), (0.5, 0.5), (1.0, 1.0), (7.0, -3.0)):
+    for place in ((0.0, 0.0), (0.5, 0.5), (1.0, 1.0)):
         cosines, (row, column) = engine.similarity(features, *place)
         assert cosines.shape == (512, 768) and 0 <= row < 32 and 0 <= column < 48
         assert cosines[min(16 * row + 8, 511), min(16 * column + 8, 767)] > 0.9
@@ -326,16 +441,6 @@ def test_no_file_of_the_server_can_be_read(address, secret):
             assert answer.status_code >= 400 or body not in answer.content, (route, path)
 
 
-def test_a_path_is_no_picture(address):
-    """The endpoint takes uploads; a path of the server in their place is refused."""
-    for path in ("/etc/passwd", str(ASSETS / "pictures" / "demo.png"), "../../etc/passwd"):
-        picture = {"path": path, "meta": {"_type": "gradio.FileData"}}
-        call = f"{address}/gradio_api/call/segment"
-        event = httpx.post(call, json={"data": [picture, WORDS, "tiny", OWN_METHOD]}).json()["event_id"]
-        text = httpx.get(f"{call}/{event}", timeout=60).text
-        assert "event: error" in text and "root:" not in text, text
-
-
 # --- one slow, many quick ----------------------------------------------------------------------------------------
 
 
@@ -358,13 +463,18 @@ def test_settings_come_from_the_environment():
     settings = Settings.from_environment({"SPAR_MODEL": "you/spar", "SPAR_MAX_LABELS": "7", "SPAR_QUEUE_SIZE": ""})
     assert (settings.model, settings.max_labels, settings.queue_size) == ("you/spar", 7, Settings().queue_size)
     assert settings.models[0] == "you/spar" and "tiny" in settings.models
+    with pytest.raises(ValueError, match=r"SPAR_NETWORKS is 'dino'; write NAME=ID"):
+        Settings.from_environment({"SPAR_NETWORKS": "dino"})
     for word in ("many", "-1", "0", "1e3"):
         with pytest.raises(ValueError, match=r"SPAR_MAX_LABELS is .*whole number"):
             Settings.from_environment({"SPAR_MAX_LABELS": word})
 
 
 def test_menu_holds_every_method_that_runs_alone(engine):
-    assert engine.methods == [name for name, row in METHODS.items() if row.kind == "feature" and not row.needs]
+    menu = engine.settings.methods
+    assert menu == tuple(name for name, row in METHODS.items() if not row.needs and not row.extra)
+    assert {"naclip", "sc_clip"} <= set(menu) and "proxyclip" not in menu
+    assert "proxyclip" in Settings(networks="dino=facebook/dino-vitb8").methods
     assert len(vocabularies()) == 9
     for name, words in EXAMPLES:
         assert (ASSETS / "pictures" / name).is_file() and len(engine.read_labels(words)) >= 6

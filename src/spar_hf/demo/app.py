@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import inspect
 import os
-import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from starlette.middleware import Middleware
 
 from ..checkpoints import ASSETS
 from ..evaluation import load_vocabulary
 from ..methods.table import BENCHMARKS, METHODS
 from ..picture_book.dataset import CLASSES as PICTURE_BOOK
-from .engine import DemoError, Engine, Stopped
-from .payload import Downloads, facts, feature_view, message, milliseconds, view
+from .guard import LOOPBACK, Guard, Refused, check_inputs
+from .handlers import OWN_METHOD, Api, Page, in_words
+from .payload import own_folder
 from .settings import Settings
 
 PAGE = Path(__file__).parent / "page"
-OWN_METHOD = "the model's own"
 EXAMPLES = (
     ("demo.png", "cake; car, automobile; tree; apple; star; sea; sky; sand"),
     ("five-things.png", "cup, mug; flower; tree; clock; star; brick; snow; sea; sky"),
@@ -33,7 +35,8 @@ SEGMENT_HINT = """<h3>Name it, see it</h3>
 <li>Type what you look for. <code>;</code> splits classes, <code>,</code> splits names of one class:
 <code>road; car, automobile; sky</code></li>
 <li>Press <b>Segment</b>. Point at a class to see it alone; click to keep it.</li></ol>
-<p>Every patch of the picture goes to the nearest of your words, so name the ground too.</p>"""
+<p>Every patch of the picture goes to the nearest of your words, so name the ground too. Or let
+<b>Uncertain pixels</b> take away what none of them names well.</p>"""
 COMPARE_HINT = """<h3>One pass against hundreds</h3>
 <ol><li><b>Single pass</b>: the network once over the whole picture, far larger than it was trained on.</li>
 <li><b>Sliding window</b>: the same network on every window of its own size, averaged. Better, and slow.</li>
@@ -79,125 +82,6 @@ def vocabularies() -> dict[str, str]:
     return {name: "; ".join(", ".join(names) for names in classes) for name, classes in found.items()}
 
 
-class Stops:
-    """Which visitor has asked to stop, by session."""
-
-    def __init__(self) -> None:
-        self.running: dict[str, threading.Event] = {}
-
-    def begin(self, request: gr.Request | None) -> tuple[str, threading.Event]:
-        session = (request.session_hash if request else None) or "-"
-        return session, self.running.setdefault(session, threading.Event())
-
-    def ask(self, request: gr.Request) -> None:
-        if event := self.running.get(request.session_hash or "-"):
-            event.set()
-
-
-class Page:
-    """The handlers of one app: an engine, its downloads, and who has asked to stop."""
-
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-        self.engine = Engine(settings)
-        self.downloads = Downloads()
-        self.stops = Stops()
-        self.number = 0
-
-    def segment(self, path: str | None, words: str, model: str, method: str) -> tuple[Any, ...]:
-        """The viewer, and the three downloads."""
-        try:
-            answer = self.engine.segment(path, words, model, own(method))
-        except DemoError as error:
-            return message(str(error)), *(gr.update(value=None, interactive=False) for _ in range(3))
-        rows, columns = answer.grid_hw
-        note = f"{columns} × {rows} patches · {milliseconds(answer.encode_ms)}"
-        shown = view([{"title": f"{model}, one pass", "note": note, "answer": answer}], [answer], self.next_key())
-        return shown, *(gr.update(value=path, interactive=True) for path in self.downloads.write(answer))
-
-    def compare(
-        self,
-        path: str | None,
-        words: str,
-        model: str,
-        method: str,
-        request: gr.Request,
-        progress: gr.Progress = gr.Progress(),  # noqa: B008 (how Gradio knows where to put it)
-    ) -> Iterator[dict[str, Any]]:
-        """The viewer: first the single passes, then the window's answer too."""
-        session, stop = self.stops.begin(request)
-        try:
-            yield from self._compare(path, words, model, method, stop, progress)
-        except DemoError as error:
-            yield message(str(error))
-        finally:
-            self.stops.running.pop(session, None)
-
-    def _compare(
-        self, path: str | None, words: str, model: str, method: str, stop: threading.Event, progress: gr.Progress
-    ) -> Iterator[dict[str, Any]]:
-        engine, key = self.engine, self.next_key()
-        start = engine.teacher_of(model) or model
-        student = model if start != model else engine.student_of(model)
-        single = {"title": f"Single pass, {start}", "answer": self._timed(path, words, start, method)}
-        answers = [single["answer"]]
-        last: dict[str, Any] = {"title": "Distilled student", "note": "", "wait": f"No student of {start} ships yet."}
-        if student is not None:
-            last = {"title": f"Distilled student, {student}", "answer": self._timed(path, words, student, method)}
-            answers.append(last["answer"])
-        for panel in (single, last):
-            if "answer" in panel:
-                panel["note"] = f"1 pass · {milliseconds(panel['answer'].encode_ms)}"
-        windows = engine.num_windows(path, start, own(method))
-        waiting = {"title": "Sliding window", "note": f"{windows} windows", "wait": "Sliding the window…"}
-        yield view([dict(single), waiting, dict(last)], answers, key)
-
-        done = 0
-
-        def watch(count: int) -> None:
-            nonlocal done
-            done += count
-            progress((done, windows), desc="Sliding window", unit="windows")
-            if stop.is_set():
-                raise Stopped
-
-        try:
-            teacher = engine.segment(path, words, start, own(method), window=True, watch=watch)
-        except Stopped:
-            waiting = {**waiting, "note": f"stopped after {done} of {windows}", "wait": "Stopped."}
-            yield view([dict(single), waiting, dict(last)], answers, key)
-            return
-        except DemoError as error:
-            waiting = {**waiting, "wait": str(error)}
-            yield view([dict(single), waiting, dict(last)], answers, key)
-            return
-        note = f"{teacher.windows} windows · {milliseconds(teacher.encode_ms)}"
-        panels = [dict(single), {"title": f"Sliding window, {start}", "note": note, "answer": teacher}, dict(last)]
-        yield view(panels, [answers[0], teacher, *answers[1:]], key)
-
-    def _timed(self, path: str | None, words: str, model: str, method: str) -> Any:
-        """The second of two equal passes: the first one of a size also pays for choosing kernels and memory."""
-        self.engine.segment(path, words, model, own(method))
-        return self.engine.segment(path, words, model, own(method))
-
-    def features(self, path: str | None, model: str, method: str, x: float = 0.5, y: float = 0.5) -> dict[str, Any]:
-        """The features' viewer."""
-        try:
-            features = self.engine.features(path, model, own(method))
-            cosines, _ = self.engine.similarity(features, y, x)
-        except DemoError as error:
-            return message(str(error))
-        return feature_view(features, model, cosines, (x, y))
-
-    def clicked(self, path: str | None, model: str, method: str, event: gr.EventData) -> dict[str, Any]:
-        """The features' viewer after a click at `event.x`, `event.y`, each 0 to 1."""
-        return self.features(path, model, method, float(event.x), float(event.y))
-
-    def next_key(self) -> str:
-        self.number += 1
-        return str(self.number)
-
-
 def example(index: int) -> tuple[str, str]:
     """Path and words of an example."""
     name, words = EXAMPLES[index]
@@ -207,10 +91,6 @@ def example(index: int) -> tuple[str, str]:
 def hidden(name: str) -> dict[str, Any]:
     """An event of the page: named apart from the endpoints, and not one of them."""
     return {"api_name": f"page_{name}", "api_visibility": "private"}
-
-
-def own(method: str | None) -> str | None:
-    return None if method in (None, "", OWN_METHOD) else method
 
 
 def build(settings: Settings | None = None) -> gr.Blocks:
@@ -223,6 +103,9 @@ def build(settings: Settings | None = None) -> gr.Blocks:
         ValueError: A variable of the environment is malformed.
     """
     settings = settings or Settings.from_environment()
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    os.environ.setdefault("GRADIO_RUN_HISTORY", "False")  # a visitor's pictures and words are kept nowhere
+    os.environ.setdefault("GRADIO_TEMP_DIR", str(own_folder()))  # two pages would delete each other's files
     page = Page(settings)
     quick: dict[str, Any] = {"concurrency_id": "quick", "concurrency_limit": settings.quick_at_once}
     slow: dict[str, Any] = {"concurrency_id": "slow", "concurrency_limit": settings.slow_at_once}
@@ -253,7 +136,7 @@ def build(settings: Settings | None = None) -> gr.Blocks:
                         list(settings.models), value=settings.model, label="Checkpoint", elem_id="model"
                     )
                     method = gr.Dropdown(
-                        [(OWN_METHOD, OWN_METHOD), *((METHODS[name].title, name) for name in page.engine.methods)],
+                        [(OWN_METHOD, OWN_METHOD), *((METHODS[name].title, name) for name in settings.methods)],
                         value=OWN_METHOD, label="Method of the last block", elem_id="method",
                     )  # fmt: skip
                 examples = gr.Dataset(
@@ -266,6 +149,10 @@ def build(settings: Settings | None = None) -> gr.Blocks:
             with gr.Column(scale=7, min_width=320), gr.Tabs():
                 with gr.Tab("Segment", id="segment"):
                     run = gr.Button("Segment", variant="primary", elem_id="run")
+                    threshold = gr.Slider(
+                        0, 1, value=0, step=0.01, label="Uncertain pixels", elem_id="threshold",
+                        info="0: every pixel gets a class. Higher: those whose best class is less probable get none.",
+                    )  # fmt: skip
                     answer = viewer("viewer", SEGMENT_HINT, elem_id="answer")
                     with gr.Row(elem_id="downloads"):
                         files = [
@@ -283,10 +170,12 @@ def build(settings: Settings | None = None) -> gr.Blocks:
 
         asked = [picture, words, model, method]
         at_once: dict[str, Any] = {"api_visibility": "private", "queue": False}
-        segmenting = {"fn": page.segment, "inputs": asked, "outputs": [answer, *files], **hidden("segment"), **quick}
-        gr.on([run.click, words.submit], show_progress_on=answer, **segmenting)
+        segmenting: dict[str, Any] = {"inputs": [*asked, threshold], "outputs": [answer, *files], **quick}
+        segmenting |= {"show_progress_on": answer}
+        gr.on([run.click, words.submit], page.segment, **segmenting, **hidden("segment"))
+        threshold.release(page.again, **segmenting, **hidden("again"))
         loading = examples.click(example, examples, [picture, words], **at_once)
-        loading.then(show_progress_on=answer, **segmenting)
+        loading.then(page.segment, **segmenting, **hidden("example"))
         vocabulary.input(lambda name: vocabularies().get(name, ""), vocabulary, words, **at_once)
 
         compare.click(lambda: gr.update(interactive=True), None, stop, **at_once)
@@ -298,14 +187,34 @@ def build(settings: Settings | None = None) -> gr.Blocks:
         seen = [picture, model, method]
         look.click(page.features, seen, features, **hidden("features"), **quick)
         features.select(page.clicked, seen, features, show_progress="hidden", **hidden("clicked"), **quick)
-        add_api(page, asked, quick, slow)
+        add_api(page, asked, threshold, quick, slow)
+    checked(demo)
     demo.queue(max_size=settings.queue_size, default_concurrency_limit=settings.quick_at_once)
     demo.spar_page = page  # Gradio's class takes what it is given
     return demo
 
 
-def add_api(page: Page, asked: list[Any], quick: dict[str, Any], slow: dict[str, Any]) -> None:
-    """Named endpoints for programs. Errors are exceptions there, with the same words."""
+def checked(demo: gr.Blocks) -> None:
+    """Lets values reach the components only if they are of their kind; Gradio's own messages hold paths."""
+    preprocess = demo.preprocess_data
+
+    async def preprocess_data(block_fn: Any, inputs: list[Any], *rest: Any, **options: Any) -> Any:
+        names = [str(component.label) for component in block_fn.inputs]
+        if block_fn.api_visibility == "public":
+            names = list(inspect.signature(block_fn.fn).parameters)[: len(names)]
+        try:
+            check_inputs(names, block_fn.inputs, inputs)
+            return await preprocess(block_fn, inputs, *rest, **options)
+        except Refused:
+            raise
+        except Exception as error:
+            raise Refused(in_words(error)) from None
+
+    demo.preprocess_data = preprocess_data  # type: ignore[method-assign]
+
+
+def add_api(page: Page, asked: list[Any], threshold: gr.Slider, quick: dict[str, Any], slow: dict[str, Any]) -> None:
+    """Named endpoints for programs."""
     with gr.Column(visible=False):
         x = gr.Slider(0, 1, value=0.5, label="x")
         y = gr.Slider(0, 1, value=0.5, label="y")
@@ -314,58 +223,12 @@ def add_api(page: Page, asked: list[Any], quick: dict[str, Any], slow: dict[str,
         pca, cosine_map = gr.File(label="principal_components"), gr.File(label="similarity")
         trigger = gr.Button("API")
 
-    def segment(picture: str, words: str, model: str, method: str) -> tuple[dict[str, Any], str, str]:
-        """Segments a picture in one pass.
-
-        Returns the classes with their areas and how long the encoder took, the overlay with its legend (PNG), and
-        the label map (PNG), whose pixel values are positions in `words`, from 0.
-        """
-        try:
-            answer = page.engine.segment(picture, words, model, own(method))
-        except DemoError as error:
-            raise gr.Error(str(error), print_exception=False) from None
-        return facts(answer), *page.downloads.write(answer)[:2]
-
-    def compare(picture: str, words: str, model: str, method: str) -> dict[str, Any]:
-        """Segments a picture in one pass, with the sliding window, and with the distilled student where there is one.
-
-        Returns for each the classes with their areas, the number of windows and the encoder's milliseconds.
-        """
-        engine = page.engine
-        try:
-            start = engine.teacher_of(model) or model
-            student = model if start != model else engine.student_of(model)
-            found = {"single_pass": page._timed(picture, words, start, method)}
-            found["sliding_window"] = engine.segment(picture, words, start, own(method), window=True)
-            if student is not None:
-                found["student"] = page._timed(picture, words, student, method)
-        except DemoError as error:
-            raise gr.Error(str(error), print_exception=False) from None
-        return {name: facts(answer) for name, answer in found.items()}
-
-    def similarity(picture: str, model: str, method: str, x: float, y: float) -> tuple[dict[str, Any], str, str]:
-        """Features of a picture and their similarity to those at a place.
-
-        `x` and `y` are 0 to 1 from the left and the top. Returns the grid, the patch and the range of cosines, the
-        picture of principal components (PNG) and the similarity as grey values (PNG, 0 is a cosine of -1, 255 of 1).
-        """
-        from PIL import Image
-
-        try:
-            features = page.engine.features(picture, model, own(method))
-            cosines, patch = page.engine.similarity(features, y, x)
-        except DemoError as error:
-            raise gr.Error(str(error), print_exception=False) from None
-        grey = Image.fromarray((127.5 * (1 + cosines)).round().clip(0, 255).astype("uint8"))
-        about: dict[str, Any] = {"grid_hw": list(features.patch_embeds.shape[:2]), "patch": list(patch)}
-        about["cosine"] = [round(float(cosines.min()), 4), round(float(cosines.max()), 4)]
-        return about, page.downloads.save("pca.png", features.pca), page.downloads.save("similarity.png", grey)
-
+    api = Api(page)
     picture, _, model, method = asked
-    trigger.click(segment, asked, [details, drawn, label_map], api_name="segment", **quick)
-    trigger.click(compare, asked, details, api_name="compare", **slow)
+    trigger.click(api.segment, [*asked, threshold], [details, drawn, label_map], api_name="segment", **quick)
+    trigger.click(api.compare, asked, details, api_name="compare", **slow)
     places = [picture, model, method, x, y]
-    trigger.click(similarity, places, [details, pca, cosine_map], api_name="similarity", **quick)
+    trigger.click(api.similarity, places, [details, pca, cosine_map], api_name="similarity", **quick)
 
 
 def theme() -> gr.themes.Base:
@@ -389,22 +252,33 @@ def serve(
 
     Only files that the app itself wrote or was given can be read through it.
     """
-    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     settings: Settings = demo.spar_page.settings  # type: ignore[attr-defined]
+    host = host or os.environ.get("GRADIO_SERVER_NAME") or LOOPBACK[0]
+    names = {*LOOPBACK, *(name.strip().lower() for name in settings.hosts.split(","))}
+    max_upload_bytes = settings.max_file_mb * 1_000_000
+    guard = Middleware(Guard, max_upload_bytes, hosts=names if host in LOOPBACK else None)
+
+    @asynccontextmanager
+    async def guarded(app: Any) -> AsyncIterator[None]:
+        app.user_middleware.insert(0, guard)  # before Gradio's own, which answers strangers' pages
+        app.middleware_stack = app.build_middleware_stack()
+        yield
+
     _, url, _ = demo.launch(
         server_name=host,
         server_port=port,
         inbrowser=open_browser,
         share=False,
         quiet=True,
-        show_error=True,
+        show_error=False,  # what is meant for visitors is shown anyhow
         ssr_mode=False,
-        max_file_size=settings.max_file_mb * 1_000_000,
+        max_file_size=max_upload_bytes,
         allowed_paths=[],
         footer_links=["api"],
         theme=theme(),
         css=CSS,
         prevent_thread_lock=True,
+        app_kwargs={"lifespan": guarded},
     )
     if block:
         print(f"SPAR at {url} with {settings.model}; Ctrl-C stops it.", flush=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import shutil
 import tempfile
 import time
@@ -15,11 +16,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..files import clear_drafts
 from ..visualize import label_map_image, overlay, palette, percent_text, plain_text
 from .engine import Answer, Features
+from .pictures import resized_ids
 
-SHOWN_PX = 1280  # longer side of a picture on the page; the downloads have its own size
-NO_CLASS = 65535
+MIN_SHOWN_PX = 480  # smaller pictures are enlarged by a whole factor
+NO_CLASS = 65535  # of a pixel in the viewer
 GONE_AFTER_S = 120  # files that Gradio has copied into its own cache by then
 
 
@@ -30,18 +33,16 @@ def data_url(image: Image.Image, format: str) -> str:
     return f"data:image/{format.lower()};base64,{base64.b64encode(encoded.getvalue()).decode()}"
 
 
-def shown_size(image: Image.Image) -> tuple[int, int]:
-    """Width and height of a picture on the page; small ones are enlarged by a whole factor."""
-    longer = max(image.size)
-    scale = SHOWN_PX / longer if longer > SHOWN_PX else max(1, round(480 / longer))
-    return max(1, round(image.width * scale)), max(1, round(image.height * scale))
+def shown_hw(image: Image.Image) -> tuple[int, int]:
+    """Height and width of a picture on the page."""
+    factor = max(1, round(MIN_SHOWN_PX / max(image.size)))
+    return (factor * image.height, factor * image.width)
 
 
-def ids_as_colours(segmentation: np.ndarray, size: tuple[int, int]) -> Image.Image:
-    """A label map whose red and green are the low and the high byte of the class id, nearest neighbour."""
-    ids = np.where((segmentation < 0) | (segmentation >= NO_CLASS), NO_CLASS, segmentation).astype(np.uint16)
-    channels = np.stack([ids & 255, ids >> 8, np.zeros_like(ids)], axis=-1).astype(np.uint8)
-    return Image.fromarray(channels).resize(size, Image.Resampling.NEAREST)
+def ids_as_colours(ids: np.ndarray) -> Image.Image:
+    """A label map whose red and green are the low and the high byte of the class id."""
+    ids = np.where((ids < 0) | (ids >= NO_CLASS), NO_CLASS, ids.astype(np.int32)).astype(np.uint16)
+    return Image.fromarray(np.stack([ids & 255, ids >> 8, np.zeros_like(ids)], axis=-1).astype(np.uint8))
 
 
 def milliseconds(value: float) -> str:
@@ -63,33 +64,33 @@ def view(panels: Sequence[dict[str, Any]], answers: Sequence[Answer], key: str) 
     """
     last = answers[-1]
     class_names, names = last.labels.class_names, last.labels.classes
-    colours = palette(len(class_names)).tolist()
+    colours = [*palette(len(class_names)).tolist(), None]  # the last for -1, no class
     areas = [{segment["id"]: segment["area_fraction"] for segment in answer.segments} for answer in answers]
     present = sorted({index for found in areas for index in found}, key=lambda index: -areas[-1].get(index, 0.0))
     classes = [
         {
-            "id": index,
-            "label": plain_text(class_names[index]),
-            "names": plain_text(", ".join(names[index])),
+            "id": index if index >= 0 else NO_CLASS,
+            "label": plain_text(class_names[index]) if index >= 0 else "no class",
+            "names": plain_text(", ".join(names[index])) if index >= 0 else "no word names these pixels well enough",
             "colour": colours[index],
             "area": " · ".join(percent_text(found.get(index, 0.0)) for found in areas),
             "fraction": areas[-1].get(index, 0.0),
         }
         for index in present
-        if 0 <= index < len(class_names)
     ]
-    size = shown_size(last.image)
+    image = last.picture.shown
+    size_hw = shown_hw(image)
     shown = []
     for panel in panels:
         answer = panel.pop("answer", None)
         if answer is not None:
-            panel["labels"] = data_url(ids_as_colours(answer.segmentation, size), "PNG")
+            panel["labels"] = data_url(ids_as_colours(resized_ids(answer.segmentation, size_hw)), "PNG")
             found = ", ".join(
                 f"{segment['label']} {percent_text(segment['area_fraction'])}" for segment in answer.segments[:8]
             )
             panel["description"] = plain_text(f"{panel['title']}: {found}")
         shown.append(panel)
-    photo = last.image.resize(size, Image.Resampling.BICUBIC if size[0] > last.image.width else Image.Resampling.BOX)
+    photo = image.resize(size_hw[::-1], Image.Resampling.BICUBIC)
     return {
         "key": key,
         "image": data_url(photo, "JPEG"),
@@ -101,11 +102,11 @@ def view(panels: Sequence[dict[str, Any]], answers: Sequence[Answer], key: str) 
 
 def feature_view(features: Features, model: str, cosines: np.ndarray, place: tuple[float, float]) -> dict[str, Any]:
     """The value of the features' viewer; `place` is (x, y), each 0 to 1."""
-    size = shown_size(features.image)
+    size = shown_hw(features.shown)[::-1]
     pictures = []
     for title, picture in (
         ("Principal components of the features", features.pca),
-        ("Similarity to the chosen patch", heat(features.image, cosines)),
+        ("Similarity to the chosen patch", heat(features.shown, cosines)),
     ):
         source = data_url(picture.resize(size, Image.Resampling.BICUBIC), "JPEG")
         pictures.append({"title": title, "source": source, "width": size[0], "height": size[1]})
@@ -129,11 +130,12 @@ def heat(image: Image.Image, cosines: np.ndarray) -> Image.Image:
 
 
 def facts(answer: Answer) -> dict[str, Any]:
-    """An answer as JSON: classes in the order of the vocabulary with their areas."""
+    """An answer as JSON: classes in the order of the vocabulary with their areas, and what it was made with."""
     areas = {segment["id"]: segment["area_fraction"] for segment in answer.segments}
     return {
-        "size_hw": [answer.image.height, answer.image.width],
-        "input_hw": list(answer.input_hw),
+        **answer.made_with,
+        "size_hw": list(answer.picture.size_hw),
+        "input_hw": list(answer.picture.input_hw),
         "grid_hw": list(answer.grid_hw),
         "windows": answer.windows,
         "encode_ms": round(answer.encode_ms, 1),
@@ -146,20 +148,29 @@ def facts(answer: Answer) -> dict[str, Any]:
             }
             for index, title in enumerate(answer.labels.class_names)
         ],
+        "no_class": areas.get(-1, 0.0),
     }
+
+
+def own_folder() -> Path:
+    """A new folder for temporary files; those of processes that are gone are removed."""
+    clear_drafts(Path(tempfile.gettempdir()))
+    return Path(tempfile.mkdtemp(prefix=".spar-demo-", suffix=f".{os.getpid()}.tmp"))
 
 
 class Downloads:
     """Files for the visitor, under names that no visitor chose; Gradio copies them to its cache, and ours go soon."""
 
     def __init__(self) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="spar-demo-"))
+        self.folder = own_folder()
 
     def write(self, answer: Answer, opacity: float = 0.6) -> tuple[str, str, str]:
-        """Paths of overlay, label map and classes."""
+        """Paths of overlay, at the size that is shown, label map, at the picture's own size, and classes."""
         self.tidy(GONE_AFTER_S)
         place = Path(tempfile.mkdtemp(dir=self.folder))
-        overlay(answer.image, answer.segmentation, answer.labels, opacity).save(place / "overlay.png")
+        picture = answer.picture
+        small = resized_ids(answer.segmentation, picture.shown_hw)
+        overlay(picture.shown, small, answer.labels, opacity).save(place / "overlay.png")
         label_map_image(answer.segmentation).save(place / "label-map.png")
         (place / "classes.json").write_text(json.dumps(facts(answer), indent=2, ensure_ascii=False) + "\n", "utf-8")
         return str(place / "overlay.png"), str(place / "label-map.png"), str(place / "classes.json")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 from ..checkpoints import ASSETS, SHIPPED
+from ..methods.table import METHODS
 
 # The best checkpoint that this installation has: `tiny-spar`, which is distilled, or `tiny`, which it starts from.
 DEFAULT_MODEL = "tiny-spar" if (ASSETS / "tiny-spar" / "config.json").is_file() else "tiny"
@@ -22,6 +24,10 @@ class Settings:
     Attributes:
         model: The model that is chosen first: a shipped one, a folder or a Hub id.
         device: `auto` takes an accelerator if there is one.
+        networks: Second networks, `dino=facebook/dino-vitb8` and more of these split by commas; methods that need
+            them join the menu. A network's own memory comes on top.
+        hosts: Further names that the page is called by, split by commas, where it is served to this machine alone and
+            reached through a proxy.
         max_file_mb: Largest upload.
         max_image_pixels: Larger pictures are refused before they are decoded.
         max_input_pixels: Larger pictures are shrunk to this for the model; the label map keeps their own size.
@@ -36,6 +42,8 @@ class Settings:
 
     model: str = DEFAULT_MODEL
     device: str = "auto"
+    networks: str = ""
+    hosts: str = ""
     max_file_mb: int = 20
     max_image_pixels: int = 40_000_000
     max_input_pixels: int = 1024 * 1024
@@ -52,7 +60,7 @@ class Settings:
         """Settings from the variables that are set, defaults for the others.
 
         Raises:
-            ValueError: A variable that should be a whole number from 1 up is not.
+            ValueError: A variable that should be a whole number from 1 up is not, or a network is not NAME=ID.
         """
         given: dict[str, str | int] = {}
         for field in fields(cls):
@@ -68,11 +76,49 @@ class Settings:
                 raise ValueError(f"{variable} is {word!r}; give a whole number, at least 1.")
         return cls(**given)  # type: ignore[arg-type]
 
+    def __post_init__(self) -> None:
+        for part in _parts(self.networks):
+            name, equals, origin = part.partition("=")
+            if not (name and equals and origin):
+                raise ValueError(
+                    f"SPAR_NETWORKS is {self.networks!r}; write NAME=ID, such as dino=facebook/dino-vitb8."
+                )
+
+    @property
+    def menu(self) -> dict[str, str]:
+        """What visitors call each model, and what is loaded: of a folder they see its name, not where it is."""
+        shipped = [name for name in SHIPPED if (ASSETS / name / "config.json").is_file()]
+        models = dict.fromkeys([self.model, *shipped, *KNOWN])
+        return {_public_name(name): name for name in models}
+
     @property
     def models(self) -> tuple[str, ...]:
-        """The menu: the first model, the shipped ones, the known ones of the Hub."""
-        shipped = [name for name in SHIPPED if (ASSETS / name / "config.json").is_file()]
-        return tuple(dict.fromkeys([self.model, *shipped, *KNOWN]))
+        """The menu of models: the first model, the shipped ones, the known ones of the Hub."""
+        return tuple(self.menu)
+
+    @property
+    def second_networks(self) -> dict[str, str]:
+        """Id or folder of each second network, by the name that methods call it."""
+        pairs = (part.partition("=") for part in _parts(self.networks))
+        return {name: origin for name, _, origin in pairs}
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The menu of methods: rows of the table whose networks are there."""
+        networks = set(self.second_networks)
+        return tuple(name for name, row in METHODS.items() if not row.extra and set(row.needs) <= networks)
+
+
+def _public_name(model: str) -> str:
+    """A model's name without the place of its folder."""
+    if model in SHIPPED or not Path(model).is_dir():
+        return model
+    name = Path(model).resolve().name
+    return f"{name} (folder)" if name in SHIPPED else name
+
+
+def _parts(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 if __name__ == "__main__":

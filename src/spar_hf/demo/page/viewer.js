@@ -66,12 +66,13 @@ function legend(classes, bars) {
     button.title = entry.names;
     button.setAttribute('aria-pressed', 'false');
     const swatch = node('i');
-    swatch.style.background = `rgb(${entry.colour.join(',')})`;
+    const colour = entry.colour ? `rgb(${entry.colour.join(',')})` : 'transparent';   // no class has none
+    swatch.style.background = colour;
     button.append(swatch, node('span', 'label', entry.label), node('span', 'area', entry.area));
     if (bars) {
       const bar = node('span', 'bar'), fill = node('em');
       fill.style.width = `${100 * entry.fraction}%`;
-      fill.style.background = `rgb(${entry.colour.join(',')})`;
+      fill.style.background = entry.colour ? colour : 'var(--body-text-color-subdued)';
       bar.append(fill);
       button.append(bar);
     }
