@@ -113,9 +113,11 @@ class Moments:
 
     def add(self, x: Tensor, norm: nn.GroupNorm) -> None:
         """Some more pixels (n, C)."""
-        groups = x.unflatten(1, (norm.num_groups, -1))
-        variance, mean = torch.var_mean(groups, dim=(0, 2), correction=0)
-        variance, mean = variance.double(), mean.double()
+        channel_mean = x.mean(0)  # by channel first: ten times as fast on a CPU as `var_mean`
+        channel_variance = (x - channel_mean).square().mean(0)
+        means, variances = (y.double().unflatten(0, (norm.num_groups, -1)) for y in (channel_mean, channel_variance))
+        mean = means.mean(1)
+        variance = variances.mean(1) + means.var(1, correction=0)
         if self.count:  # Chan's rule
             share = len(x) / (self.count + len(x))
             shift = mean - self.mean
