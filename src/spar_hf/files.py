@@ -56,29 +56,63 @@ def whole_files(*paths: Path) -> Iterator[list[Path]]:
         ValueError: a folder to write into is a file.
         OSError: the disk is full; the message says so, nothing is left behind and other files are as they were.
     """
-    for folder in {path.parent for path in paths}:
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"{folder} is a file; give a folder to write into")
-        folder.mkdir(parents=True, exist_ok=True)
-        clear_drafts(folder)
     drafts = [draft_of(path) for path in paths]
+    with _disk_in_words(*paths):
+        for folder in {path.parent for path in paths}:
+            if folder.exists() and not folder.is_dir():
+                raise ValueError(f"{folder} is a file; give a folder to write into")
+            folder.mkdir(parents=True, exist_ok=True)
+            clear_drafts(folder)
+        try:
+            yield drafts
+            for source, target in zip(drafts, paths, strict=True):
+                with open(source, "rb") as file:
+                    os.fsync(file.fileno())
+                os.replace(source, target)
+        finally:
+            for source in drafts:
+                source.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """`whole_files` for a folder, which must be new or empty: a draft beside it, that takes its place in the end."""
+    draft = draft_of(path)
+    with _disk_in_words(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        clear_drafts(path.parent)
+        draft.mkdir()
+        try:
+            yield draft
+            if path.exists():
+                path.rmdir()
+            os.replace(draft, path)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+
+
+@contextmanager
+def _disk_in_words(*paths: Path) -> Iterator[None]:
     try:
-        yield drafts
-        for source, target in zip(drafts, paths, strict=True):
-            with open(source, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(source, target)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        yield
+    except Exception as error:
+        if not _is_disk_full(error):
             raise
         raise OSError(
-            error.errno,
+            errno.ENOSPC,
             f"disk full while writing {', '.join(map(str, paths))}. What was written before is intact; free "
             "some space and run the same command again, with --resume where it has one",
         ) from error
-    finally:
-        for source in drafts:
-            source.unlink(missing_ok=True)
+
+
+def _is_disk_full(error: Exception) -> bool:
+    """Also as the writer of safetensors says it, in a class of its own, and torch's, which says no reason at all."""
+    codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if isinstance(error, OSError):
+        return error.errno in codes
+    return any(f"os error {code}" in str(error) for code in codes) or "PytorchStreamWriter failed writing" in str(
+        error
+    )
 
 
 def write_atomically(path: Path, content: bytes) -> None:
