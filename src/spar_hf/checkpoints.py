@@ -10,23 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from .checkpoint_files import naming, read_json, refuse, weight_files
 from .configuration_spar import DenseConfig
 from .downloads import CONFIG, HUB_ARGUMENTS, fetch
 from .encoder_spar import DenseModel
 from .families import TOWERS, WHOLE, make_processor
 from .grid_spar import unknown
-from .pretrained import (
-    SIDES,
-    naming,
-    open_image_processor,
-    open_model,
-    open_tokenizer,
-    processor_file,
-    read_config,
-    read_json,
-    refuse,
-    weight_files,
-)
+from .pretrained import SIDES, open_image_processor, open_model, open_tokenizer, processor_file, read_config
 from .processing_spar import SparProcessor
 
 ASSETS = Path(__file__).parent / "assets"

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 from transformers import CLIPTokenizer
 
+from ..checkpoint_files import naming
 from ..downloads import fetch
 from ..families import make_processor
 from ..files import whole_folder
 from ..image_processing_spar import SparImageProcessor
-from ..pretrained import naming, open_tokenizer
+from ..pretrained import SIDES, open_model, open_tokenizer
 from .layouts import LAYOUTS, Asked, Layout
 from .reference import REFERENCES, Reference
 from .source import Source, read_source
@@ -117,7 +118,7 @@ def convert(
     with whole_folder(output) as draft:
         model.save_pretrained(draft)
         save_processor(model, words, draft)
-        again = layout.model_class.from_pretrained(draft).eval()
+        again = open_model(layout.model_class, draft, sides=SIDES)
         comparisons = compare(again, REFERENCES[backbone](source.weights, layout.vision, layout.text), layout)
         report = Converted(
             source.name, source.digest, layout.name, used, left_out, allowed, layout.vision, layout.text, comparisons

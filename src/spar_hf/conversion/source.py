@@ -12,7 +12,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..pretrained import load_pickle, naming, read_json, refuse
+from ..checkpoint_files import check_finite, load_pickle, naming, read_json, refuse
 
 # What open_clip calls its files on the Hub, best first.
 HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
@@ -57,6 +57,8 @@ def read_source(paths: Sequence[Path]) -> Source:
             for block in iter(lambda: stream.read(1 << 20), b""):
                 digest.update(block)
         found = cut_wrappers(tensors_of(file))
+        for name, weight in found.items():
+            check_finite(file, name, weight)
         if "cls_token" in found and "storage_tokens" in found:  # the backbone of dino.txt, released apart
             found = {f"visual_model.backbone.{name}": weight for name, weight in found.items()}
         if both := sorted(set(found) & set(weights)):

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from transformers import MODEL_FOR_BACKBONE_MAPPING, AutoConfig, AutoModel
 
+from ..checkpoint_files import naming, read_json
 from ..checkpoints import folder_of, resolve
 from ..downloads import CONFIG, fetch
-from ..pretrained import naming, open_model, read_config, read_json
+from ..pretrained import open_model, read_config
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
