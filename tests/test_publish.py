@@ -58,7 +58,8 @@ def hub(monkeypatch, tmp_path):
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr("spar_hf.hub.publish.WAIT_S", 0.0)
+        monkeypatch.setattr(sys.modules["spar_hf.hub.publish"], "WAIT_S", 0.0)
+        monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
         yield server
 
 
@@ -314,7 +315,7 @@ def test_snippets_of_the_card_run(hub, trained, street, spar):
     run = python(with_remote_code + check, cwd=street, installed=False)
     assert run.status == 0, run.err
     run = python(with_package, cwd=street)
-    assert run.status == 0 and "'share'" in run.out, run.err
+    assert run.status == 0 and "'area_fraction'" in run.out, run.err
 
 
 def test_snippet_of_a_lone_tower_runs(hub, make_spar, tmp_path, spar):

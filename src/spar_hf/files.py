@@ -77,6 +77,20 @@ def whole_files(*paths: Path) -> Iterator[list[Path]]:
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """`whole_files` for a folder, which must be new or empty: a draft beside it, that takes its place in the end."""
+    with draft_folder(path) as draft:
+        yield draft
+        if path.exists():
+            path.rmdir()
+        os.replace(draft, path)
+
+
+@contextmanager
+def draft_folder(path: Path) -> Iterator[Path]:
+    """A folder for work, which vanishes when the block ends; the next run clears what a killed one left.
+
+    Raises:
+        OSError: the disk is full; the message says so.
+    """
     draft = draft_of(path)
     with _disk_in_words(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -84,9 +98,6 @@ def whole_folder(path: Path) -> Iterator[Path]:
         draft.mkdir()
         try:
             yield draft
-            if path.exists():
-                path.rmdir()
-            os.replace(draft, path)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
 

@@ -125,6 +125,9 @@ def _check_sizes(config: Any, shapes: dict[str, tuple[int, ...]], sides: tuple[s
     longest = max((side for shape in shapes.values() for side in shape), default=0)
     parts = [config, *(part for part in vars(config).values() if isinstance(part, PreTrainedConfig))]
     for part in parts:
+        for name in ("num_hidden_layers", "num_attention_heads"):
+            if isinstance(value := getattr(part, name, None), int) and value < 1:
+                refuse(path, f"{name} is {value} and must be at least 1")
         blocks = getattr(part, "num_hidden_layers", 0) or 0
         if blocks > len(shapes):
             refuse(path, f"num_hidden_layers is {blocks} and there are {len(shapes)} weights in all")
