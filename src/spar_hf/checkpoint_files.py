@@ -49,7 +49,7 @@ def naming(*paths: Path, what: str = "") -> Iterator[None]:
         reason, remedy = one_line(error), REMEDY
         if reason.startswith(f"{paths[0].parent} "):
             reason = reason.replace(str(paths[0].parent), "the folder", 1)
-        if "trust_remote_code" in reason:
+        if "trust_remote_code" in str(error):
             reason, remedy = "it asks to run code of its own, which is never done", "Give a model of a known class"
         elif what:
             reason = f"it is no {what} ({reason})"
@@ -123,9 +123,12 @@ def weight_files(folder: Path) -> tuple[list[Path], dict[str, tuple[int, ...]]]:
             refuse(path, "its weight_map must give the file of each weight")
         shards = {}
         for name in sorted(set(listed.values())):
+            if Path(name).name != name:
+                refuse(path, f"it lists {name!r:.80}, which lies outside the model's folder")
+            own = own_file(folder, name)
             if not name.endswith(Path(whole).suffix):
                 refuse(path, f"it lists {name!r:.80}, which is no {Path(whole).suffix} file")
-            shards[name] = shapes_of(own_file(folder, name))
+            shards[name] = shapes_of(own)
         if absent := [weight for weight, name in listed.items() if weight not in shards[name]]:
             refuse(folder / listed[absent[0]], f"it lacks {absent[0]!r:.80}, which {index} promises")
         shapes = {weight: shapes for part in shards.values() for weight, shapes in part.items()}
