@@ -39,6 +39,7 @@ LAYERS = (
     ("spar_hf.conversion",),
     ("spar_hf.export",),
     ("spar_hf.picture_book",),
+    ("spar_hf.pretrained", "spar_hf.checkpoint_files", "spar_hf.downloads"),
     ("spar_hf.files", "spar_hf.extras", "spar_hf.visualize", "spar_hf.families"),
     tuple(f"spar_hf.{path.stem}" for path in REMOTE_CODE),
 )

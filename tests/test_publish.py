@@ -58,7 +58,8 @@ def hub(monkeypatch, tmp_path):
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(sys.modules["spar_hf.hub.publish"], "WAIT_S", 0.0)  # the name is the function's too
+        monkeypatch.setattr(sys.modules["spar_hf.hub.publish"], "WAIT_S", 0.0)
+        monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
         yield server
 
 

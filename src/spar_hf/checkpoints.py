@@ -5,21 +5,26 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import transformers
-from transformers import AutoTokenizer, PreTrainedConfig
 
+from .checkpoint_files import naming, read_json, refuse, weight_files
 from .configuration_spar import DenseConfig
+from .downloads import CONFIG, HUB_ARGUMENTS, fetch
 from .encoder_spar import DenseModel
 from .families import TOWERS, WHOLE, make_processor
+from .grid_spar import unknown
 from .pipeline_spar import TASK, OpenVocabularySegmentationPipeline
+from .pretrained import SIDES, open_image_processor, open_model, open_tokenizer, processor_file, read_config
 from .processing_spar import SparProcessor
 
 ASSETS = Path(__file__).parent / "assets"
 SHIPPED = ("tiny", "tiny-spar")
+# Text towers whose features are those of the end token; old files give 2 for it, and mean the highest id.
+END_TOKEN_POOLED, LEGACY_END = ("clip_text_model", "spar_dinov3_text"), 2
 
 
 def resolve(name: str | Path) -> str:
@@ -32,49 +37,56 @@ def resolve(name: str | Path) -> str:
         return str(ASSETS / str(name))
     folder = Path(name)
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
+        if not (folder / CONFIG).is_file():
             raise ValueError(f"folder {name} holds no config.json; give a folder that save_pretrained wrote.")
-        if not any(folder.glob("*.safetensors")):
-            raise ValueError(
-                f"folder {name} holds no weights (*.safetensors); give a folder that save_pretrained wrote."
-            )
+        weight_files(folder)
         return str(folder)
     if str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
-        near = difflib.get_close_matches(str(name), SHIPPED, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(
-            f"there is no model {str(name)!r}; give {' or '.join(SHIPPED)}, a folder, or a Hub id such as "
-            f"openai/clip-vit-base-patch16.{hint}"
+            unknown("model", str(name), SHIPPED)
+            + " Or give a folder, or a Hub id such as openai/clip-vit-base-patch16."
         )
     return str(name)
 
 
-def class_of(path: str, table: dict[str, Any], **kwargs: Any) -> Any:
+def folder_of(name: str | Path, options: dict[str, Any]) -> Path:
+    """The folder behind a name, downloaded where it is on the Hub; takes what is about the Hub out of the options.
+
+    Raises:
+        ValueError: as `resolve`.
+        OSError: as `fetch`.
+    """
+    return fetch(resolve(name), **{key: options.pop(key) for key in HUB_ARGUMENTS if key in options})
+
+
+def class_of(folder: Path, table: dict[str, Any]) -> Any:
     """The class of `table` that loads a checkpoint, by its configuration's model type.
 
     Args:
-        path: folder or Hub id.
+        folder: its folder.
         table: `WHOLE` or `TOWERS`, or both.
-        kwargs: `revision`, `token`, ... of `from_pretrained`.
 
     Raises:
         ValueError: no class there loads it; the message lists what can be loaded.
     """
-    model_type = PreTrainedConfig.get_config_dict(path, **kwargs)[0].get("model_type")
+    model_type = str(read_config(folder).get("model_type"))
     if model_type in table:
         return table[model_type]
     if model_type in TOWERS:
         raise ValueError(
-            f"{path} holds a vision tower alone ({model_type}), and labels need the text tower too. Give a whole "
-            f"checkpoint, or load the tower with spar_hf.{TOWERS[model_type].__name__}."
+            f"{folder} holds a vision tower alone ({CONFIG} says {model_type}), and labels need the text tower too. "
+            f"Give a whole checkpoint, or load the tower with spar_hf.{TOWERS[model_type].__name__}."
         )
     raise ValueError(
-        f"{path} is a checkpoint of type {model_type!r}; those that can be loaded are {', '.join(sorted(table))}."
+        f"{folder} is a checkpoint of type {model_type!r:.80} ({CONFIG}); those that can be loaded are "
+        f"{', '.join(sorted(table))}."
     )
 
 
 def load(name: str | Path = "tiny", **overrides: Any) -> tuple[DenseModel, SparProcessor]:
     """A model, ready to run, and its processor; the family is the checkpoint's.
+
+    No code of a checkpoint is run, and pickled weights (`pytorch_model.bin`) are read as plain tensors.
 
     Args:
         name: `tiny` or `tiny-spar` (shipped), a folder of `save_pretrained`, or a Hub id: a SPAR model, plain CLIP,
@@ -86,12 +98,12 @@ def load(name: str | Path = "tiny", **overrides: Any) -> tuple[DenseModel, SparP
         The model in evaluation mode and the processor.
 
     Raises:
-        ValueError: there is no such model, or a field is out of range.
+        ValueError: there is no such model, a field is out of range, or a file is broken; the message names it.
         OSError: the Hub or the files cannot be read.
     """
-    path = resolve(name)
-    model = class_of(path, WHOLE).from_pretrained(path, **overrides).eval()
-    return model, load_processor(path, model.config)
+    folder = folder_of(name, overrides)
+    model = open_model(class_of(folder, WHOLE), folder, sides=SIDES, **overrides)
+    return model, load_processor(folder, model.config)
 
 
 def pipeline(model: str | Path | Any = "tiny", **kwargs: Any) -> OpenVocabularySegmentationPipeline:
@@ -105,27 +117,23 @@ def pipeline(model: str | Path | Any = "tiny", **kwargs: Any) -> OpenVocabularyS
     return transformers.pipeline(task, model=resolve(model) if isinstance(model, str | Path) else model, **kwargs)
 
 
-def load_tower(name: str, **overrides: Any) -> tuple[Any, Any, SparProcessor | None]:
+def load_tower(name: str | Path, **overrides: Any) -> tuple[Any, Any, SparProcessor | None]:
     """A checkpoint, its vision tower, and its processor; a vision tower alone is its own and has no processor.
 
     Args:
         name: `tiny`, a folder or a Hub id.
         overrides: fields of the vision configuration, or arguments of `from_pretrained`.
+
+    Raises:
+        ValueError, OSError: as `load`.
     """
-    path = resolve(name)
-    model_class = class_of(path, {**WHOLE, **TOWERS})
+    folder = folder_of(name, overrides)
+    model_class = class_of(folder, {**WHOLE, **TOWERS})
     if model_class in TOWERS.values():
-        vision = model_class.from_pretrained(path, **overrides).eval()
+        vision = open_model(model_class, folder, sides=SIDES, **overrides)
         return vision, vision, None
-    model, processor = load(name, **overrides)
+    model, processor = load(folder, **overrides)
     return model, model.vision_model, processor
-
-
-def load_processor(path: str, config: DenseConfig) -> SparProcessor:
-    """The checkpoint's own processor, or for a stock checkpoint one made from the configuration and the tokenizer."""
-    if PreTrainedConfig.get_config_dict(path)[0].get("model_type") == config.model_type:
-        return SparProcessor.from_pretrained(path)
-    return make_processor(config, AutoTokenizer.from_pretrained(path))
 
 
 def convert_stock(model: Any, tokenizer: Any) -> tuple[DenseModel, SparProcessor]:
@@ -142,3 +150,43 @@ def convert_stock(model: Any, tokenizer: Any) -> tuple[DenseModel, SparProcessor
         )
     converted = family.from_stock(model)
     return converted, make_processor(converted.config, tokenizer)
+
+
+def load_processor(folder: Path, config: DenseConfig) -> SparProcessor:
+    """The checkpoint's own processor, or for a stock checkpoint one made from the configuration and the tokenizer.
+
+    Raises:
+        ValueError: a file is broken, or makes token ids that the model does not have; the message names it.
+    """
+    tokenizer = open_tokenizer(folder)
+    if read_config(folder).get("model_type") == config.model_type:
+        path = processor_file(folder)
+        image_processor = open_image_processor(folder)
+        with naming(path):
+            processor = SparProcessor.from_args_and_dict([image_processor, tokenizer], read_json(path))
+    else:
+        path = folder / CONFIG
+        processor = make_processor(config, tokenizer)
+    _try_out(processor, config, path, folder)
+    return processor
+
+
+def _try_out(processor: SparProcessor, config: Any, path: Path, folder: Path) -> None:
+    """Runs a processor once, and refuses what the model could not take."""
+    with naming(path):
+        processor(images=np.zeros((2, 2, 3), np.uint8), size=None)
+    tokens_path = folder / "tokenizer_config.json"
+    if not tokens_path.exists():
+        tokens_path = folder / "tokenizer.json"
+    text = config.text_config
+    with naming(tokens_path, path):
+        limit = processor.tokenizer.model_max_length
+        if limit > text.max_position_embeddings:  # transformers writes 1e30 where there is none
+            processor.tokenizer.model_max_length = text.max_position_embeddings
+        ids = processor(text=["a " * text.max_position_embeddings])["input_ids"][0].tolist()
+    if len(ids) > text.max_position_embeddings or not ids:
+        refuse(tokens_path, f"a long text gives {len(ids)} tokens and the model reads {text.max_position_embeddings}")
+    if (highest := max(*ids, len(processor.tokenizer) - 1)) >= text.vocab_size:
+        refuse(tokens_path, f"it gives token {highest} and the model's vocabulary has {text.vocab_size}")
+    if text.model_type in END_TOKEN_POOLED and text.eos_token_id not in (LEGACY_END, *ids):
+        refuse(tokens_path, f"its texts lack token {text.eos_token_id}, with which the model's end (eos_token_id)")

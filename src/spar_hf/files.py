@@ -67,10 +67,12 @@ def full_disk_in_words(*paths: Path) -> Iterator[None]:
     """Turns what a full disk, or the limit of a file's size, raises inside into an `OSError` that names the files."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        # safetensors has errors of its own, with the number in their text.
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # safetensors has errors of its own, with the number in their text; torch's says no reason at all.
         text = re.search(r"os error (\d+)", str(error))
         number = error.errno if isinstance(error, OSError) else int(text[1]) if text else None
+        if "PytorchStreamWriter failed writing" in str(error):
+            number = errno.ENOSPC
         if number not in FULL:
             raise
         raise OSError(
@@ -135,6 +137,18 @@ def whole_folder(path: Path) -> Iterator[Path]:
         if path.exists():
             os.replace(path, old)
         os.replace(draft, path)
+
+
+@contextmanager
+def draft_folder(path: Path) -> Iterator[Path]:
+    """A folder for work beside `path`, which vanishes when the block ends; the next run clears what a killed one left.
+
+    Raises:
+        ValueError, OSError: see `whole_files`.
+    """
+    with full_disk_in_words(path), _drafts(path) as (draft,):
+        draft.mkdir()
+        yield draft
 
 
 def write_atomically(path: Path, content: bytes) -> None:

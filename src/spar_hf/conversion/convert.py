@@ -5,8 +5,6 @@ from __future__ import annotations
 import fnmatch
 import gzip
 import json
-import os
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,10 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, CLIPTokenizer
+from transformers import CLIPTokenizer
 
+from ..checkpoint_files import naming
+from ..downloads import fetch
 from ..families import make_processor
+from ..files import whole_folder
 from ..image_processing_spar import SparImageProcessor
+from ..pretrained import SIDES, open_model, open_tokenizer
 from .layouts import LAYOUTS, Asked, Layout
 from .reference import REFERENCES, Reference
 from .source import Source, read_source
@@ -114,7 +116,7 @@ def convert(
     def write(draft: Path) -> Converted:
         model.save_pretrained(draft)
         save_processor(model, words, draft)
-        again = layout.model_class.from_pretrained(draft).eval()
+        again = open_model(layout.model_class, draft, sides=SIDES)
         comparisons = compare(again, REFERENCES[backbone](source.weights, layout.vision, layout.text), layout)
         return Converted(
             source.name, source.digest, layout.name, used, left_out, allowed, layout.vision, layout.text, comparisons
@@ -141,8 +143,7 @@ def write_checked(output: Path, write: Callable[[Path], Converted]) -> Converted
     Raises:
         ValueError: they do not.
     """
-    draft = output.with_name(f"{output.name}.{os.getpid()}.tmp")
-    try:
+    with whole_folder(output) as draft:
         report = write(draft)
         (draft / "conversion.json").write_text(json.dumps(asdict(report), indent=1) + "\n", encoding="utf-8")
         if wrong := [c for c in report.comparisons if not c.agrees]:
@@ -150,11 +151,6 @@ def write_checked(output: Path, write: Callable[[Path], Converted]) -> Converted
                 f"the written model does not agree with the source: {wrong[0].what} differ by up to "
                 f"{wrong[0].max_difference:.2g}, their size is {wrong[0].magnitude:.2g}. Nothing was kept."
             )
-        if output.exists():
-            output.rmdir()
-        os.replace(draft, output)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return report
 
 
@@ -238,13 +234,19 @@ def load_tokenizer(given: str | None, vocab_size: int) -> Any:
     name = given or TOKENIZERS.get(vocab_size)
     if name is None:
         raise ValueError(f"no published tokenizer has {vocab_size} tokens; give --tokenizer FOLDER or ID.")
-    try:
-        tokenizer = clip_tokenizer(Path(name)) if name.endswith(CLIP_BPE) else AutoTokenizer.from_pretrained(name)
-    except OSError as error:
-        raise OSError(
-            f"the tokenizer {name} cannot be read. Give --tokenizer: a folder that holds it, an id on the Hub"
-            f"{f', or the file {CLIP_BPE} of CLIP, which open_clip and dino.txt ship' if vocab_size == 49408 else ''}."
-        ) from error
+    if name.endswith(CLIP_BPE):
+        with naming(Path(name)):
+            tokenizer = clip_tokenizer(Path(name))
+    else:
+        try:
+            folder = fetch(name, weights=False)
+        except OSError as error:
+            bpe = f", or the file {CLIP_BPE} of CLIP, which open_clip and dino.txt ship" if vocab_size == 49408 else ""
+            raise OSError(
+                f"the tokenizer {name} cannot be read. Give --tokenizer: a folder that holds it, an id on the Hub"
+                f"{bpe}. ({error})"
+            ) from error
+        tokenizer = open_tokenizer(folder)
     if len(tokenizer) > vocab_size:
         raise ValueError(
             f"the tokenizer {name} has {len(tokenizer)} tokens and the text tower {vocab_size}; give its own."

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+
+from ..checkpoint_files import check_finite, load_pickle, naming, read_json, refuse
 
 # What open_clip calls its files on the Hub, best first.
 HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
@@ -60,6 +57,8 @@ def read_source(paths: Sequence[Path]) -> Source:
             for block in iter(lambda: stream.read(1 << 20), b""):
                 digest.update(block)
         found = cut_wrappers(tensors_of(file))
+        for name, weight in found.items():
+            check_finite(file, name, weight)
         if "cls_token" in found and "storage_tokens" in found:  # the backbone of dino.txt, released apart
             found = {f"visual_model.backbone.{name}": weight for name, weight in found.items()}
         if both := sorted(set(found) & set(weights)):
@@ -85,46 +84,25 @@ def weights_file(path: Path) -> Path:
 def open_clip_config(folder: Path) -> dict[str, Any]:
     """`open_clip_config.json` of a folder; empty without one."""
     path = folder / "open_clip_config.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    config = read_json(path) if path.is_file() else {}
+    for name in ("model_cfg", "preprocess_cfg"):
+        if not isinstance(config.get(name, {}), dict):
+            refuse(path, f"{name} must be an object, {{...}}")
+    return config
 
 
 def tensors_of(path: Path) -> dict[str, Tensor]:
     """Named tensors of a file of safetensors or PyTorch."""
     if path.suffix == ".safetensors":
-        try:
+        with naming(path, what="file of safetensors"):
             return load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is no file of safetensors ({error}). Get it again.") from error
-    if is_torchscript(path):
-        raise ValueError(
-            f"{path} is a TorchScript archive, as OpenAI's CLIP was released: it holds a program, and reading it runs "
-            "that. Take the same weights as openai/clip-vit-base-patch16 (or -base-patch32, -large-patch14, "
-            "-large-patch14-336) from the Hub, which need no conversion; or, if you trust the file, save its tensors "
-            "alone: torch.save(torch.jit.load(FILE, map_location='cpu').state_dict(), NEW_FILE)."
-        )
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except UnpicklingError as error:
-        raise ValueError(
-            f"{path} holds more than tensors and cannot be read safely ({str(error).splitlines()[0]}). If you trust "
-            "it, save its tensors alone where it was made: torch.save(model.state_dict(), NEW_FILE)."
-        ) from error
-    except (RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(f"{path} is no checkpoint of PyTorch, or a damaged one ({error}). Get it again.") from error
+    content = load_pickle(path)
     for key in ("state_dict", "model", "teacher"):  # Lightning, open_clip's training, DINOv3's training
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"{path} holds no named weights; give a state dict or a Lightning checkpoint.")
-    return {name: value for name, value in content.items() if isinstance(value, Tensor)}
-
-
-def is_torchscript(path: Path) -> bool:
-    """True for an archive with a program in it."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any("/code/" in name or name.endswith("constants.pkl") for name in archive.namelist())
+    return {name: value for name, value in content.items() if isinstance(value, Tensor) and isinstance(name, str)}
 
 
 def cut_wrappers(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -15,6 +15,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..checkpoint_files import naming
+
 TEMPLATE = Path(__file__).parents[1] / "assets" / "model_card.md"
 MADE_BY_US = "<!-- Written by `spar publish`. -->"
 MADE_BY_OTHERS = "<!-- This model card has been generated automatically"  # of transformers' trainers
@@ -90,17 +92,21 @@ def read_records(folder: Path, teacher: dict[str, Any] | None) -> Records:
         teacher: The provenance in the model's configuration; a run.json of another run is not used.
 
     Raises:
-        ValueError: README.md has front matter that cannot be read.
+        ValueError: README.md has front matter that cannot be read, or a record of results lacks some of it.
     """
     run, results = None, []
     for place in (folder, folder.parent) if teacher else ():
         record = _read_json(place / "run.json")
         if record and _is_record_of(record, teacher):
             run = record
-            results += _of_training(_read_json(place / "metrics.json"))
+            with naming(place / "run.json"):
+                shlex.split(run.get("command") or "")
+            with naming(place / "metrics.json"):
+                results += _of_training(_read_json(place / "metrics.json"))
             break
     for path in sorted(folder.glob("*.json")):
-        results += _of_evaluation(_read_json(path))
+        with naming(path):
+            results += _of_evaluation(_read_json(path))
     readme = folder / "README.md"
     text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
     if not text or MADE_BY_US in text or MADE_BY_OTHERS in text:
@@ -176,14 +182,13 @@ def without_path(value: str) -> str:
 def _training(teacher: dict[str, Any] | None, run: dict[str, Any]) -> list[tuple[str, Any]]:
     """Lines of the section on training: those facts that the records hold."""
     teacher = teacher or {}
-    window = ""
-    if teacher.get("window_px"):
-        window = f", window {teacher['window_px']} px, stride {teacher['stride_px']} px"
-    data = teacher.get("data") or {}
+    told = {"model": "{}", "method": "method {}", "window_px": "window {} px", "stride_px": "stride {} px"}
+    made = [words.format(teacher[name]) for name, words in told.items() if teacher.get(name)]
+    data = _facts(teacher.get("data"))
     described = ", ".join(str(data[key]) for key in ("kind", "name", "split") if data.get(key) is not None)
-    versions = run.get("versions") or {}
+    versions = _facts(run.get("versions"))
     lines = {
-        "teacher": f"{teacher['model']}, method {teacher['method']}{window}" if teacher.get("model") else None,
+        "teacher": ", ".join(made) or None,
         "the teacher's attention reaches": teacher.get("attention_reach"),
         "the teacher sees pictures at a short side, px (0: their own)": teacher.get("short_side_px"),
         "teacher's revision": teacher.get("revision"),
@@ -204,7 +209,7 @@ def _training(teacher: dict[str, Any] | None, run: dict[str, Any]) -> list[tuple
 
 def _base_model(run: dict[str, Any], source: str | None) -> str | None:
     """The Hub id of the checkpoint that training started from, if it was one."""
-    teacher = run.get("made_from", {}).get("teacher", {}).get("model")  # a folder is recorded by its bare name
+    teacher = _facts(_facts(run.get("made_from")).get("teacher")).get("model")  # a folder is recorded by its bare name
     own_teacher = "--teacher-model" not in shlex.split(run.get("command") or "")
     candidates = [teacher if own_teacher else None, source]
     return next((name for name in candidates if name and HUB_ID.fullmatch(name)), None)
@@ -212,14 +217,14 @@ def _base_model(run: dict[str, Any], source: str | None) -> str | None:
 
 def _data_set(teacher: dict[str, Any] | None) -> str | None:
     """The Hub id of the data that training read, if it has one."""
-    data = (teacher or {}).get("data") or {}
+    data = _facts((teacher or {}).get("data"))
     name = data.get("name") if data.get("kind") == "dataset" else None
     return name if name and HUB_ID.fullmatch(name) and not Path(name).exists() else None
 
 
 def _is_record_of(run: dict[str, Any], teacher: dict[str, Any] | None) -> bool:
     """Whether run.json and the configuration speak of the same training."""
-    made_from = run.get("made_from") or {}
+    made_from = _facts(run.get("made_from"))
     same = {name: made_from.get(name) for name in ("steps", "seed", "learning_rate", "data")}
     return teacher is not None and all(teacher.get(name) == value for name, value in same.items())
 
@@ -231,7 +236,7 @@ def _of_training(metrics: dict[str, Any] | None) -> list[Result]:
     before, after = (metrics["mean_iou"].get(name, {}) for name in ("start", "student"))
     variants = {scale: f"{scale} the native side" for scale in after}
     return [
-        Result("picturebook", variants[scale], "picturebook", metrics["scenes"], value, before.get(scale))
+        Result("picturebook", variants[scale], "picturebook", int(metrics["scenes"]), float(value), before.get(scale))
         for scale, value in after.items()
     ]
 
@@ -242,16 +247,22 @@ def _of_evaluation(result: dict[str, Any] | None) -> list[Result]:
         return []
     if result["mean_iou"] is None:  # nothing was there to score
         return []
+    shlex.split(result["command"])  # as the card will, where nobody could say which file is wrong
     return [
         Result(
-            result["benchmark"],
-            result.get("variant") or "",
-            result["protocol"]["name"],
-            result["num_images"],
-            result["mean_iou"],
+            str(result["benchmark"]),
+            str(result.get("variant") or ""),
+            str(result["protocol"]["name"]),
+            int(result["num_images"]),
+            float(result["mean_iou"]),
             command=result["command"],
         )
     ]
+
+
+def _facts(record: Any) -> dict[str, Any]:
+    """A part of a record that may be missing, or that another program wrote."""
+    return record if isinstance(record, dict) else {}
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -6,18 +6,16 @@ states and pickled weights cannot come along, and so that a folder that does not
 
 from __future__ import annotations
 
-import json
 import re
-import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, constants, get_token
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -25,9 +23,10 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from huggingface_hub.utils._validators import validate_repo_id
-from safetensors import SafetensorError
 
+from ..checkpoint_files import read_json
 from ..checkpoints import load_tower
+from ..files import draft_folder
 from .model_card import model_card, read_records, without_path
 
 HTTPError: Any = HfHubHTTPError.__bases__[0]  # httpx's or httpx2's, whichever this huggingface_hub speaks with
@@ -93,8 +92,7 @@ def publish(
         PublishError: There is nothing to publish, no right to, or no way to; nothing was committed.
     """
     _check_repo_id(repo_id)
-    with tempfile.TemporaryDirectory(prefix="spar-publish-") as place:
-        draft = Path(place)
+    with _draft(repo_id) as draft:
         prepare(folder, draft, repo_id, license)
         files = {path.name: path for path in sorted(draft.iterdir())}
         left_out = tuple(sorted(path.name for path in Path(folder).iterdir() if path.name not in files))
@@ -122,7 +120,7 @@ def prepare(folder: str | Path, draft: Path, repo_id: str, license: str | None =
         )
     try:
         model, vision, processor = load_tower(str(folder))
-    except (ValueError, OSError, SafetensorError) as error:
+    except (ValueError, OSError) as error:
         raise PublishError(f"{folder} cannot be published, for it does not load: {error}") from error
     records = read_records(folder, vision.config.teacher)
     for config in (vision.config, getattr(model.config, "vision_config", vision.config)):
@@ -134,6 +132,11 @@ def prepare(folder: str | Path, draft: Path, repo_id: str, license: str | None =
     for path in draft.iterdir():
         if path.suffix != ".safetensors" and path.name not in NOT_SCANNED:
             _check_leaks(path.name, path.read_text(encoding="utf-8"))
+
+
+def _draft(repo_id: str) -> AbstractContextManager[Path]:
+    """A folder of the cache, for the files of a repository; killed runs' copies of the weights are cleared there."""
+    return draft_folder(Path(constants.HF_HOME) / "spar-publish" / repo_id.replace("/", "--"))
 
 
 def _clean(value: Any) -> Any:
@@ -208,8 +211,11 @@ def _check_holds_ours(api: HfApi, repo_id: str, names: set[str]) -> None:
     if "config.json" not in names:
         return
     path = api.hf_hub_download(repo_id, "config.json")
-    model_type = json.loads(Path(path).read_text(encoding="utf-8")).get("model_type", "")
-    if not model_type.startswith("spar"):
+    try:
+        model_type = read_json(Path(path)).get("model_type")
+    except ValueError:
+        model_type = None  # whatever it is, it is not ours
+    if not str(model_type).startswith("spar"):
         raise PublishError(f"{repo_id} holds another model (model_type {model_type!r}); choose another --repo-id.")
 
 
@@ -248,10 +254,10 @@ def _publish_space(api: HfApi, repo_id: str, private: bool) -> str:
     from ..demo.space import space_files
 
     space_id = f"{repo_id}-space"
-    with tempfile.TemporaryDirectory(prefix="spar-space-") as place, _words(f"open the Space {space_id}", api):
+    with _draft(space_id) as draft, _words(f"open the Space {space_id}", api):
         files = {}
         for name, content in space_files(repo_id).items():
-            files[name] = Path(place) / name
+            files[name] = draft / name
             files[name].write_text(content, encoding="utf-8")
         api.create_repo(space_id, repo_type="space", space_sdk="gradio", private=private, exist_ok=True)
         url, _ = _commit(api, space_id, "space", files, f"Show {repo_id}")

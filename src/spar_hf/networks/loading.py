@@ -8,33 +8,39 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import MODEL_FOR_BACKBONE_MAPPING, AutoConfig, AutoModel
-from transformers.image_processing_base import ImageProcessingMixin
 
-from ..checkpoints import resolve
+from ..checkpoint_files import naming, read_json
+from ..checkpoints import folder_of, resolve
+from ..downloads import CONFIG, fetch
 from ..encoders.base import column, rgb
+from ..pretrained import open_model, read_config
 
 
-def load_network(name: str) -> nn.Module:
-    """A network of transformers by id or folder; a backbone where it was saved as one. Runs no code of a checkpoint.
+def load_network(name: str, **options: Any) -> nn.Module:
+    """A second network, of any class of transformers; a backbone where it was saved as one.
+
+    Args:
+        name: a folder or a Hub id.
+        options: arguments of `from_pretrained`.
 
     Raises:
-        ValueError: there is no such network, or transformers does not know its kind.
+        ValueError: there is no such network, transformers does not know its kind, or a file is broken.
         OSError: the Hub or the files cannot be read.
     """
-    name = resolve(name)
-    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    if (config.architectures or [""])[0].endswith("Backbone"):
-        backbone: Any = MODEL_FOR_BACKBONE_MAPPING[type(config)]  # AutoBackbone itself reads no folders
-        return backbone.from_pretrained(name)
-    return AutoModel.from_pretrained(name, trust_remote_code=False)
+    folder = folder_of(name, options)
+    read_config(folder)
+    with naming(folder / CONFIG):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        is_backbone = (config.architectures or [""])[0].endswith("Backbone")
+        model_class: Any = MODEL_FOR_BACKBONE_MAPPING[type(config)] if is_backbone else AutoModel
+    network: nn.Module = open_model(model_class, folder, **options)
+    return network
 
 
 def normalisation_of(name: str) -> tuple[Any, Any]:
     """Mean and standard deviation in a checkpoint's preprocessor_config.json; None where it has none."""
-    try:
-        stored, _ = ImageProcessingMixin.get_image_processor_dict(resolve(name))
-    except OSError:
-        return None, None
+    path = fetch(resolve(name), weights=False) / "preprocessor_config.json"
+    stored = read_json(path) if path.is_file() else {}
     return stored.get("image_mean"), stored.get("image_std")
 
 

@@ -1,0 +1,94 @@
+"""fetch(): a checkpoint of the Hub as a folder on this machine, so that whatever reads it reads files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+CONFIG = "config.json"
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "tokenizer.model",
+    "sentencepiece.bpe.model",
+)
+# As transformers looks for them, best first: a whole file, or the index of a sharded one.
+SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+# Arguments of `from_pretrained` that say what to download and how.
+HUB_ARGUMENTS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+
+
+def fetch(name: str, weights: bool = True, **hub: Any) -> Path:
+    """The folder of a checkpoint: the one named, or the cache's snapshot of one on the Hub.
+
+    Pickled weights are downloaded only where there are no others. What an interrupted download left is completed by
+    the next.
+
+    Args:
+        name: folder or Hub id.
+        weights: whether the weights are needed too.
+        hub: some of `HUB_ARGUMENTS`.
+
+    Raises:
+        OSError: there is no such repository, or it can't be reached or read; the message says which and what to do.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    small = (CONFIG, *PROCESSOR_FILES, *TOKENIZER_FILES)
+    folder = _download(name, small, hub)
+    for kinds in (SAFETENSORS, PICKLES) if weights else ():
+        folder = _download(name, kinds, hub)
+        if shards := _shards(folder / kinds[1]) if not (folder / kinds[0]).is_file() else []:
+            folder = _download(name, shards, hub)
+        if any((folder / kind).is_file() for kind in kinds):
+            break
+    return folder
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that an index lists; none where it can't be read, which is for its reader to say."""
+    try:
+        files = json.loads(index.read_bytes())["weight_map"].values()
+        return sorted({name for name in files if Path(name).name == name})
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return []
+
+
+def _download(name: str, files: Any, hub: dict[str, Any]) -> Path:
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(files), **hub))
+    except Exception as error:  # the client's, httpx's, the disk's
+        raise OSError(f"cannot download {name}: {_in_words(error, name, hub)}.") from error
+
+
+def _in_words(error: Exception, name: str, hub: dict[str, Any]) -> str:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, GatedRepoError):
+        return f"it is gated; ask for access at https://huggingface.co/{name} and run 'hf auth login'"
+    if isinstance(error, RevisionNotFoundError):
+        return f"it has no revision {hub.get('revision')!r}; leave it out for the newest"
+    if isinstance(error, RepositoryNotFoundError):
+        return "the Hub has no such model, or it is private; check the name, or run 'hf auth login'"
+    if isinstance(error, HFValidationError):
+        return f"that is no id of the Hub ({reason}); give OWNER/NAME"
+    if isinstance(error, LocalEntryNotFoundError):
+        return "it is not in the cache and the Hub cannot be reached; check the network and HF_HUB_OFFLINE"
+    return f"{reason[:300]}; run the same command again, which goes on where this one stopped"
