@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..image_processing_spar import InvalidImageError, SparImageProcessor
+from ..image_file_spar import InvalidImageError
+from ..image_processing_spar import SparImageProcessor
 from .settings import Settings
 
 SHOWN_PX = 1280  # longer side of a picture on the page

@@ -121,7 +121,7 @@ def build_label_teacher(
         processor,
         spec.label_method,
         networks=spec.networks or None,
-        window={None: "paper", 0: None}.get(spec.window_px, spec.window_px),  # type: ignore[call-overload]
+        window=None if spec.window_px == 0 else spec.window_px or "paper",
         stride_px=spec.strides_px[0] if spec.strides_px else None,
         window_batch=spec.window_batch,
         reach=spec.reach,
