@@ -255,6 +255,29 @@ def test_evaluate_prints_a_table_and_writes_json(here, capsys, model_folder):
     assert f"**{100 * written['mean_iou']:.1f}**" in out
 
 
+def test_evaluate_compares_methods_and_goes_on(here, capfd, model_folder):
+    words = ["evaluate", "--benchmark", "picturebook", "--scale", "1", "--limit", "2", "--model", model_folder]
+    words += ["--methods", "clip,naclip,proxyclip", "--json-dir", "all", "--network", "dino=./nowhere"]
+    assert main(words) == 1  # proxyclip's network is not there
+    out, _ = capfd.readouterr()
+    assert "picturebook (1x test), protocol picturebook, 2 images" in out or "protocol picturebook, 2 images" in out
+    rows = {line.split("`")[1]: line for line in out.splitlines() if line.startswith("| `")}
+    assert set(rows) == {"clip", "naclip"}
+    for name, row in rows.items():
+        result = json.loads(Path(f"all/{name}.json").read_text())
+        assert f"| {100 * result['mean_iou']:.1f} | {100 * result['boundary_iou']:.1f} |" in row
+        assert result["record"]["method"] == name
+    assert "- `proxyclip` was not run: " in out and "nowhere" in out
+    assert Path("all/table.md").read_text() in out
+    assert main(words) == 1
+    _, err = capfd.readouterr()
+    assert "clip: done before" in err and "naclip: done before" in err
+    assert "all/clip.json was made by another command" in fails(capfd, *words[:6], "3", *words[7:])
+    assert "--methods needs --json-dir" in fails(capfd, *words[:-4])
+    words = ["evaluate", "--benchmark", "picturebook", "--methods", "naclib", "--json-dir", "b"]
+    assert "there is no method 'naclib'" in fails(capfd, *words)
+
+
 @pytest.mark.parametrize("protocol", ["spar", "sclip"])
 def test_evaluate_takes_folders_of_ones_own(here, capsys, model_folder, protocol):
     for folder in ("photos", "masks"):

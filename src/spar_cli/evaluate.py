@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from .compare import run_methods
 from .options import add_model_options, add_refine_option, open_model
 from .output import check_outputs, command_line
 from .parser import check_one_of, positive, whole_number
@@ -19,6 +20,8 @@ EPILOG = """examples:
       with refinements, which 'spar methods' lists
   spar evaluate --benchmark ade20k --data data --model openai/clip-vit-base-patch16 --json ade20k.json
       a data set laid out as MMSegmentation's data guide describes
+  spar evaluate --benchmark picturebook --scale 4 --limit 32 --methods all --json-dir methods
+      every method of 'spar methods', and one table; may be stopped and started again
   spar evaluate --images photos --masks masks --classes classes.txt --model FOLDER
 
 A long evaluation that may be stopped: --state FILE keeps what is done, and the same command goes on from there."""
@@ -46,11 +49,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=whole_number, metavar="N", help="N images, spread evenly over the benchmark")
     parser.add_argument("--state", type=Path, metavar="FILE", help="keep what is done here, and go on from it")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results as JSON")
+    parser.add_argument(
+        "--methods",
+        metavar="all|NAME,NAME",
+        help="evaluate many methods under one protocol, each in a process of its own, and compare them in one table",
+    )
+    parser.add_argument(
+        "--json-dir",
+        type=Path,
+        metavar="FOLDER",
+        help="of --methods: results, table.md, and what is done so far; the same command goes on from there",
+    )
     add_refine_option(parser)
     add_model_options(parser)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> int | None:
     from spar_hf.evaluation import BENCHMARKS, evaluate, load_benchmark, load_protocol
 
     check_outputs(args)
@@ -61,6 +75,10 @@ def run(args: argparse.Namespace) -> None:
             )
         args.benchmark = "custom"
     check_one_of("benchmark", args.benchmark, BENCHMARKS)
+    if args.methods is not None:
+        return run_methods(args)
+    if args.json_dir is not None:
+        raise ValueError("--json-dir is for --methods; give --json FILE for one result")
     protocol = load_protocol(args.protocol, args.benchmark)
     opened = open_model(args, args.refine)
     segmenter = opened.segmenter(args.refine)
@@ -92,3 +110,4 @@ def run(args: argparse.Namespace) -> None:
     print(result.table())
     if args.json is not None:
         result.save(args.json)
+    return None

@@ -1,0 +1,127 @@
+"""`spar evaluate --methods`: many methods under one protocol, each in a process of its own, and one table."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from .parser import check_one_of
+
+# Options of this command alone, and those that differ from method to method; each takes one value.
+REPLACED = ("--methods", "--json-dir", "--network", "--json", "--state")
+SCORES = ("mean_iou", "boundary_iou")
+
+
+def chosen(text: str) -> list[str]:
+    """The methods that `--methods` names: all, or some split by commas."""
+    from spar_hf.methods.table import METHODS
+
+    names = list(METHODS) if text == "all" else [name.strip() for name in text.split(",") if name.strip()]
+    return [check_one_of("method", name, METHODS) for name in dict.fromkeys(names)]
+
+
+def run_methods(args: argparse.Namespace) -> int:
+    """Evaluates each method that has no result in the folder yet; writes the table; 1 if some could not be run."""
+    from spar_hf.files import write_atomically
+
+    if args.json_dir is None:
+        raise ValueError("--methods needs --json-dir, the folder for the results; the same command goes on from there")
+    for option in ("method", "json", "state"):
+        if getattr(args, option) is not None:
+            raise ValueError(f"--{option} is for one method; leave it out, or leave --methods out")
+    names = chosen(args.methods)
+    args.json_dir.mkdir(parents=True, exist_ok=True)
+    results = {name: result_of(name, args) for name in names}
+    lines = table(results)
+    write_atomically(args.json_dir / "table.md", ("\n".join(lines) + "\n").encode())
+    print("\n".join(lines))
+    return 1 if any("error" in result for result in results.values()) else 0
+
+
+def result_of(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """The result of one method: that in the folder if the same command made it, or a new one; or why there is none."""
+    command = command_for(name, args)
+    path = args.json_dir / f"{name}.json"
+    line = shlex.join(["spar", *command])
+    if path.exists():
+        try:
+            result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is no result of an evaluation ({error}); delete it") from error
+        if result.get("command") == line:
+            print(f"{name}: done before", file=sys.stderr)
+            return result
+        raise ValueError(
+            f"{path} was made by another command, {result.get('command')!r}; delete it or name another --json-dir"
+        )
+    print(f"{name}:", file=sys.stderr, flush=True)
+    # A process of its own: its peak memory is its own, and what brings it down leaves the others alone.
+    done = subprocess.run(
+        [sys.executable, "-m", "spar_cli.main", *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    sys.stderr.write(done.stderr)
+    if done.returncode == 130:
+        raise KeyboardInterrupt
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        return {"error": said[-1].removeprefix("spar: error: ")}
+    return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def command_for(name: str, args: argparse.Namespace) -> list[str]:
+    """The words after `spar` that evaluate one method as this command line has it."""
+    from spar_hf.methods.table import METHODS
+
+    kept, words = [], iter(args.argv)
+    for word in words:
+        option, equals, _ = word.partition("=")
+        if option in REPLACED:
+            if not equals:
+                next(words, None)
+            continue
+        kept.append(word)
+    needs = METHODS[name].needs
+    networks = [f"{network}={where}" for network, where in args.network if network in needs]
+    kept += ["--method", name, *(word for network in networks for word in ("--network", network))]
+    folder = args.json_dir
+    return [*kept, "--json", str(folder / f"{name}.json"), "--state", str(folder / f"{name}.safetensors")]
+
+
+def table(results: dict[str, dict[str, Any]]) -> list[str]:
+    """The Markdown table, best first; methods that could not be run come last and say why."""
+    from spar_hf.evaluation import markdown_table
+    from spar_hf.methods.table import METHODS
+
+    scored = {name: result for name, result in results.items() if "error" not in result}
+    rows = []
+    for name, result in sorted(scored.items(), key=lambda pair: -(pair[1]["mean_iou"] or 0)):
+        row = METHODS[name]
+        networks = result["record"].get("networks") or {}
+        rows.append(
+            [
+                f"`{name}`",
+                *(f"{100 * result[score]:.1f}" if result[score] is not None else "-" for score in SCORES),
+                f"{result['seconds_per_image']:.2f}",
+                f"{result['peak_memory_mb']:.0f}",
+                ", ".join(f"{what}: {Path(where).name}" for what, where in networks.items()) or "-",
+                row.licence or "none given",
+            ]
+        )
+    header = ["method", "mIoU", "boundary IoU", "s / image", "peak MB", "networks", "licence of the authors' code"]
+    first = next(iter(scored.values()), None)
+    lines = []
+    if first is not None:
+        variant = f" ({first['variant']})" if first["variant"] else ""
+        lines = [
+            f"{first['benchmark']}{variant}, protocol {first['protocol']['name']}, {first['num_images']} images, "
+            f"{first['device']} {first['dtype']}",
+            "",
+            *markdown_table(header, rows),
+        ]
+    failed = [f"- `{name}` was not run: {result['error']}" for name, result in results.items() if "error" in result]
+    return [*lines, *([""] if lines and failed else []), *failed]
