@@ -14,8 +14,8 @@ import torch
 from families import spar_dinov3, spar_siglip
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from spar_hf import arithmetic_spar
-from spar_hf.arithmetic_spar import HALF, FullProducts, best_dtype, fast_half, products
+from spar_hf import arithmetic_spar, build_encoder
+from spar_hf.arithmetic_spar import HALF, FullProducts, best_dtype, cpu_is_fast_at, fast_half, products
 
 PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "convolution", "_scaled_dot_product", "native_layer_norm", "linear")
 
@@ -36,7 +36,7 @@ class Products(TorchDispatchMode):
 @pytest.fixture
 def slow_half(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU that is slow at half precision."""
-    monkeypatch.setattr(arithmetic_spar, "fast_half", lambda device, dtype: False)
+    monkeypatch.setattr(arithmetic_spar, "FAST_ON_CPU", dict.fromkeys(HALF, False))
 
 
 @pytest.fixture(scope="module", params=["clip", "siglip", "dinov3"])
@@ -98,6 +98,17 @@ def test_every_way_into_a_model(model: Any, inputs: Any, slow_half: None) -> Non
     assert {value.dtype for value in found} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("method", ["cliper", "sc_clip"])
+@torch.no_grad()
+def test_methods_that_are_a_file(method: str, make_vision: Any, inputs: Any, slow_half: None) -> None:
+    half = make_vision(num_hidden_layers=12).bfloat16()
+    with Products() as seen:
+        found = build_encoder(half, method)(inputs["pixel_values"].bfloat16()).patch_embeds
+    assert seen.types == {torch.float32} and found.dtype == torch.bfloat16
+    wanted = build_encoder(copy.deepcopy(half).float(), method)(inputs["pixel_values"]).patch_embeds
+    assert (found.float() - wanted).norm() / wanted.norm() < 0.02
+
+
 def test_gradients_have_the_weights_type(model: Any, inputs: Any, slow_half: None) -> None:
     half = copy.deepcopy(model).bfloat16().train()
     rounded = copy.deepcopy(half).float()
@@ -125,27 +136,41 @@ def test_it_is_said_once(model: Any, inputs: Any, slow_half: None, caplog: Any, 
 
 def test_full_precision_and_fast_devices_are_left_alone(monkeypatch: Any) -> None:
     assert not isinstance(products(torch.device("cpu"), torch.float32), FullProducts)
-    monkeypatch.setattr(arithmetic_spar, "fast_half", lambda device, dtype: True)
+    monkeypatch.setattr(arithmetic_spar, "FAST_ON_CPU", dict.fromkeys(HALF, True))
     assert not isinstance(products(torch.device("cpu"), torch.bfloat16), FullProducts)
 
 
 def test_the_rule(monkeypatch: Any) -> None:
-    assert fast_half("cuda:1", torch.float16)
+    assert fast_half("cuda:1", torch.float16) and fast_half("mps", torch.float16)
+    for dtype in HALF:
+        assert fast_half("cpu", dtype) == cpu_is_fast_at(dtype)
+    assert best_dtype("cpu") == (torch.bfloat16 if cpu_is_fast_at(torch.bfloat16) else torch.float32)
     for bf16, fp16 in ((True, True), (True, False), (False, False)):
         monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda bf16=bf16: bf16)
         monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda fp16=fp16: fp16)
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-        assert fast_half("cpu", torch.bfloat16) == bf16 and fast_half("cpu", torch.float16) == fp16
-        assert best_dtype("cpu") == (torch.bfloat16 if bf16 else torch.float32)
+        assert cpu_is_fast_at(torch.bfloat16) == bf16 and cpu_is_fast_at(torch.float16) == fp16
     # AVX-512 without bf16 instructions: oneDNN emulates them.
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
-    assert not fast_half("cpu", torch.bfloat16) and best_dtype("cpu") == torch.float32
+    assert not cpu_is_fast_at(torch.bfloat16)
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
-    assert fast_half("cpu", torch.bfloat16)
+    assert cpu_is_fast_at(torch.bfloat16)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert not fast_half("cpu", torch.bfloat16) and not fast_half("cpu", torch.float16)
+    assert not cpu_is_fast_at(torch.bfloat16) and not cpu_is_fast_at(torch.float16)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@torch.no_grad()
+def test_half_precision_compiles(fast: bool, make_vision: Any, inputs: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(arithmetic_spar, "FAST_ON_CPU", dict.fromkeys(HALF, fast))
+    torch._dynamo.reset()
+    half, pixels = make_vision(num_hidden_layers=1).bfloat16(), inputs["pixel_values"].bfloat16()
+    compiled = torch.compile(half, fullgraph=fast, backend="eager")  # a mode breaks the graph
+    found, wanted = compiled(pixels).patch_embeds, half(pixels).patch_embeds
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), wanted.float(), atol=0.02, rtol=0.02)
 
 
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}

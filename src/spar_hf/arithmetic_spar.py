@@ -39,10 +39,15 @@ def fast_half(device: torch.device | str, dtype: torch.dtype) -> bool:
     On a CPU that is what oneDNN has kernels for; without them PyTorch's products are many times slower than fp32's.
     """
     device = torch.device(device)
+    if device.type == "cpu":
+        return FAST_ON_CPU[dtype]
     if device.type == "cuda" and dtype == torch.bfloat16:
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type != "cpu":
-        return True
+    return True
+
+
+def cpu_is_fast_at(dtype: torch.dtype) -> bool:
+    """`fast_half` of this CPU, asked of PyTorch."""
     if not torch.backends.mkldnn.is_available():
         return False
     if dtype == torch.float16:
@@ -50,6 +55,9 @@ def fast_half(device: torch.device | str, dtype: torch.dtype) -> bool:
     # oneDNN also says yes to AVX-512 without bf16 instructions, where it emulates them.
     native = platform.machine().lower() not in ("x86_64", "amd64") or torch.cpu._is_avx512_bf16_supported()
     return native and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+FAST_ON_CPU = {dtype: cpu_is_fast_at(dtype) for dtype in HALF}  # asked once: torch.compile can't ask
 
 
 def best_dtype(device: torch.device | str) -> torch.dtype:
@@ -89,11 +97,12 @@ def products(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
     """What to run a model of this type in on a device: `FullProducts` where half precision is slow; says so once."""
     if dtype not in HALF or fast_half(device, dtype):
         return nullcontext()
-    name = str(dtype).removeprefix("torch.")
-    logger.warning_once(
-        f"this {device.type.upper()} ({torch.backends.cpu.get_cpu_capability()}) has no fast {name}: the weights stay "
-        f"{name}, products are made in float32."
-    )
+    if not torch.compiler.is_compiling():
+        name = str(dtype).removeprefix("torch.")
+        logger.warning_once(
+            f"this {device.type.upper()} ({torch.backends.cpu.get_cpu_capability()}) has no fast {name}: the weights "
+            f"stay {name}, products are made in float32."
+        )
     return FullProducts()
 
 
@@ -102,9 +111,10 @@ def in_fast_arithmetic(forward: Callable) -> Callable:
 
     @wraps(forward)
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with products(self.device, self.dtype) as mode:
+        mode = products(self.device, self.dtype)
+        with mode:
             outputs = forward(self, *args, **kwargs)
-        return outputs if mode is None else _cast(outputs, self.dtype)
+        return _cast(outputs, self.dtype) if isinstance(mode, FullProducts) else outputs
 
     return run
 

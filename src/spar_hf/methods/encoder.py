@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..arithmetic_spar import in_fast_arithmetic
 from ..clip_spar import SparVisionModel
 from ..dense_spar import class_token_attention, merge_heads, project_heads
 from ..encoder_spar import SparVisionOutput, check_pixels
@@ -44,6 +45,8 @@ class MethodEncoder(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in asdict(self.settings).items())
+
+    __call__ = in_fast_arithmetic(nn.Module.__call__)
 
     @property
     def dtype(self) -> torch.dtype:
