@@ -154,8 +154,8 @@ def stored(world, tmp_path_factory):
 
 
 def distilling(world, cache, output, *more):
-    return ("--student", world[0], "--images", world[1], "--cache", cache, "--stride-px", 12, *SIZES, "--output", output,
-            "--workers", 0, "--tracker", "none", "--max-steps", 1, *more)  # fmt: skip
+    return ("--student", world[0], "--images", world[1], "--cache", cache, "--output", output, "--stride-px", 12,
+            *SIZES, "--workers", 0, "--tracker", "none", "--max-steps", 1, *more)  # fmt: skip
 
 
 def test_other_weights_are_refused(world, stored, tmp_path):

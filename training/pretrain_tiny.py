@@ -19,8 +19,8 @@ One process draws views of training scenes (the whole scene, or a close-up of do
 
 The patches of 2 and 3 come from the last block now through its values alone (MaskCLIP, ECCV 2022), now through its
 attention, so that either way of reading the network names what it sees. No other grid than 8 x 8 patches is ever seen.
-OUTPUT/model gets the averaged weights (EMA), the tokenizer and the image processor; OUTPUT gets `train.log` and, at the
-end, `native_evaluation.json`.
+OUTPUT/model gets the averaged weights (EMA), tokenizer and image processor; OUTPUT gets `train.log` and, at the end,
+`native_evaluation.json`.
 
 exit status: 0; 2 after a mistake, before anything is written; 128 + the number of the signal (130 for Ctrl-C, 143 for
 SIGTERM) when one stopped the run, which then has saved its state.
@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import logging
 import math
 import multiprocessing as mp
@@ -44,10 +43,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tiny_state import make_optimizers, put_back, state_of
+from tiny_model import MAX_TEXT_TOKENS, build_model, make_optimizers, put_back, state_of, train_tokenizer
 from tiny_views import COLOUR_NAMES, GRID, NONE, PATCH_PX, SIDE_PX, Views, Words, draw_forever
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from spar_cli.errors import caught_signals
@@ -55,60 +53,12 @@ from spar_cli.parser import Parser, fraction, path, positive, positive_or_0, who
 from spar_cli.training_options import check_folder, run_script, script_parser
 from spar_hf.arithmetic_spar import fast_half
 from spar_hf.files import clear_drafts, read_state, whole_folder, write_json, write_state
-from spar_hf.picture_book.dataset import CLASSES, COLOURS, HELD_OUT, NUM_THINGS, PATTERNS, PictureBook
+from spar_hf.picture_book.dataset import CLASSES, COLOURS, HELD_OUT, NUM_THINGS, PictureBook
 from spar_hf.prompts_spar import IMAGENET_TEMPLATES
 
-MAX_TEXT_TOKENS = 40
 WARMUP_STEPS = 200
 FIRST_VIEWS = 2_000  # in the pool before training starts
 log = logging.getLogger("pretrain_tiny")
-
-
-def train_tokenizer(seed: int, vocab_size: int = 1280) -> CLIPTokenizer:
-    """A byte-level BPE tokenizer in CLIP's layout: 256 bytes, the same at the end of a word, merges, two marks.
-
-    Every byte is a token, so that any text can be written; the merges come from names and phrases of the picture book,
-    and end when all of its words are whole, or at `vocab_size`.
-    """
-    words = Words(np.random.default_rng(seed))
-    rng = words.rng
-    corpus = [words.prompt(words.name(int(rng.integers(len(CLASSES))))) for _ in range(20_000)]
-    counts = (NUM_THINGS, len(COLOURS), len(PATTERNS))
-    corpus += [words.prompt(words.phrase(*(int(rng.integers(n)) for n in counts))) for _ in range(20_000)]
-    corpus += ["in front of the and on a an"] * 2_000
-    marks = ["<|startoftext|>", "<|endoftext|>"]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    # CLIPTokenizer splits and lower-cases as CLIP does; the trainer must see words split the same way.
-    clip = CLIPTokenizer().backend_tokenizer
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.normalizer, bpe.pre_tokenizer = clip.normalizer, clip.pre_tokenizer
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(alphabet) - len(marks),
-        initial_alphabet=alphabet,
-        end_of_word_suffix="</w>",
-        show_progress=False,
-    )
-    bpe.train_from_iterator(corpus, trainer)
-    merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
-    # dict.fromkeys: two merges may give one token.
-    tokens = dict.fromkeys([*alphabet, *(byte + "</w>" for byte in alphabet), *("".join(pair) for pair in merges)])
-    vocab = {token: number for number, token in enumerate([*tokens, *marks])}
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TEXT_TOKENS)
-
-
-def build_model(tokenizer: CLIPTokenizer) -> CLIPModel:
-    """A CLIP in stock shapes: image tower 192 x 6, text tower 128 x 3, a shared space of 128."""
-    text = {
-        "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4,
-        "max_position_embeddings": MAX_TEXT_TOKENS, "vocab_size": len(tokenizer),
-        "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id, "hidden_act": "gelu", "projection_dim": 128,
-    }  # fmt: skip
-    vision = {
-        "hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 6,
-        "image_size": SIDE_PX, "patch_size": PATCH_PX, "hidden_act": "gelu", "projection_dim": 128,
-    }  # fmt: skip
-    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128))
 
 
 def encode_images(model: CLIPModel, pixel_values: torch.Tensor, by_value: bool) -> tuple[torch.Tensor, torch.Tensor]:
