@@ -142,7 +142,8 @@ class Benchmark:
         self.evaluate(name, "single pass", single_pass)
 
         data = [*self.data, "--teacher-method", *methods, "--cache", str(folder / "features")]
-        data += ["--teacher-network", network] if network else []
+        needs = dict.fromkeys(name for method in methods for name in METHODS[method].needs) if network else {}
+        data += [word for name in needs for word in ("--teacher-network", f"{name}={network}")]
         runs = {student: folder / f"{student[0]}-seed{student[1]}" for student in self.students(methods)}
         commands = {}
         for (block, seed), output in runs.items():

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import re
 import shutil
 import signal
+import tarfile
 import zlib
 from collections import namedtuple
 
 import numpy as np
 import pytest
 import torch
-from distillation_help import SIZES, finish, run, save_network, save_pictures, start, wait_for
+from distillation_help import SIZES, Process, run, run_as_command, save_network, save_pictures, wait_for
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from spar_cli.training_options import RunStopped
 from spar_hf import SlidingWindow, SparVisionModel, files
-from spar_hf.distillation.cache import FeatureStore, differences
+from spar_hf.distillation.cache import FeatureStore, checksum, differences
 
 
 @pytest.fixture(scope="module")
@@ -85,14 +89,15 @@ def whole(world, tmp_path_factory):
 
 def test_killed_writer_goes_on_without_a_missing_or_broken_sample(world, whole, tmp_path):
     killed = tmp_path / "killed"
-    process = start("cache_teacher.py", *flags(world, killed, "--draws", 20))
+    process = Process("cache_teacher.py", *flags(world, killed, "--draws", 20))
     wait_for(lambda: len(list(killed.glob("shard-*.safetensors"))) >= 3, process)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    process.kill(signal.SIGKILL)
+    process.finish(-signal.SIGKILL)
     before = {path: path.stat().st_mtime_ns for path in killed.glob("shard-*.safetensors")}
     assert 3 <= len(before) < 60
-    (killed / "shard-00059.safetensors.7.tmp").write_bytes(b"half a shard")  # what a kill in a write leaves
+    left = files.draft_of(killed / "shard-00059.safetensors")
+    left = left.with_name(left.name.replace(str(os.getpid()), str(process.parts[0].pid)))
+    left.write_bytes(b"half a shard")  # what a kill in a write leaves
     with pytest.raises(ValueError, match="unfinished"):
         FeatureStore.open(killed, json.loads((killed / "cache.json").read_text())["made_from"])
     run("cache_teacher.py", *flags(world, killed, "--draws", 20))
@@ -101,7 +106,7 @@ def test_killed_writer_goes_on_without_a_missing_or_broken_sample(world, whole, 
 
 
 def test_two_processes_share_the_shards(world, whole, tmp_path):
-    printed = finish(start("cache_teacher.py", *flags(world, tmp_path / "two", "--draws", 20), processes=2))
+    printed = Process("cache_teacher.py", *flags(world, tmp_path / "two", "--draws", 20), processes=2).finish()
     assert "with 2 process(es)" in printed
     assert_same_store(tmp_path / "two", whole)
 
@@ -139,47 +144,187 @@ def test_store_of_something_else_is_refused_with_the_reason(world, tmp_path, mon
     assert read(tmp_path / "c")[1] == before
 
 
-def test_other_weights_and_changed_pixels_are_refused(world, tmp_path, monkeypatch):
-    network, pictures = tmp_path / "net", tmp_path / "pictures"
-    shutil.copytree(world[0], network)
-    shutil.copytree(world[1], pictures)
-    run("cache_teacher.py", *flags((network, pictures), tmp_path / "c"))
-    distill = ("--student", network, "--images", pictures, "--cache", tmp_path / "c", "--stride-px", 12, *SIZES,
-               "--workers", 0, "--tracker", "none")  # fmt: skip
-    picture = Image.open(pictures / "p3.png")
-    picture.transpose(Image.Transpose.FLIP_TOP_BOTTOM).save(pictures / "p3.png")  # the same name and size
-    with pytest.raises(ValueError, match=r"stale: the pixels of p3\.png"):
-        run("distill.py", *distill, "--output", tmp_path / "run")
-    save_network(network, seed=1)
+@pytest.fixture(scope="module")
+def stored(world, tmp_path_factory):
+    """A store of three shards with a trunk, and that of other pictures."""
+    folder = tmp_path_factory.mktemp("stored")
+    run("cache_teacher.py", *flags(world, folder / "c", "--trunk-blocks", 2))
+    run("cache_teacher.py", *flags(world, folder / "other", "--trunk-blocks", 2, "--augmentation-seed", 1))
+    return folder
+
+
+def distilling(world, cache, output, *more):
+    return ("--student", world[0], "--images", world[1], "--cache", cache, "--output", output, "--stride-px", 12,
+            *SIZES, "--workers", 0, "--tracker", "none", "--max-steps", 1, *more)  # fmt: skip
+
+
+def test_other_weights_are_refused(world, stored, tmp_path):
     with pytest.raises(ValueError, match=r"teacher\.weights"):
-        run("distill.py", *distill, "--output", tmp_path / "run2")
+        run(
+            "distill.py",
+            *distilling((save_network(tmp_path / "net", seed=1), world[1]), stored / "c", tmp_path / "run"),
+        )
+    assert not (tmp_path / "run").exists()
 
 
-def test_broken_bytes_are_found(world, tmp_path, monkeypatch):
-    run("cache_teacher.py", *flags(world, tmp_path / "c"))
-    made_from = json.loads((tmp_path / "c" / "cache.json").read_text())["made_from"]
+@pytest.mark.parametrize("trunk", [(), ("--trunk-blocks", 2)], ids=["features", "trunk"])
+@pytest.mark.parametrize("in_tar", [False, True], ids=["folder", "tar"])
+def test_a_changed_picture_is_refused_and_named(world, tmp_path, trunk, in_tar):
+    """Of the same name, size in pixels, size in bytes and date."""
+    pictures = tmp_path / "pictures"
+    shutil.copytree(world[1], pictures)
+    for path in pictures.iterdir():
+        Image.open(path).save(path.with_suffix(".bmp"))
+        path.unlink()
+    changed, where = pictures / "p3.bmp", ("--images", pictures)
+    if in_tar:
+        changed, where = tmp_path / "all.tar", ("--tars", tmp_path / "all.tar")
+        with tarfile.open(changed, "w") as tar:
+            for path in sorted(pictures.iterdir()):
+                tar.add(path, path.name)
+    run("cache_teacher.py", *without_images(flags(world, tmp_path / "c", "--trunk-blocks", 2)), *where)
+    words = *without_images(distilling(world, tmp_path / "c", tmp_path / "run", *trunk)), *where
+    content, date = changed.read_bytes(), changed.stat().st_mtime_ns
+    at = content.index((pictures / "p3.bmp").read_bytes()) + 2000
+    changed.write_bytes(content[:at] + bytes([content[at] ^ 128]) + content[at + 1 :])
+    os.utime(changed, ns=(date, date))
+    with pytest.raises(ValueError, match=r"stale: (all\.tar/)?p3\.bmp changed since its features were stored"):
+        run("distill.py", *words)
+    assert not (tmp_path / "run").exists()
+    changed.write_bytes(content)
+    run("distill.py", *words)
+
+
+def without_images(words):
+    at = words.index("--images")
+    return words[:at] + words[at + 2 :]
+
+
+def test_another_edition_of_the_picture_book_is_refused(world, tmp_path, monkeypatch):
+    scenes = "--picture-book", 4
+    run("cache_teacher.py", *without_images(flags(world, tmp_path / "c", "--trunk-blocks", 2)), *scenes)
+    monkeypatch.setattr("spar_hf.distillation.sources.EDITION", 99)
+    with pytest.raises(ValueError, match=r"data\.edition is \d+ there and 99 here"):
+        run("distill.py", *without_images(distilling(world, tmp_path / "c", tmp_path / "run")), *scenes)
+
+
+def copy_over(source, target):
+    def change(cache):
+        shutil.copy(cache / source, cache / target)
+
+    return change
+
+
+def rewritten(change):
+    """Changes the tensors of the second shard, and its check sums with them: a whole file, but another one."""
+
+    def rewrite(cache):
+        path = cache / "shard-00001.safetensors"
+        with safe_open(path, "pt") as file:
+            header = json.loads(file.metadata()["index"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        for tensor in tensors.values():
+            change(tensor)
+        header["sums"] = {name: checksum(tensor) for name, tensor in tensors.items()}
+        save_file(tensors, path, metadata={"index": json.dumps(header)})
+
+    return rewrite
+
+
+def cut(cache):
+    path = cache / "shard-00001.safetensors"
+    path.write_bytes(path.read_bytes()[:3000])
+
+
+SHARD_FAULTS = {
+    "missing": (lambda cache: (cache / "shard-00001.safetensors").unlink(), "shard-00001.safetensors is missing"),
+    "another of the store": (copy_over("shard-00000.safetensors", "shard-00001.safetensors"), "is a copy of shard 0"),
+    "of another store": (copy_over("../other/shard-00001.safetensors", "shard-00001.safetensors"), "of another store"),
+    "other numbers": (rewritten(lambda tensor: tensor.mul_(2)), "is not the shard that the store was finished with"),
+    "not a number": (
+        rewritten(lambda tensor: tensor.fill_(torch.nan)),
+        "is not the shard that the store was finished",
+    ),
+    "empty": (lambda cache: (cache / "shard-00001.safetensors").write_bytes(b""), "shard-00001.safetensors is broken"),
+    "cut": (cut, "shard-00001.safetensors is broken"),
+    "a folder": (
+        lambda cache: ((cache / "shard-00001.safetensors").unlink(), (cache / "shard-00001.safetensors").mkdir()),
+        "shard-00001.safetensors is missing",
+    ),
+    "another file": (
+        lambda cache: save_file({"a": torch.ones(1)}, cache / "shard-00001.safetensors"),
+        "shard-00001.safetensors is broken",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", SHARD_FAULTS)
+def test_a_shard_that_does_not_belong_is_refused_and_made_again(world, stored, tmp_path, fault):
+    shutil.copytree(stored, tmp_path / "stored")
+    cache, (change, reason) = tmp_path / "stored" / "c", SHARD_FAULTS[fault]
+    change(cache)
+    with pytest.raises(ValueError, match=f"1 of 3 shards can't be used; .*{re.escape(reason)}"):
+        run("distill.py", *distilling(world, cache, tmp_path / "run", "--trunk-blocks", 2))
+    assert not (tmp_path / "run").exists()
+    if fault != "a folder":
+        run("cache_teacher.py", *flags(world, cache, "--trunk-blocks", 2))
+        assert_same_store(cache, stored / "c")
+
+
+def test_one_bit_of_a_stored_tensor_is_found(world, stored, tmp_path):
+    shutil.copytree(stored / "c", tmp_path / "c")
     shard = tmp_path / "c" / "shard-00001.safetensors"
     content = bytearray(shard.read_bytes())
     content[-3] ^= 1
     shard.write_bytes(bytes(content))
-    store = FeatureStore.open(tmp_path / "c", made_from)
+    store = FeatureStore.open(tmp_path / "c", json.loads((tmp_path / "c" / "cache.json").read_text())["made_from"])
     assert store.read(0, "features").isfinite().all()
     with pytest.raises(ValueError, match=r"shard-00001.*corrupt"):
-        [store.read(view, "features") for view in (2, 3)]
-    shard.write_bytes(bytes(content[: len(content) // 2]))
-    with pytest.raises(ValueError, match="1 of 3 shards are missing"):
-        FeatureStore.open(tmp_path / "c", made_from)
+        [store.read(view, kind) for view in (2, 3) for kind in ("features", "trunk")]
+
+
+def without(field):
+    return lambda content: json.dumps({key: value for key, value in json.loads(content).items() if key != field})
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda content: "", r"cache\.json is broken; delete the folder"),
+        (lambda content: content[: len(content) // 2], r"cache\.json is broken; delete the folder"),
+        (lambda content: "[1, 2]", r"cache\.json is broken; delete the folder"),
+        (lambda content: "\udcff", r"cache\.json is broken; delete the folder"),
+        (without("format"), "has the format None; this version reads"),
+        (without("made_from"), "its 'made_from' is missing"),
+        (without("num_views"), "its 'num_views' is missing"),
+        (without("shards"), "its 'shards' is missing"),
+        (lambda content: json.dumps({**json.loads(content), "shard_views": 0}), "its numbers don't fit"),
+        (lambda content: json.dumps({**json.loads(content), "shards": ["a"]}), "its numbers don't fit"),
+    ],
+)
+def test_a_broken_record_of_the_store_is_one_line(world, stored, tmp_path, capsys, change, reason):
+    shutil.copytree(stored / "c", tmp_path / "c")
+    path = tmp_path / "c" / "cache.json"
+    path.write_text(change(path.read_text()), errors="surrogateescape")
+    for name, words in (
+        ("distill.py", distilling(world, tmp_path / "c", tmp_path / "run")),
+        ("cache_teacher.py", flags(world, tmp_path / "c", "--trunk-blocks", 2)),
+    ):
+        assert run_as_command(name, *words) == 2
+        complaint = capsys.readouterr().err.splitlines()[-1]
+        assert complaint.startswith(f"{name}: error: ") and re.search(reason, complaint), complaint
 
 
 def test_estimate_is_printed_and_a_full_disk_is_refused_before_the_start(world, tmp_path, monkeypatch, capsys):
     run("cache_teacher.py", *flags(world, tmp_path / "c", "--estimate"))
     printed = capsys.readouterr().out
     assert "6 of 6 views to do in 3 shards" in printed and "GB of disk" in printed and " megapixels " in printed
-    assert not list((tmp_path / "c").glob("shard-*"))
+    assert not (tmp_path / "c").exists()
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(files.shutil, "disk_usage", lambda folder: usage(10**9, 10**9, 1000))
     with pytest.raises(OSError, match=r"has 0\.00 GB free"):
         run("cache_teacher.py", *flags(world, tmp_path / "c"))
+    assert not (tmp_path / "c").exists()
 
 
 def test_disk_that_fills_up_leaves_earlier_shards_intact(world, tmp_path, monkeypatch):

@@ -34,7 +34,6 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -64,11 +63,11 @@ from spar_cli.training_options import (
     student_spec,
     teacher_spec,
 )
-from spar_hf.distillation.batches import Batch, Batches, plan_steps, share_of
+from spar_hf.distillation.batches import Batches, plan_steps, share_of
 from spar_hf.distillation.cache import FeatureStore, read_cache_json
 from spar_hf.distillation.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from spar_hf.distillation.log import Log, read_log
-from spar_hf.distillation.losses import LOSSES
+from spar_hf.distillation.losses import LOSSES, distillation_loss
 from spar_hf.distillation.result import describe_software, evaluate_before_and_after, write_student
 from spar_hf.distillation.selection import first_trained_block, set_trainable
 from spar_hf.distillation.specs import StudentSpec, TeacherSpec
@@ -79,7 +78,6 @@ from spar_hf.distillation.teacher import (
     linear_head,
     load_student,
     mean_feature,
-    teacher_features,
 )
 from spar_hf.distillation.views import Views
 from spar_hf.files import clear_drafts, weights_digest, write_json
@@ -155,28 +153,6 @@ def settled(spec: TeacherSpec, cache: Path | None, device: torch.device) -> Teac
     if cache is None or spec.dtype != "auto":
         return spec.on(device)
     return replace(spec, dtype=read_cache_json(cache)["made_from"]["teacher"]["dtype"])
-
-
-def distillation_loss(
-    student: nn.Module,
-    teacher: nn.Module | None,
-    batch: Batch,
-    loss: Callable,
-    centre: torch.Tensor,
-    head: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """The whole method: loss(student(x), teacher(x)), one number per image, (B,).
-
-    `head` is the affine map (1 + D, D) that goes between, see `linear_head`.
-    """
-    x = batch.inputs.to(centre.device, non_blocking=True)
-    if not batch.images:  # nothing to learn from, but the processes average their gradients together
-        return student(x).sum(dim=(1, 2, 3)) * 0
-    target = teacher_features(teacher, x) if batch.target is None else batch.target.to(centre.device)
-    found = student(x, batch.grid_hw).float()
-    if head is not None:
-        found = head[0] + found @ head[1:]
-    return loss(found, target.float(), centre)
 
 
 @dataclass

@@ -1,9 +1,13 @@
 """Trains `tiny`, the CLIP that ships with the package, from nothing on the picture book.
 
-    python training/pretrain_tiny.py --output tiny                      # 70 minutes on two CPU cores
-    python training/pretrain_tiny.py --output tiny --resume             # goes on after an interruption
-    python training/pretrain_tiny.py --output tiny --steps 2700 --device cuda
-    python training/pretrain_tiny.py --output tiny --evaluate_only      # writes native_evaluation.json again
+examples:
+  python training/pretrain_tiny.py --output .work/tiny
+      70 minutes on two CPU cores
+  python training/pretrain_tiny.py --output .work/tiny --resume
+      goes on after an interruption
+  python training/pretrain_tiny.py --output .work/tiny --steps 2700 --device cuda
+  python training/pretrain_tiny.py --output .work/tiny --evaluate-only
+      writes native_evaluation.json again
 
 One process draws views of training scenes (the whole scene, or a close-up of down to a sixth of its side, always
 128 x 128 px) into a pool; the other trains on batches from the pool. Three losses share one temperature:
@@ -15,19 +19,21 @@ One process draws views of training scenes (the whole scene, or a close-up of do
 
 The patches of 2 and 3 come from the last block now through its values alone (MaskCLIP, ECCV 2022), now through its
 attention, so that either way of reading the network names what it sees. No other grid than 8 x 8 patches is ever seen.
-The folder gets the averaged weights (EMA), the tokenizer, the image processor, `train.log` and, at the end,
+OUTPUT/model gets the averaged weights (EMA), tokenizer and image processor; OUTPUT gets `train.log` and, at the end,
 `native_evaluation.json`.
+
+exit status: 0; 2 after a mistake, before anything is written; 128 + the number of the signal (130 for Ctrl-C, 143 for
+SIGTERM) when one stopped the run, which then has saved its state.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import json
 import logging
 import math
 import multiprocessing as mp
-import os
+import signal
 import sys
 import time
 from collections import defaultdict
@@ -37,67 +43,22 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from tiny_model import MAX_TEXT_TOKENS, build_model, make_optimizers, put_back, state_of, train_tokenizer
 from tiny_views import COLOUR_NAMES, GRID, NONE, PATCH_PX, SIDE_PX, Views, Words, draw_forever
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from spar_cli.errors import caught_signals
+from spar_cli.parser import Parser, fraction, path, positive, positive_or_0, whole_number, whole_number_or_0
+from spar_cli.training_options import check_folder, run_script, script_parser
 from spar_hf.arithmetic_spar import fast_half
-from spar_hf.picture_book.dataset import CLASSES, COLOURS, HELD_OUT, NUM_THINGS, PATTERNS, PictureBook
+from spar_hf.files import clear_drafts, read_state, whole_folder, write_json, write_state
+from spar_hf.picture_book.dataset import CLASSES, COLOURS, HELD_OUT, NUM_THINGS, PictureBook
 from spar_hf.prompts_spar import IMAGENET_TEMPLATES
 
-MAX_TEXT_TOKENS = 40
 WARMUP_STEPS = 200
+FIRST_VIEWS = 2_000  # in the pool before training starts
 log = logging.getLogger("pretrain_tiny")
-
-
-def train_tokenizer(seed: int, vocab_size: int = 1280) -> CLIPTokenizer:
-    """A byte-level BPE tokenizer in CLIP's layout: 256 bytes, the same at the end of a word, merges, two marks.
-
-    Every byte is a token, so that any text can be written; the merges come from names and phrases of the picture book,
-    and end when all of its words are whole, or at `vocab_size`.
-    """
-    words = Words(np.random.default_rng(seed))
-    rng = words.rng
-    corpus = [words.prompt(words.name(int(rng.integers(len(CLASSES))))) for _ in range(20_000)]
-    counts = (NUM_THINGS, len(COLOURS), len(PATTERNS))
-    corpus += [words.prompt(words.phrase(*(int(rng.integers(n)) for n in counts))) for _ in range(20_000)]
-    corpus += ["in front of the and on a an"] * 2_000
-    marks = ["<|startoftext|>", "<|endoftext|>"]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    # CLIPTokenizer splits and lower-cases as CLIP does; the trainer must see words split the same way.
-    clip = CLIPTokenizer().backend_tokenizer
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.normalizer, bpe.pre_tokenizer = clip.normalizer, clip.pre_tokenizer
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(alphabet) - len(marks),
-        initial_alphabet=alphabet,
-        end_of_word_suffix="</w>",
-        show_progress=False,
-    )
-    bpe.train_from_iterator(corpus, trainer)
-    merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
-    # dict.fromkeys: two merges may give one token.
-    tokens = dict.fromkeys([*alphabet, *(byte + "</w>" for byte in alphabet), *("".join(pair) for pair in merges)])
-    vocab = {token: number for number, token in enumerate([*tokens, *marks])}
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TEXT_TOKENS)
-
-
-def build_model(tokenizer: CLIPTokenizer) -> CLIPModel:
-    """A CLIP in stock shapes: image tower 192 x 6, text tower 128 x 3, a shared space of 128."""
-    text = {
-        "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4,
-        "max_position_embeddings": MAX_TEXT_TOKENS, "vocab_size": len(tokenizer),
-        "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id, "hidden_act": "gelu", "projection_dim": 128,
-    }  # fmt: skip
-    vision = {
-        "hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 6,
-        "image_size": SIDE_PX, "patch_size": PATCH_PX, "hidden_act": "gelu", "projection_dim": 128,
-    }  # fmt: skip
-    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128))
 
 
 def encode_images(model: CLIPModel, pixel_values: torch.Tensor, by_value: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -251,100 +212,82 @@ def evaluate(
 
 def save(folder: Path, model: CLIPModel, tokenizer: CLIPTokenizer) -> None:
     """Writes the folder that `CLIPModel`, `CLIPTokenizer` and `CLIPImageProcessor` read with `from_pretrained`."""
-    model.save_pretrained(folder)
     # The file would keep the padding and truncation of the last call.
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.backend_tokenizer.no_truncation()
-    tokenizer.save_pretrained(folder)
     crop = {"height": SIDE_PX, "width": SIDE_PX}
-    CLIPImageProcessorPil(size={"shortest_edge": SIDE_PX}, crop_size=crop).save_pretrained(folder)
-
-
-def write_state(path: Path, model: CLIPModel, average: CLIPModel, optimizers: list, counts: dict[str, float]) -> None:
-    """Everything that `--resume` needs, in one safetensors file, replaced at once."""
-    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
-    tensors |= {f"average.{name}": value for name, value in average.state_dict().items()}
-    for number, optimizer in enumerate(optimizers):
-        for row, buffers in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{number} {row} {name}": value for name, value in buffers.items()}
-    draft = path.with_suffix(".tmp")
-    save_file({name: value.contiguous() for name, value in tensors.items()}, draft, {"counts": json.dumps(counts)})
-    os.replace(draft, path)
-
-
-def read_state(path: Path, model: CLIPModel, average: CLIPModel, optimizers: list) -> None:
-    """Puts back what `write_state` wrote; the settings of the optimizers are those of this run."""
-    parts: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
-    for key, value in load_file(path).items():
-        part, name = key.split(".", 1)
-        parts[part][name] = value
-    model.load_state_dict(parts["model"])
-    average.load_state_dict(parts["average"])
-    buffers: list[dict[int, dict[str, torch.Tensor]]] = [defaultdict(dict) for _ in optimizers]
-    for key, value in parts["optimizer"].items():
-        number, row, name = key.split(" ")
-        buffers[int(number)][int(row)][name] = value
-    for optimizer, state in zip(optimizers, buffers, strict=True):
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": dict(state)})
-
-
-def make_optimizers(model: CLIPModel, weight_decay: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks, AdamW for the rest; biases, norms and the temperature without decay."""
-    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and ".layers." in name]
-    tables = [p for name, p in model.named_parameters() if p.ndim > 1 and not (p.ndim == 2 and ".layers." in name)]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": tables, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    # With this adjustment one learning rate serves both (Liu et al. 2025, Muon is scalable for LLM training).
-    muon = torch.optim.Muon(matrices, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-    return [muon, torch.optim.AdamW(groups, betas=(0.9, 0.98))]
+    processor = CLIPImageProcessorPil(size={"shortest_edge": SIDE_PX}, crop_size=crop)
+    with whole_folder(folder) as draft:
+        for part in (model, tokenizer, processor):
+            part.save_pretrained(draft)
 
 
 def write_evaluation(folder: Path, counts: dict, model: CLIPModel, tokenizer: CLIPTokenizer, scenes: int) -> None:
     """Measures the weights on the test split and writes `native_evaluation.json` beside them."""
     result = {**counts, **evaluate(model, tokenizer, "test", scenes)}
-    draft = folder / "native_evaluation.tmp"
-    draft.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(draft, folder / "native_evaluation.json")
+    write_json(folder / "native_evaluation.json", result)
     log.info("test: mIoU %.1f, of things %.1f", result["miou"], result["miou_things"])
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--output", type=Path, required=True, help="folder for the weights, the log and the state")
+def parser() -> Parser:
+    parser = script_parser(__doc__, "--output FOLDER")
+    count = {"type": whole_number, "metavar": "N"}
+    parser.add_argument("--output", type=path, required=True, metavar="FOLDER", help="for weights, log and state")
     budget = parser.add_mutually_exclusive_group()
-    budget.add_argument("--minutes", type=float, default=70, help="time budget; the learning rate ends with it")
-    budget.add_argument("--steps", type=int, help="budget in steps instead")
-    parser.add_argument("--resume", action="store_true", help="go on from the state in --output")
-    parser.add_argument("--evaluate_only", action="store_true", help="measure the weights in --output and stop")
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--learning_rate", type=float, default=1.5e-3)
-    parser.add_argument("--weight_decay", type=float, default=0.05)
-    parser.add_argument("--ema_decay", type=float, default=0.997)
-    parser.add_argument("--pool_views", type=int, default=60_000, help="views kept in memory, 52 KB each")
-    parser.add_argument("--save_minutes", type=float, default=5, help="time between saves, each with a validation")
-    parser.add_argument("--test_scenes", type=int, default=512, help="scenes of the evaluation at the end")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    budget.add_argument(
+        "--minutes", type=positive, metavar="M", default=70, help="the learning rate ends with it (70)"
+    )
+    budget.add_argument("--steps", **count, help="budget in steps instead")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--resume", action="store_true", help="go on from the state in --output, if any")
+    which.add_argument("--evaluate-only", action="store_true", help="measure the weights in --output and stop")
+    parser.add_argument("--batch-size", **count, default=64, help="(64)")
+    parser.add_argument("--learning-rate", type=positive, metavar="R", default=1.5e-3, help="(1.5e-3)")
+    parser.add_argument("--weight-decay", type=positive_or_0, metavar="R", default=0.05, help="(0.05)")
+    parser.add_argument("--ema-decay", type=fraction, metavar="F", default=0.997, help="(0.997)")
+    parser.add_argument("--pool-views", **count, default=60_000, help="views kept in memory, 52 KB each (60000)")
+    parser.add_argument(
+        "--save-minutes", type=positive, metavar="M", default=5, help="between saves, each validated (5)"
+    )
+    parser.add_argument("--test-scenes", **count, default=512, help="of the evaluation at the end (512)")
+    parser.add_argument("--threads", **count, default=2, help="(2)")
+    parser.add_argument("--device", type=device, default="cpu", help="(cpu)")
+    parser.add_argument("--seed", type=whole_number_or_0, metavar="N", default=0, help="(0)")
+    return parser
 
 
-def main() -> None:
-    args = parse_arguments()
+def device(word: str) -> str:
+    """An argparse type: a device that this machine has."""
+    try:
+        torch.empty(0, device=word)
+    except (RuntimeError, AssertionError):
+        raise argparse.ArgumentTypeError(f"it is {word!r}; this machine has none of that name") from None
+    return torch.device(word).type
+
+
+def main(args: argparse.Namespace) -> int:
+    state_file, tensors = args.output / "state.safetensors", None
+    counts = {"step": 0, "views_seen": 0, "views_drawn": 0, "elapsed_s": 0.0}
+    check_folder("--output", args.output)
+    if args.batch_size > min(FIRST_VIEWS, args.pool_views):
+        raise ValueError(
+            f"--batch-size is {args.batch_size}; the pool starts with {min(FIRST_VIEWS, args.pool_views)}."
+        )
+    if args.evaluate_only:
+        folder = args.output / "model"
+        if not folder.is_dir():
+            raise ValueError(f"--evaluate-only: there is no {folder}.")
+        model, tokenizer = CLIPModel.from_pretrained(folder), CLIPTokenizer.from_pretrained(folder)
+        write_evaluation(args.output, {}, model.to(args.device).eval(), tokenizer, args.test_scenes)
+        return 0
+    if args.resume and state_file.exists():
+        counts, tensors = read_state(state_file)
+    elif state_file.exists():
+        raise ValueError(f"{args.output} holds a run; add --resume to go on with it, or choose another --output.")
     args.output.mkdir(parents=True, exist_ok=True)
+    clear_drafts(args.output)
     handlers = [logging.StreamHandler(sys.stdout), logging.FileHandler(args.output / "train.log")]
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", handlers=handlers)
-    if args.evaluate_only:
-        model, tokenizer = CLIPModel.from_pretrained(args.output), CLIPTokenizer.from_pretrained(args.output)
-        write_evaluation(args.output, {}, model.to(args.device).eval(), tokenizer, args.test_scenes)
-        return
-    state_file = args.output / "state.safetensors"
-    counts = {"step": 0, "views_seen": 0, "views_drawn": 0, "elapsed_s": 0.0}
-    if args.resume:
-        if not state_file.exists():
-            sys.exit(f"--resume: there is no {state_file}; nothing was saved there. Leave --resume out to start anew.")
-        with safe_open(state_file, "pt") as file:
-            counts = json.loads(file.metadata()["counts"])
     drawn_before = counts["views_drawn"]
 
     # The drawing process is forked before PyTorch starts threads of its own.
@@ -358,58 +301,67 @@ def main() -> None:
     model = build_model(tokenizer).to(args.device)
     average = copy.deepcopy(model).eval()
     optimizers = make_optimizers(model, args.weight_decay)
-    if args.resume:
-        read_state(state_file, model, average, optimizers)
+    if tensors is not None:
+        put_back(tensors, model, average, optimizers)
     words = Words(np.random.default_rng([args.seed, drawn_before]))
     log.info("%.2f M parameters, %d tokens", sum(p.numel() for p in model.parameters()) / 1e6, len(tokenizer))
-    while drawn.value < min(2_000, args.pool_views):
+    while drawn.value < min(FIRST_VIEWS, args.pool_views):
         time.sleep(0.1)
 
     started_s = time.monotonic() - counts["elapsed_s"]
     saved_s, sums = counts["elapsed_s"], defaultdict(list)
-    while True:
-        counts["elapsed_s"] = time.monotonic() - started_s
-        progress = counts["step"] / args.steps if args.steps else counts["elapsed_s"] / (60 * args.minutes)
-        if progress >= 1:
-            break
-        step = counts["step"]
-        cosine = 0.01 + 0.99 * (1 + math.cos(math.pi * progress)) / 2
-        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["lr"] = args.learning_rate * min(1.0, (step + 1) / WARMUP_STEPS) * cosine
-        slots = words.rng.choice(min(drawn.value, args.pool_views), args.batch_size, replace=False)
-        with torch.autocast(args.device, torch.bfloat16, enabled=fast_half(args.device, torch.bfloat16)):
-            losses, scores = training_losses(
-                model, tokenizer, views, slots, words, by_value=step % 3 < 2, with_captions=step % 2 == 0
-            )
-        sum(losses.values()).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        used.value += args.batch_size
-        step += 1
-        counts |= {"step": step, "views_seen": counts["views_seen"] + args.batch_size}
-        counts["views_drawn"] = drawn_before + drawn.value
-        decay = min(args.ema_decay, (1 + step) / (10 + step))  # a young average forgets faster
-        with torch.no_grad():
-            torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+    with caught_signals() as stops:
+        while not stops:
+            counts["elapsed_s"] = time.monotonic() - started_s
+            progress = counts["step"] / args.steps if args.steps else counts["elapsed_s"] / (60 * args.minutes)
+            if progress >= 1:
+                break
+            step = counts["step"]
+            cosine = 0.01 + 0.99 * (1 + math.cos(math.pi * progress)) / 2
+            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+                group["lr"] = args.learning_rate * min(1.0, (step + 1) / WARMUP_STEPS) * cosine
+            slots = words.rng.choice(min(drawn.value, args.pool_views), args.batch_size, replace=False)
+            with torch.autocast(args.device, torch.bfloat16, enabled=fast_half(args.device, torch.bfloat16)):
+                losses, scores = training_losses(
+                    model, tokenizer, views, slots, words, by_value=step % 3 < 2, with_captions=step % 2 == 0
+                )
+            sum(losses.values()).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            used.value += args.batch_size
+            step += 1
+            counts |= {"step": step, "views_seen": counts["views_seen"] + args.batch_size}
+            counts["views_drawn"] = drawn_before + drawn.value
+            decay = min(args.ema_decay, (1 + step) / (10 + step))  # a young average forgets faster
+            with torch.no_grad():
+                torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
 
-        for key, value in (losses | scores).items():
-            sums[key].append(value.item())
-        if step % 25 == 0:
-            means = "  ".join(f"{key} {np.mean(values):.3f}" for key, values in sums.items())
-            log.info("step %d  views %d  %.1f min  %s", step, counts["views_seen"], counts["elapsed_s"] / 60, means)
-            sums.clear()
-        if counts["elapsed_s"] - saved_s > 60 * args.save_minutes:
-            saved_s = counts["elapsed_s"]
-            save(args.output, average, tokenizer)
-            write_state(state_file, model, average, optimizers, counts)
-            result = evaluate(average, tokenizer, "validation", 64, num_templates=4)
-            log.info("validation: mIoU %.1f, of things %.1f", result["miou"], result["miou_things"])
+            for key, value in (losses | scores).items():
+                sums[key].append(value.item())
+            if step % 25 == 0:
+                means = "  ".join(f"{key} {np.mean(values):.3f}" for key, values in sums.items())
+                log.info(
+                    "step %d  views %d  %.1f min  %s", step, counts["views_seen"], counts["elapsed_s"] / 60, means
+                )
+                sums.clear()
+            if counts["elapsed_s"] - saved_s > 60 * args.save_minutes:
+                saved_s = counts["elapsed_s"]
+                save(args.output / "model", average, tokenizer)
+                write_state(state_file, state_of(model, average, optimizers), counts)
+                result = evaluate(average, tokenizer, "validation", 64, num_templates=4)
+                log.info("validation: mIoU %.1f, of things %.1f", result["miou"], result["miou_things"])
 
-    save(args.output, average, tokenizer)
+    write_state(state_file, state_of(model, average, optimizers), counts)
+    if stops:
+        name = signal.Signals(stops[0]).name
+        log.info("stopped by %s after step %d; the same command with --resume goes on", name, counts["step"])
+        return 128 + stops[0]
+    save(args.output / "model", average, tokenizer)
     write_evaluation(args.output, counts, average, tokenizer, args.test_scenes)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_script(parser(), main))

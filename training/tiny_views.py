@@ -70,9 +70,10 @@ def draw_forever(views: Views, drawn: Synchronized, used: Synchronized, seed: in
     """
     os.setsid()  # with its own share of the cores, apart from training
     os.nice(5)
+    training = os.getppid()
     book = PictureBook("train", SIDE_PX, SIDE_PX, seed)
     index = first_index
-    while os.getppid() != 1:  # until the training process is gone
+    while os.getppid() == training:  # until that process is gone
         if drawn.value > 4_000 + 0.75 * used.value:
             time.sleep(0.05)
             continue

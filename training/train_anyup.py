@@ -1,13 +1,16 @@
 """Trains a small AnyUp on the picture book, for the demonstration and for benchmarks/upsampling.py.
 
-    python training/train_anyup.py --output anyup-tiny               # 15 minutes on one CPU core
-    python training/train_anyup.py --output anyup-tiny --resume      # goes on after an interruption
+examples:
+  python training/train_anyup.py --output anyup-tiny
+      15 minutes on one CPU core
+  python training/train_anyup.py --output anyup-tiny --resume
+      goes on after an interruption
 
 As AnyUp's authors train theirs (Wimmer et al., ICLR 2026, section 3.3; JAFAR's loss): a scene is drawn at two or four
 times the native side. The encoder sees it whole, shrunk to the native side, and its features are upsampled to the grid
 that the large drawing would have; the target are the features of a native window of the large drawing, at its place.
 Without their regularisers. The encoders are those that ship with the package, in turn; the network never learns which.
-The folder gets the averaged weights (EMA) and `train.log`.
+OUTPUT/model gets the averaged weights (EMA), OUTPUT gets `train.log`.
 """
 
 from __future__ import annotations
@@ -15,20 +18,23 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional as F
 
 import spar_hf
+from spar_cli.errors import caught_signals
+from spar_cli.parser import Parser, path, positive, text, whole_number
+from spar_cli.training_options import check_folder, run_script, script_parser
 from spar_hf import SparAnyUp, SparAnyUpConfig
-from spar_hf.files import write_atomically
+from spar_hf.files import clear_drafts, read_state, whole_folder, write_state
 from spar_hf.picture_book.dataset import PictureBook
 
 log = logging.getLogger("train_anyup")
@@ -79,28 +85,26 @@ def step_loss(model: SparAnyUp, encoders: list[Any], step: int, batch: int) -> T
     return total / batch
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--batch", type=int, default=2, help="scenes a step")
-    parser.add_argument("--learning_rate", type=float, default=1e-3)
-    parser.add_argument("--hidden_size", type=int, default=32)
-    parser.add_argument("--encoders", nargs="+", default=["tiny", "tiny-spar"], help="checkpoints")
-    parser.add_argument("--save_every", type=int, default=50)
-    parser.add_argument("--resume", action="store_true")
-    args = parser.parse_args(argv)
-    if min(args.steps, args.batch, args.save_every) < 1:
-        parser.error("--steps, --batch and --save_every must be at least 1")
-    args.output.mkdir(parents=True, exist_ok=True)
+def parser() -> Parser:
+    parser = script_parser(__doc__, "--output FOLDER")
+    count = {"type": whole_number, "metavar": "N"}
+    parser.add_argument("--output", type=path, required=True, metavar="FOLDER", help="for weights, log and state")
+    parser.add_argument("--steps", **count, default=600, help="(600)")
+    parser.add_argument("--batch-size", **count, default=2, help="scenes a step (2)")
+    parser.add_argument("--learning-rate", type=positive, metavar="R", default=1e-3, help="(1e-3)")
+    parser.add_argument("--hidden-size", **count, default=32, help="(32)")
+    parser.add_argument("--encoders", nargs="+", type=text, metavar="NAME", default=["tiny", "tiny-spar"])
+    parser.add_argument("--save-every", **count, default=50, help="steps between saves (50)")
+    parser.add_argument("--resume", action="store_true", help="go on from the state in --output, if any")
+    return parser
+
+
+def main(args: argparse.Namespace) -> int:
+    check_folder("--output", args.output)
     state_path = args.output / "state.safetensors"
     if state_path.exists() and not args.resume:
-        parser.error(f"{state_path} is there already; go on with --resume, or give another folder")
-    logging.basicConfig(
-        level=logging.INFO,
-        format="%(message)s",
-        handlers=[logging.StreamHandler(), logging.FileHandler(args.output / "train.log")],
-    )
+        raise ValueError(f"{args.output} holds a run; add --resume to go on with it, or choose another --output.")
+    kept = read_state(state_path) if state_path.exists() else None
     torch.manual_seed(0)
     encoders = [spar_hf.load(name)[0].vision_model.requires_grad_(False) for name in args.encoders]
     source = f"trained on the picture book with {', '.join(args.encoders)} by training/train_anyup.py"
@@ -112,10 +116,44 @@ def main(argv: list[str] | None = None) -> None:
         return min((step + 1) / 50, 0.5 + 0.5 * math.cos(math.pi * step / args.steps))
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, rate)
-    first = load_state(state_path, model, average, optimiser, schedule) if args.resume else 0
+    first = put_back(*kept, model, average, optimiser, schedule) if kept else 0
+    args.output.mkdir(parents=True, exist_ok=True)
+    clear_drafts(args.output)
+    logging.basicConfig(
+        level=logging.INFO,
+        format="%(message)s",
+        handlers=[logging.StreamHandler(), logging.FileHandler(args.output / "train.log")],
+    )
+    with caught_signals() as stops:
+        learn(args, state_path, model, average, encoders, optimiser, schedule, first, stops)
+    if stops:
+        log.info("stopped by %s; the same command with --resume goes on", signal.Signals(stops[0]).name)
+        return 128 + stops[0]
+    model.load_state_dict(average)
+    with whole_folder(args.output / "model") as draft:
+        model.eval().save_pretrained(draft)
+    state_path.unlink(missing_ok=True)
+    log.info("wrote %s", args.output / "model")
+    return 0
+
+
+def learn(
+    args: argparse.Namespace,
+    state_path: Path,
+    model: SparAnyUp,
+    average: dict[str, Tensor],
+    encoders: list[Any],
+    optimiser: Any,
+    schedule: Any,
+    first: int,
+    stops: list[int],
+) -> None:
+    """Trains to the end, or until a signal."""
     started, losses = time.monotonic(), []
     for step in range(first, args.steps):
-        loss = step_loss(model, encoders, step, args.batch)
+        if stops:
+            return write_state(state_path, state_of(model, average, optimiser), {"step": step})
+        loss = step_loss(model, encoders, step, args.batch_size)
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -131,31 +169,27 @@ def main(argv: list[str] | None = None) -> None:
                 step + 1, args.steps, float(np.mean(losses)), (time.monotonic() - started) / (step + 1 - first),
             )  # fmt: skip
             losses = []
-            save_state(state_path, model, average, optimiser, step + 1)
-    model.load_state_dict(average)
-    model.eval().save_pretrained(args.output)
-    state_path.unlink(missing_ok=True)
-    log.info("wrote %s", args.output)
+            write_state(state_path, state_of(model, average, optimiser), {"step": step + 1})
 
 
-def save_state(path: Path, model: SparAnyUp, average: dict[str, Tensor], optimiser: Any, step: int) -> None:
-    """All that is needed to go on, whole or absent."""
+def state_of(model: SparAnyUp, average: dict[str, Tensor], optimiser: Any) -> dict[str, Tensor]:
+    """All that is needed to go on."""
     tensors = {f"model.{name}": weight for name, weight in model.state_dict().items()}
     tensors |= {f"average.{name}": weight for name, weight in average.items()}
     for index, state in optimiser.state_dict()["state"].items():
         tensors |= {f"optimiser.{index}.{key}": torch.as_tensor(value) for key, value in state.items()}
-    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    record = {"step": str(step)}
-    write_atomically(path, save(tensors, metadata=record))
+    return tensors
 
 
-def load_state(path: Path, model: SparAnyUp, average: dict[str, Tensor], optimiser: Any, schedule: Any) -> int:
-    """Reads what `save_state` wrote; returns the step to go on with."""
-    if not path.exists():
-        raise SystemExit(f"there is no {path} to go on from; leave --resume out.")
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dictionary
-        record = file.metadata()
+def put_back(
+    record: dict[str, Any],
+    tensors: dict[str, Tensor],
+    model: SparAnyUp,
+    average: dict[str, Tensor],
+    optimiser: Any,
+    schedule: Any,
+) -> int:
+    """Gives a run the state that was written down; returns the step to go on with."""
     parts: dict[str, dict[str, Tensor]] = {"model": {}, "average": {}, "optimiser": {}}
     for name, tensor in tensors.items():
         whose, _, rest = name.partition(".")
@@ -175,4 +209,4 @@ def load_state(path: Path, model: SparAnyUp, average: dict[str, Tensor], optimis
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_script(parser(), main))

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 DRAFT = re.compile(r"\..+\.(?:(?P<host>[^.]+)-)?(?P<process>\d+)\.tmp")
@@ -182,6 +183,52 @@ def check_finite(what: str, tensors: Mapping[str, torch.Tensor]) -> None:
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise ValueError(f"{what}: {name} holds NaN or infinity. Give whole weights.")
+
+
+def tensors_digest(record: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    """`digest` of a record and of the names, types, shapes and numbers of tensors."""
+
+    def parts() -> Iterator[bytes]:
+        yield record.encode()
+        for name, tensor in sorted(tensors.items()):
+            yield f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode()
+            yield tensor.flatten().view(torch.uint8).numpy().tobytes()
+
+    return digest(parts())
+
+
+def write_state(path: Path, tensors: Mapping[str, torch.Tensor], record: Mapping[str, Any]) -> None:
+    """Writes what a run goes on from: tensors and a JSON record in one safetensors file, whole, with a check sum.
+
+    Raises:
+        OSError: the disk is full; what was there is intact.
+        ValueError: a tensor holds NaN or infinity; what was there is intact.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    check_finite(f"training has failed, {path.name} is not written", tensors)
+    text = json.dumps(record)
+    with whole_files(path) as (draft,):
+        save_file(tensors, draft, metadata={"record": text, "digest": tensors_digest(text, tensors)})
+
+
+def read_state(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Record and tensors of what `write_state` wrote.
+
+    Raises:
+        ValueError: the file is broken, another one, or holds NaN or infinity; the message names it.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path.name} is broken ({error})") from error
+    if not {"record", "digest"} <= metadata.keys():
+        raise ValueError(f"{path.name} is no state of a training run")
+    check_finite(path.name, tensors)
+    if tensors_digest(metadata["record"], tensors) != metadata["digest"]:
+        raise ValueError(f"{path.name} is broken (check sum)")
+    return json.loads(metadata["record"]), tensors
 
 
 def write_json(path: Path, content: Any) -> None:

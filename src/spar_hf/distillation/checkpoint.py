@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import nn
 from torch.distributed.checkpoint import state_dict as dcp
 
-from ..files import check_finite, digest, write_atomically
+from ..files import read_state, write_state
 from .cache import differences
 
 KEPT = 2
@@ -54,10 +52,9 @@ def save_checkpoint(
     gathered: Any = dcp.get_state_dict(student, optimizer, options=OPTIONS)
     weights, moments = gathered
     if accelerator.is_main_process:
-        tensors = {f"model.{name}": weight.contiguous() for name, weight in weights.items()}
+        tensors = {f"model.{name}": weight for name, weight in weights.items()}
         for name, state in moments["state"].items():
-            tensors |= {f"optim.{name}.{key}": value.contiguous() for key, value in state.items()}
-        check_finite(f"training has failed by step {step}, its weights are not saved", tensors)
+            tensors |= {f"optim.{name}.{key}": value for key, value in state.items()}
         record = {
             "step": step,
             "made_from": made_from,
@@ -65,9 +62,7 @@ def save_checkpoint(
             "scheduler": scheduler.state_dict(),
             "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
         }
-        text = json.dumps(record)
-        content = save(tensors, metadata={"record": text, "digest": content_digest(text, tensors)})
-        write_atomically(folder / f"checkpoint-{step:08d}.safetensors", content)
+        write_state(folder / f"checkpoint-{step:08d}.safetensors", tensors, record)
         # A file of a later step can only be one that was passed over.
         ours = sorted(path for path in checkpoints(folder) if NAME.fullmatch(path.name) and step_of(path) <= step)
         for old in ours[:-KEPT]:
@@ -85,18 +80,6 @@ def step_of(path: Path) -> int:
     return int(path.stem.rpartition("-")[2])
 
 
-def content_digest(record: str, tensors: dict[str, torch.Tensor]) -> str:
-    """`digest` of all that a checkpoint holds."""
-
-    def parts() -> Iterator[bytes]:
-        yield record.encode()
-        for name, tensor in sorted(tensors.items()):
-            yield f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode()
-            yield tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
-
-    return digest(parts())
-
-
 def read_checkpoint(path: Path, made_from: dict[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Record and tensors of a checkpoint.
 
@@ -106,23 +89,11 @@ def read_checkpoint(path: Path, made_from: dict[str, Any]) -> tuple[dict[str, An
     """
     if not NAME.fullmatch(path.name) or not path.is_file():
         raise ValueError(f"{path.name} is no checkpoint of training/distill.py")
-    try:
-        with safe_open(path, "pt") as file:
-            text, there = file.metadata()["record"], file.metadata()["digest"]
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        record = json.loads(text)
-        found = record["made_from"]
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path.name} is broken ({error})") from error
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path.name} is no checkpoint of training/distill.py") from error
+    record, tensors = read_state(path)
     # As JSON, so that tuples and lists compare alike.
-    other = list(differences(json.loads(json.dumps(made_from)), found))
+    other = list(differences(json.loads(json.dumps(made_from)), record["made_from"]))
     if other:
         raise OtherRun(f"{path.parent} holds a run with other flags: {'; '.join(other)}. Choose another --output.")
-    check_finite(path.name, tensors)
-    if content_digest(text, tensors) != there:
-        raise ValueError(f"{path.name} is broken (check sum)")
     return record, tensors
 
 
