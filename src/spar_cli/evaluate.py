@@ -36,6 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="custom: the pictures")
     parser.add_argument("--masks", type=Path, metavar="FOLDER", help="custom: their label maps, PNG")
     parser.add_argument("--classes", type=Path, metavar="FILE", help="custom: one class a line, synonyms by ','")
+    parser.add_argument(
+        "--mask-orientation",
+        metavar="upright|stored",
+        help="of pictures that EXIF turns: their label maps are upright, or lie as the picture is stored (default: "
+        "told by the size)",
+    )
     parser.add_argument("--protocol", metavar="NAME", help="spar or sclip (default: the benchmark's first)")
     parser.add_argument("--limit", type=whole_number, metavar="N", help="N images, spread evenly over the benchmark")
     parser.add_argument("--state", type=Path, metavar="FILE", help="keep what is done here, and go on from it")
@@ -66,6 +72,8 @@ def run(args: argparse.Namespace) -> None:
         images=args.images,
         masks=args.masks,
         classes=args.classes,
+        reading=opened.processor.image_processor.read_options,
+        mask_orientation=args.mask_orientation,
     )
     if args.short_side is not None:
         protocol = protocol.replace(short_side_px=args.short_side)

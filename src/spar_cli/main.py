@@ -11,7 +11,8 @@ from importlib import metadata
 
 from . import convert, demo, evaluate, features, methods, publish, segment
 from .errors import MISTAKE, clean, exit_status, fail
-from .parser import Parser, check_one_of
+from .parser import Parser, check_one_of, with_flags
+from .picture_options import PICTURE_FLAGS
 
 COMMANDS = {
     "segment": segment,
@@ -41,6 +42,8 @@ FLAGS = {
     "max_input_pixels": "--max-pixels",
     "window_px": "--window-px",
     "stride_px": "--stride-px",
+    "mask_orientation": "--mask-orientation",
+    **PICTURE_FLAGS,
 }
 
 
@@ -103,7 +106,7 @@ class _Notes(logging.Handler):
     """Shows the package's own warnings, say of a label that was cut, as lines of the command."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(f"spar: note: {clean(record.getMessage())}", file=sys.stderr)
+        print(f"spar: note: {with_flags(clean(record.getMessage()), FLAGS)}", file=sys.stderr)
 
 
 @contextmanager

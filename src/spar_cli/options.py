@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .parser import check_one_of, name_and_value, whole_number, window_px
+from .picture_options import add_picture_options, asked_of_pictures
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -34,6 +35,10 @@ def add_refine_option(parser: argparse.ArgumentParser) -> None:
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """The options that `segment`, `features` and `evaluate` have in common."""
+    pictures = add_picture_options(parser)
+    pictures.add_argument(
+        "--max-pixels", type=whole_number, metavar="N", help="refuse larger pictures (default: 100 million)"
+    )
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
@@ -94,12 +99,6 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--short-side", type=whole_number, metavar="N", help="resize the image to this shorter side, keeping its ratio"
-    )
-    group.add_argument(
-        "--max-pixels",
-        type=whole_number,
-        metavar="N",
-        help="refuse larger images (default: 100 million)",
     )
     group.add_argument("--dtype", default="float32", metavar="NAME", help=f"{', '.join(DTYPES)} (default: float32)")
     group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto takes an accelerator if any")
@@ -173,6 +172,9 @@ def open_model(args: argparse.Namespace, refine: Sequence[str] = ()) -> Opened:
     if args.short_side is not None:
         image_processor.size = {"shortest_edge": args.short_side}
         image_processor.do_resize = True
+    pictures = asked_of_pictures(args)
+    for name, value in pictures.items():
+        setattr(image_processor, name, value)
     if args.max_pixels is not None:
         image_processor.max_image_pixels = image_processor.max_input_pixels = args.max_pixels
 
@@ -184,6 +186,7 @@ def open_model(args: argparse.Namespace, refine: Sequence[str] = ()) -> Opened:
         "dtype": args.dtype,
         "device": str(device),
         **chosen,
+        **pictures,
     }
     if args.upsample is not None:
         facts["upsample"] = {"name": args.upsample, "factor": args.upsample_factor or vision.patch_size}
@@ -222,12 +225,14 @@ def _device(name: str) -> Any:
 
 
 def check_images(paths: Sequence[Path]) -> None:
-    """Says before a model is loaded that a file is missing or a folder."""
+    """Says before a model is loaded that a file is missing, or is no file that can be read to its end."""
     for path in paths:
         if path.is_dir():
             raise ValueError(f"{path} is a folder; name the pictures in it, for instance {path}/*.jpg")
         if not path.exists():
             raise ValueError(f"there is no file {path}")
+        if not path.is_file():
+            raise ValueError(f"{path} is a pipe, socket or device; name files")
 
 
 def open_image(path: Path, opened: Opened) -> Image.Image:

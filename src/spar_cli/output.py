@@ -114,7 +114,7 @@ class Batch:
     @contextmanager
     def may_fail(self, path: Path, count: bool = True) -> Iterator[None]:
         """Counts a picture that cannot be read instead of ending the command; other errors pass."""
-        from spar_hf.image_processing_spar import InvalidImageError
+        from spar_hf.image_file_spar import InvalidImageError
 
         try:
             yield

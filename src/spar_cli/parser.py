@@ -70,7 +70,7 @@ class Parser(argparse.ArgumentParser):
 def with_flags(message: str, flags: dict[str, str]) -> str:
     """A message of the library with the names of its arguments turned into those of the options."""
     for name, flag in flags.items():
-        message = re.sub(rf"(?<![\w./-]){name}(?![\w/-])", flag, message)
+        message = re.sub(rf"(?<![\w./-]){re.escape(name)}(?![\w/-])", flag, message)
     return message
 
 

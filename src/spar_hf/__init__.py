@@ -22,7 +22,8 @@ from .encoders.base import DenseEncoder
 from .encoders.sliding_window import SlidingWindow
 from .encoders.upsampled import Upsampled
 from .families import FAMILIES
-from .image_processing_spar import InvalidImageError, SparImageProcessor
+from .image_file_spar import InvalidImageError
+from .image_processing_spar import SparImageProcessor
 from .methods.table import METHODS, Method
 from .pipeline_spar import OpenVocabularySegmentationPipeline, register_pipeline
 from .processing_spar import LabelFeatures, Labels, SparProcessor

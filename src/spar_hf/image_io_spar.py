@@ -27,7 +27,7 @@ from .image_values_spar import (
     say_that_alpha_is_ignored,
     values_to_rgb,
 )
-from .tiff_bands_spar import TiffBands, find_bands, read_bands
+from .tiff_bands_spar import ORIENTATION, TiffBands, find_bands, read_bands
 
 MAX_DECODED_BYTES_A_PIXEL = 4  # times the limit of pixels: the bands of a TIFF, which are decoded together
 MAX_PYTHON_PIXELS = 4_000_000  # of what Pillow decodes in Python, some seconds: PNM with odd maxima, BMP in RLE
@@ -67,17 +67,35 @@ def read_image(
     if isinstance(source, (np.ndarray, torch.Tensor)):
         return _array_to_rgb(source, options, name, input_data_format)
     with _opened(source, options, name) as stored:
-        return stored.upright(_guarded(stored.to_rgb, name))
+        return _guarded(stored.to_rgb, name)
 
 
-def image_size_hw(source: Any, options: ReadOptions = DEFAULTS, name: str = "") -> tuple[int, int]:
-    """Height and width of what `read_image` makes of a path, encoded bytes or a `PIL.Image`; reads the header only.
+@dataclass(frozen=True)
+class Header:
+    """What a file says of its picture.
+
+    Attributes:
+        stored_hw: Height and width of the pixels as stored.
+        orientation: How they lie, EXIF's 1 to 8; 1 is upright.
+    """
+
+    stored_hw: tuple[int, int]
+    orientation: int
+
+    @property
+    def size_hw(self) -> tuple[int, int]:
+        """Height and width of the upright picture."""
+        return self.stored_hw[::-1] if self.orientation >= 5 else self.stored_hw
+
+
+def read_header(source: Any, options: ReadOptions = DEFAULTS, name: str = "") -> Header:
+    """The header of a path, encoded bytes or a `PIL.Image`; decodes nothing.
 
     Raises:
         InvalidImageError: The header cannot be read, or the picture is over a limit.
     """
     with _opened(source, options, name or name_of(source)) as stored:
-        return stored.size_hw[::-1] if stored.orientation >= 5 else stored.size_hw
+        return stored.header
 
 
 @dataclass(frozen=True)
@@ -86,7 +104,7 @@ class StoredPixels:
 
     Attributes:
         values: (H, W) or (H, W, C). A palette picture gives its indices, not its colours.
-        orientation: EXIF's, 1 to 8; 1 is upright.
+        orientation: How they lie, EXIF's 1 to 8; 1 is upright.
     """
 
     values: np.ndarray
@@ -101,7 +119,7 @@ def read_stored(source: Any, options: ReadOptions = DEFAULTS, name: str = "") ->
     """
     name = name or name_of(source)
     with _opened(source, options, name) as stored:
-        return StoredPixels(_guarded(stored.values, name), stored.orientation)
+        return _guarded(stored.pixels, name)
 
 
 def turn(values: np.ndarray, orientation: int) -> np.ndarray:
@@ -125,19 +143,18 @@ class _Stored:
     """A picture that is opened and within the limits, and not decoded yet.
 
     Attributes:
-        size_hw: Height and width as stored.
-        orientation: EXIF's, 1 to 8, of what `to_rgb` and `values` give.
-        to_rgb: Decodes it as 8-bit RGB.
-        values: Decodes it as it is.
+        header: What is known of it.
+        to_rgb: Decodes it as 8-bit RGB, upright.
+        pixels: Decodes it as it is.
     """
 
-    size_hw: tuple[int, int]
-    orientation: int
+    header: Header
     to_rgb: Callable[[], Image.Image]
-    values: Callable[[], np.ndarray]
+    pixels: Callable[[], StoredPixels]
 
-    def upright(self, image: Image.Image) -> Image.Image:
-        return image.transpose(TURNS[self.orientation]) if self.orientation in TURNS else image
+
+def _upright(image: Image.Image, orientation: int) -> Image.Image:
+    return image.transpose(TURNS[orientation]) if orientation in TURNS else image
 
 
 def _guarded(decode: Callable[[], Any], name: str) -> Any:
@@ -202,26 +219,35 @@ def _stored_by_pillow(image: Image.Image, file: ImageReader | None, options: Rea
             f"most {MAX_PYTHON_PIXELS / 1e6:.4g} million are read. Save it as PNG."
         )
 
-    def values() -> np.ndarray:
-        image.load()
-        return np.asarray(image)
+    header = Header((image.height, image.width), _orientation(image))
+    turned = image.format == "TIFF"  # in decoding, by Pillow, which gives the upright size from the start
+    if turned and header.orientation >= 5:
+        header = Header(header.size_hw, header.orientation)
 
     def to_rgb() -> Image.Image:
         low_bytes = _low_bytes(image, file)
         image.load()
-        return _pil_to_rgb(image, low_bytes, options, name)
+        rgb = _upright(_pil_to_rgb(image, low_bytes, options, name), 1 if turned else header.orientation)
+        rgb = rgb.copy() if rgb is image else rgb
+        rgb.info.clear()  # its orientation, say, which would be applied again by whoever reads the picture next
+        return rgb
 
-    return _Stored((image.height, image.width), _orientation(image), to_rgb, values)
+    def pixels() -> StoredPixels:
+        image.load()
+        return StoredPixels(np.asarray(image), 1 if turned else header.orientation)
+
+    return _Stored(header, to_rgb, pixels)
 
 
 def _orientation(image: Image.Image) -> int:
     """That of EXIF or XMP before the pixels, as browsers see it; broken metadata turns nothing."""
-    if image.format in ("TIFF", "HEIF"):  # turned in decoding already
-        return 1
     try:
-        with quiet_pillow():
-            # The base class's: PNG's own decodes the picture, to find what stands behind the pixels.
-            orientation = Image.Image.getexif(image).get(0x0112, 1)
+        if image.format == "TIFF":
+            orientation = image.tag_v2.get(ORIENTATION, 1)  # type: ignore[attr-defined]
+        else:
+            with quiet_pillow():
+                # The base class's: PNG's own decodes the picture, to find what stands behind the pixels.
+                orientation = Image.Image.getexif(image).get(ORIENTATION, 1)
     except Exception:  # broken metadata raises almost anything
         return 1
     return orientation if orientation in TURNS else 1
@@ -249,7 +275,7 @@ def _pil_to_rgb(image: Image.Image, low_bytes: Image.Image | None, options: Read
     if deep or options.bands is not None or options.value_range is not None:
         return _pil_values_to_rgb(image, low_bytes, composes, options, name)
     if has_alpha and not composes and image.format == "TIFF" and options.alpha == "auto":
-        say_that_alpha_is_ignored(image.getchannel("A").getextrema()[0] if "A" in image.getbands() else 255, name)
+        say_that_alpha_is_ignored("A" in image.getbands() and image.getchannel("A").getextrema() == (255, 255), name)
     if composes:
         return compose_over_white(image)
     return image if image.mode == "RGB" else image.convert("RGB")
@@ -266,7 +292,7 @@ def _pil_values_to_rgb(
     chosen = chosen_bands(count, marked, options, name)
     wanted = [*chosen, *([marked] if composes and marked is not None else [])]
     # Pillow's 32-bit "I" holds 16-bit files; reading it as 16 bits gives both of Pillow's modes one meaning.
-    low, high = image.getextrema() if image.mode == "I" else (-1, 0)
+    low, high = np.ravel(image.getextrema())[:2] if image.mode == "I" else (-1, 0)
     narrow = low >= 0 and high <= 65535
 
     def block(top: int, bottom: int) -> np.ndarray:
@@ -301,15 +327,17 @@ def _stored_bands(file: ImageReader, bands: TiffBands, options: ReadOptions, nam
         values = read_bands(file, bands, wanted)
         if marked is not None and not composes:
             opaque = np.iinfo(values.dtype).max if values.dtype.kind in "iu" else 1
-            say_that_alpha_is_ignored(255 if (values[..., -1] == opaque).all() else 0, name)
+            say_that_alpha_is_ignored(bool((values[..., -1] == opaque).all()), name)
             values = values[..., :-1]
         size = (bands.width, bands.height)
-        return values_to_rgb(lambda top, bottom: values[top:bottom], size, chosen, composes, options, name)
+        rgb = values_to_rgb(lambda top, bottom: values[top:bottom], size, chosen, composes, options, name)
+        return _upright(rgb, bands.orientation)
 
-    def values() -> np.ndarray:
-        return read_bands(file, bands, tuple(range(bands.count)))
+    def pixels() -> StoredPixels:
+        values = read_bands(file, bands, tuple(range(bands.count)))
+        return StoredPixels(values[..., 0] if bands.count == 1 else values, bands.orientation)
 
-    return _Stored((bands.height, bands.width), bands.orientation, to_rgb, values)
+    return _Stored(Header((bands.height, bands.width), bands.orientation), to_rgb, pixels)
 
 
 # Arrays
@@ -334,7 +362,7 @@ def _array_to_rgb(
     composes = (
         marked is not None and options.alpha != "ignore" and (options.bands is None or options.alpha == "compose")
     )
-    wanted = [*chosen, *([marked] if composes else [])]
+    wanted = [*chosen, *([marked] if composes and marked is not None else [])]
     size = (width, height)
     return values_to_rgb(lambda top, bottom: values[top:bottom][..., wanted], size, chosen, composes, options, name)
 

@@ -92,8 +92,8 @@ def _numbers(bands: tuple[int, ...]) -> str:
     return ", ".join(str(band + 1) for band in bands)
 
 
-def say_that_alpha_is_ignored(lowest_of_255: int, name: str) -> None:
-    if lowest_of_255 < 255:
+def say_that_alpha_is_ignored(opaque: bool, name: str) -> None:
+    if not opaque:
         _say(
             f"{name} has a band marked as alpha, which in a TIFF may hold anything and is left out; "
             "alpha='compose' takes it for opacity."
@@ -137,7 +137,7 @@ def values_to_rgb(
     for top, bottom in _rows(*size):
         values = block(top, bottom)
         colour = _scaled(values[..., colours], black, white)
-        bright += np.count_nonzero(colour >= DARK)
+        bright += int(np.count_nonzero(colour >= DARK))
         if composes:
             colour = np.concatenate([colour, _scaled(values[..., -1:], 0, opaque)], axis=2)
         image = Image.fromarray(colour[..., 0] if colour.shape[2] == 1 else colour)

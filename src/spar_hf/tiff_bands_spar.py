@@ -9,7 +9,7 @@ Pillow decodes it: no decoder of our own, no further dependency, and libtiff's l
 import io
 import struct
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import TiffImagePlugin
@@ -53,7 +53,7 @@ class TiffBands:
         orientation: As in EXIF, 1 to 8.
     """
 
-    order: str
+    order: Literal["<", ">"]
     height: int
     width: int
     count: int
@@ -107,7 +107,7 @@ def find_bands(file: ImageReader) -> TiffBands | None:
     return bands
 
 
-def _parse(directory: Any, order: str, name: str) -> TiffBands | None:
+def _parse(directory: Any, order: Literal["<", ">"], name: str) -> TiffBands | None:
     def values(tag: int, default: tuple[int, ...] = ()) -> tuple[int, ...]:
         value = directory.get(tag, default)
         return tuple(int(entry) for entry in (value if isinstance(value, tuple) else (value,)))
@@ -193,7 +193,7 @@ def _decode(
     _, width = bands.padded_hw
     # Bytes, not samples: Pillow mistakes the byte order of compressed 32-bit samples.
     pixel_bytes = np.dtype(bands.dtype).itemsize * interleaved
-    tags = {
+    tags: dict[int, tuple[int, ...]] = {
         WIDTH: (width * pixel_bytes,),
         HEIGHT: (height,),
         BITS: (8,),

@@ -25,7 +25,8 @@ from ..checkpoints import load
 from ..encoders.base import DenseEncoder, EncoderWrapper
 from ..encoders.sliding_window import SlidingWindow
 from ..grid_spar import coverage, upsample
-from ..image_processing_spar import InvalidImageError, SparImageProcessor
+from ..image_file_spar import InvalidImageError
+from ..image_processing_spar import SparImageProcessor
 from ..methods.table import METHODS
 from ..pipeline_spar import OpenVocabularySegmentationPipeline
 from ..processing_spar import Labels

@@ -3,10 +3,11 @@
 `mean_iou.MeanIoU` wraps the counts for the evaluate library.
 """
 
-from .benchmarks import BENCHMARKS, IGNORED, BenchmarkData, Sample, load_benchmark, load_vocabulary
+from .benchmarks import BENCHMARKS, BenchmarkData, load_benchmark, load_vocabulary
 from .counts import BOUNDARY_RATIO, ConfusionMatrix, Scores, SegmentationCounts, boundary_region
 from .evaluate import EvaluationResult, evaluate, markdown_table, peak_memory_mb
 from .protocols import PROTOCOLS, Protocol, load_protocol
+from .samples import IGNORED, Sample
 
 __all__ = [
     "BENCHMARKS",

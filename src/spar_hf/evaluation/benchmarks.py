@@ -9,7 +9,7 @@ two folders and a list of classes.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -17,17 +17,15 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image
 
+from ..grid_spar import one_of
+from ..image_values_spar import DEFAULTS, ReadOptions
 from ..picture_book.dataset import CLASSES as PICTURE_BOOK_CLASSES
 from ..picture_book.dataset import PictureBook
 from ..prompts_spar import Labels
+from .samples import IGNORED, MASK_ORIENTATIONS, LabelTable, Sample, read_sample
 
-IGNORED = -1  # the class id of a pixel that is not scored
-_UNKNOWN = -2
 _VOCABULARIES = Path(__file__).parent / "vocabularies"
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")  # not EPS, which Pillow hands to Ghostscript to run
-
-LabelTable = Mapping[int, int]  # stored value -> class id or IGNORED
 
 
 @dataclass(frozen=True)
@@ -147,15 +145,6 @@ BENCHMARKS: dict[str, tuple[Layout, ...]] = {
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One image of a benchmark: the RGB picture, and its class ids (H, W) int32, `IGNORED` where not scored."""
-
-    name: str
-    image: Image.Image
-    target: np.ndarray
-
-
-@dataclass(frozen=True)
 class BenchmarkData:
     """A benchmark ready to be read: `len(data)`, `data.read(index)`.
 
@@ -187,6 +176,8 @@ def load_benchmark(
     images: str | Path | None = None,
     masks: str | Path | None = None,
     classes: str | Path | None = None,
+    reading: ReadOptions = DEFAULTS,
+    mask_orientation: str | None = None,
 ) -> BenchmarkData:
     """Finds a benchmark's files, or prepares the picture book.
 
@@ -200,6 +191,9 @@ def load_benchmark(
         masks: For "custom": folder of label maps, `<name of the image>.png`; value k is line k + 1 of `classes`,
             255 (65535 in 16-bit files) is ignored.
         classes: For "custom": text file, one class a line, synonyms split by commas.
+        reading: What is read of the images, and what is refused.
+        mask_orientation: Of images that EXIF turns: the label maps are "upright", or lie as the image is "stored";
+            None tells by the size, and refuses a label map whose size does not tell.
 
     Raises:
         ValueError: For an unknown name, a missing or superfluous argument, or files that are not where they should be.
@@ -216,11 +210,14 @@ def load_benchmark(
             f"benchmark {name} came with {', '.join(superfluous) or 'nothing'} it does not use and lacks "
             f"{', '.join(missing) or 'nothing'}; it takes {', '.join(sorted(wanted))}.{expected}"
         )
+    pair = partial(read_sample, reading=reading, mask_orientation=mask_orientation)
+    if mask_orientation is not None:
+        one_of("mask_orientation", mask_orientation, MASK_ORIENTATIONS)
     if name == "picturebook":
         return _picture_book(1.0 if scale is None else scale, native_px, split or "test")
     if images is not None and masks is not None and classes is not None:
-        return _custom(Path(images), Path(masks), Path(classes))
-    return _on_disk(name, Path(str(data)))
+        return _custom(Path(images), Path(masks), Path(classes), pair)
+    return _on_disk(name, Path(str(data)), pair)
 
 
 def load_vocabulary(name: str) -> Labels:
@@ -234,7 +231,7 @@ def load_vocabulary(name: str) -> Labels:
     return Labels.parse([[entry for entry in classes[0] if entry not in elsewhere], *classes[1:]])
 
 
-def _on_disk(name: str, data: Path) -> BenchmarkData:
+def _on_disk(name: str, data: Path, pair: Callable[..., Sample]) -> BenchmarkData:
     """The first layout of which a label map is there."""
     for layout in BENCHMARKS[name]:
         root = layout.find_root(data)
@@ -245,7 +242,8 @@ def _on_disk(name: str, data: Path) -> BenchmarkData:
             [root / pattern.replace("*", entry) for entry in names] for pattern in (layout.image, layout.mask)
         )
         if any(mask.is_file() for mask in masks):
-            return _from_files(name, layout.mask, load_vocabulary(name), names, images, masks, layout.table)
+            pair = partial(pair, table=layout.table)
+            return _from_files(name, layout.mask, load_vocabulary(name), names, images, masks, pair)
     raise ValueError(f"{data} does not hold {name}. Expected layout below that folder: {_layouts(name)}.")
 
 
@@ -253,7 +251,7 @@ def _layouts(name: str) -> str:
     return "; or ".join(str(layout) for layout in BENCHMARKS[name])
 
 
-def _custom(images: Path, masks: Path, classes: Path) -> BenchmarkData:
+def _custom(images: Path, masks: Path, classes: Path, pair: Callable[..., Sample]) -> BenchmarkData:
     for folder in (images, masks):
         if not folder.is_dir():
             raise ValueError(f"{folder} is no folder; images and masks must be. Give the folders that hold the files.")
@@ -267,11 +265,18 @@ def _custom(images: Path, masks: Path, classes: Path) -> BenchmarkData:
     # With more than 255 classes, 255 is a class.
     table = {255: IGNORED, **{label: label for label in range(len(labels))}, 65535: IGNORED}
     mask_paths = [masks / f"{name}.png" for name in names]
-    return _from_files("custom", f"{len(labels)} classes", labels, names, paths, mask_paths, table)
+    pair = partial(pair, table=table)
+    return _from_files("custom", f"{len(labels)} classes", labels, names, paths, mask_paths, pair)
 
 
 def _from_files(
-    name: str, variant: str, labels: Labels, names: list[str], images: list[Path], masks: list[Path], table: LabelTable
+    name: str,
+    variant: str,
+    labels: Labels,
+    names: list[str],
+    images: list[Path],
+    masks: list[Path],
+    pair: Callable[..., Sample],
 ) -> BenchmarkData:
     """A benchmark of image and label map files, all of which must be there."""
     absent = [path for path in (*images, *masks) if not path.is_file()]
@@ -282,7 +287,7 @@ def _from_files(
         )
 
     def read(index: int) -> Sample:
-        return read_sample(names[index], images[index], masks[index], table)
+        return pair(names[index], images[index], masks[index])
 
     return BenchmarkData(name, variant, labels, tuple(names), read)
 
@@ -306,44 +311,3 @@ def _picture_book(scale: float, native_px: int | None, split: str) -> BenchmarkD
         sample_names=tuple(f"{split}-{index}" for index in range(len(book))),
         read=draw,
     )
-
-
-def read_sample(name: str, image_path: Path, mask_path: Path, table: LabelTable) -> Sample:
-    """Reads an image and its label map, and turns stored values into class ids.
-
-    Raises:
-        ValueError: If a file is no picture, the sizes differ, the label map is in colour, or `table` lacks a value.
-    """
-    image, mask = _open(image_path).convert("RGB"), _open(mask_path)
-    if mask.size != image.size:
-        raise ValueError(
-            f"{mask_path} is {mask.height} x {mask.width} px and its image {image.height} x {image.width}; both must "
-            "have one size. Use the label map that belongs to the image."
-        )
-    stored = np.asarray(mask)  # a palette picture gives its indices, not its colours
-    if stored.ndim != 2:
-        raise ValueError(
-            f"{mask_path} is in colour ({mask.mode}); a label map is a grey or palette PNG of class indices. "
-            "Convert the colours to indices."
-        )
-    lookup = np.full(2**16, _UNKNOWN, dtype=np.int32)
-    lookup[list(table)] = list(table.values())
-    in_range = (stored >= 0) & (stored < len(lookup))
-    target = np.where(in_range, lookup[np.where(in_range, stored, 0)], _UNKNOWN)
-    if (target == _UNKNOWN).any():
-        unknown = np.unique(stored[target == _UNKNOWN])
-        shown = ", ".join(map(str, unknown[:5].tolist())) + (", ..." if len(unknown) > 5 else "")
-        raise ValueError(
-            f"{mask_path} holds the labels {shown}, outside the vocabulary of {max(table.values()) + 1} classes. "
-            "Check that the label map and the benchmark belong together."
-        )
-    return Sample(name, image, target.astype(np.int32))
-
-
-def _open(path: Path) -> Image.Image:
-    try:
-        with Image.open(path, formats=_FORMATS) as picture:
-            picture.load()
-            return picture.copy()
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read as a picture ({error}). Replace the file.") from error

@@ -28,9 +28,10 @@ from tqdm.auto import tqdm
 from ..files import digest, weights_digest, write_atomically
 from ..segmentation_spar import Segmenter, label_map
 from ..segmenters import sliding_scores
-from .benchmarks import IGNORED, BenchmarkData, Sample
+from .benchmarks import BenchmarkData
 from .counts import SegmentationCounts
 from .protocols import Protocol, load_protocol
+from .samples import IGNORED, Sample
 
 
 @dataclass(frozen=True)
