@@ -137,7 +137,7 @@ def test_the_predictor_of_floats(dtype: str, order: str) -> None:
     values = np.random.default_rng(0).normal(size=(7, 11, 5)).astype(dtype)
     strip = b""
     for row in values:
-        big = [row.ravel()[i].astype(">" + dtype).tobytes() for i in range(row.size)]
+        big = [np.array([value], ">" + dtype).tobytes() for value in row.ravel()]
         planes = bytes(sample[byte] for byte in range(values.itemsize) for sample in big)
         strip += bytes((byte - (planes[i - 5] if i >= 5 else 0)) % 256 for i, byte in enumerate(planes))
     packed = zlib.compress(strip)
