@@ -12,6 +12,7 @@ from importlib import metadata
 from . import convert, demo, evaluate, features, methods, publish, segment
 from .errors import MISTAKE, clean, exit_status, fail
 from .parser import Parser, check_one_of, with_flags
+from .picture_options import PICTURE_FLAGS
 
 COMMANDS = {
     "segment": segment,
@@ -42,10 +43,7 @@ FLAGS = {
     "window_px": "--window-px",
     "stride_px": "--stride-px",
     "mask_orientation": "--mask-orientation",
-    "bands=(3, 2, 1)": "--bands 3,2,1",
-    "bands=(2,)": "--bands 2",
-    "alpha='compose'": "--alpha compose",
-    "value_range='auto'": "--range auto",
+    **PICTURE_FLAGS,
 }
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .parser import band_numbers, check_one_of, name_and_value, value_range, whole_number, window_px
+from .parser import check_one_of, name_and_value, whole_number, window_px
+from .picture_options import add_picture_options, asked_of_pictures
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -19,49 +20,6 @@ if TYPE_CHECKING:
     from spar_hf.segmentation_spar import Segmenter
 
 DTYPES = ("float32", "bfloat16", "float16")
-ALPHAS = ("auto", "compose", "ignore")
-
-
-def add_picture_options(parser: argparse.ArgumentParser) -> None:
-    """The options of what is read of a picture, wherever pictures are read."""
-    group = parser.add_argument_group("pictures")
-    group.add_argument(
-        "--bands",
-        type=band_numbers,
-        metavar="R,G,B",
-        help="the bands that become red, green and blue, counted from 1, such as 3,2,1; one becomes grey (default: "
-        "the first three)",
-    )
-    group.add_argument(
-        "--alpha",
-        metavar="|".join(ALPHAS),
-        help="compose: where the band marked as alpha is transparent, white shows; ignore: it is left out; auto: "
-        "ignore in TIFFs, whose writers mark any fourth band so, else compose (default: auto)",
-    )
-    group.add_argument(
-        "--range",
-        type=value_range,
-        dest="value_range",
-        metavar="auto|LOW,HIGH",
-        help="the values that become black and white; auto takes each picture's own (default: all that the type of "
-        "its numbers can hold)",
-    )
-    group.add_argument(
-        "--max-pixels", type=whole_number, metavar="N", help="refuse larger pictures (default: 100 million)"
-    )
-
-
-def apply_picture_options(args: argparse.Namespace, image_processor: Any) -> dict[str, Any]:
-    """Tells a processor what is read of a picture; returns what was asked for, for the record."""
-    if args.alpha is not None:
-        check_one_of("alpha", args.alpha, ALPHAS)
-    options = {"bands": args.bands, "alpha": args.alpha, "value_range": args.value_range}
-    asked = {name: value for name, value in options.items() if value is not None}
-    for name, value in asked.items():
-        setattr(image_processor, name, value)
-    if args.max_pixels is not None:
-        image_processor.max_image_pixels = image_processor.max_input_pixels = args.max_pixels
-    return asked
 
 
 def add_refine_option(parser: argparse.ArgumentParser) -> None:
@@ -77,7 +35,10 @@ def add_refine_option(parser: argparse.ArgumentParser) -> None:
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """The options that `segment`, `features` and `evaluate` have in common."""
-    add_picture_options(parser)
+    pictures = add_picture_options(parser)
+    pictures.add_argument(
+        "--max-pixels", type=whole_number, metavar="N", help="refuse larger pictures (default: 100 million)"
+    )
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
@@ -211,7 +172,11 @@ def open_model(args: argparse.Namespace, refine: Sequence[str] = ()) -> Opened:
     if args.short_side is not None:
         image_processor.size = {"shortest_edge": args.short_side}
         image_processor.do_resize = True
-    pictures = apply_picture_options(args, image_processor)
+    pictures = asked_of_pictures(args)
+    for name, value in pictures.items():
+        setattr(image_processor, name, value)
+    if args.max_pixels is not None:
+        image_processor.max_image_pixels = image_processor.max_input_pixels = args.max_pixels
 
     vision = model.vision_model.config
     facts = {

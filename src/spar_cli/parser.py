@@ -139,26 +139,6 @@ def window_px(word: str) -> int | str:
     return word if word in ("native", "paper") else int(word)
 
 
-def band_numbers(word: str) -> tuple[int, ...]:
-    """An argparse type: one band or three, counted from 1."""
-    if not re.fullmatch(r"[1-9][0-9]{0,3}(,[1-9][0-9]{0,3}){2}|[1-9][0-9]{0,3}", word):
-        raise argparse.ArgumentTypeError(f"it is {word!r}; give three band numbers, such as 3,2,1, or one for grey")
-    return tuple(int(number) for number in word.split(","))
-
-
-def value_range(word: str) -> str | tuple[float, float]:
-    """An argparse type: `auto`, or the values of black and white."""
-    if word == "auto":
-        return word
-    try:
-        black, white = (float(number) for number in word.split(","))
-    except ValueError:
-        black = white = 0.0
-    if not float("-inf") < black < white < float("inf"):
-        raise argparse.ArgumentTypeError(f"it is {word!r}; give auto, or what is black and white, such as 0,3000")
-    return black, white
-
-
 def name_and_value(word: str) -> tuple[str, str]:
     """An argparse type: NAME=VALUE."""
     name, equals, value = word.partition("=")

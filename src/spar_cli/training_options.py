@@ -26,6 +26,7 @@ from .parser import (
     whole_number_or_0,
     window_px,
 )
+from .picture_options import add_picture_options, asked_of_pictures
 
 DATA_USAGE = "--student NAME (--images FOLDER | --tars TAR | --dataset ID | --picture-book N)"
 
@@ -61,6 +62,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         "--workers", metavar="N", type=whole_number_or_0, default=2, help="reading processes per process (2)"
     )
 
+    add_picture_options(parser)
     group = parser.add_argument_group("augmentation (defaults: SPAR, section 4)")
     default = Augmentation()
     bounds: dict[str, Any] = {"nargs": 2, "type": fraction, "metavar": ("LOW", "HIGH")}
@@ -202,13 +204,17 @@ def build_source(args: argparse.Namespace) -> Source:
             raise ValueError(f"{name} belongs to --dataset, which is not given; leave it out.")
     if args.stream_to is not None and args.max_images is None:
         raise ValueError("--stream-to needs --max-images: how many images of the stream to take.")
+    photographs = None
     if args.images:
-        return image_folder(args.images, args.max_images)
-    if args.tars:
-        return tar_files(args.tars, args.max_images)
-    if args.dataset:
+        photographs = image_folder(args.images, args.max_images)
+    elif args.tars:
+        photographs = tar_files(args.tars, args.max_images)
+    elif args.dataset:
         split = args.dataset_split or "train"
-        return hub_dataset(args.dataset, split, args.image_column, args.max_images, args.stream_to)
+        photographs = hub_dataset(args.dataset, split, args.image_column, args.max_images, args.stream_to)
+    if photographs is not None:
+        photographs.read_with(**asked_of_pictures(args))
+        return photographs
     if args.max_images is not None:
         raise ValueError("--picture-book N says itself how many scenes to take; leave --max-images out.")
     return PictureBookScenes(args.picture_book, args.augmentation_seed)

@@ -268,6 +268,8 @@ def _low_bytes(image: Image.Image, file: ImageReader | None) -> Image.Image | No
 
 
 def _pil_to_rgb(image: Image.Image, low_bytes: Image.Image | None, options: ReadOptions, name: str) -> Image.Image:
+    if image.mode == "RGB" and image.format is None and "transparency" not in image.info:
+        return image  # made, not opened: nothing is left to choose, and options applied twice would be wrong
     has_alpha = image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info
     composes = has_alpha and options.alpha == ("compose" if image.format == "TIFF" else options.alpha) != "ignore"
     composes = composes and (options.bands is None or options.alpha == "compose")

@@ -24,6 +24,8 @@ ALPHAS = ("auto", "compose", "ignore")
 class ReadOptions:
     """What is read of a picture, and what is refused.
 
+    Bands and range are of files and arrays; a `PIL.Image` of 8-bit RGB that was made, not opened, is taken as it is.
+
     Attributes:
         bands: Those that become red, green and blue, counted from 1, or a single one for grey; None takes the first
             three, or the first of two.

@@ -10,7 +10,9 @@ from __future__ import annotations
 import io
 import tarfile
 import zlib
-from functools import cache
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,8 +20,9 @@ import numpy as np
 from PIL import Image
 
 from ..files import write_atomically
-from ..image_file_spar import FORMATS
-from ..image_io_spar import read_image
+from ..image_file_spar import TIFF_MAGIC, InvalidImageError, open_file
+from ..image_io_spar import read_header, read_image
+from ..image_values_spar import DEFAULTS, ReadOptions
 from ..picture_book.dataset import EDITION, PictureBook
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
@@ -58,46 +61,66 @@ class Photographs:
         description: for the record.
         names: one per image.
         places: (file, offset in bytes, size in bytes; -1 is the whole file) of each.
+        reading: what is read of a picture, and what is refused.
     """
 
-    def __init__(self, description: dict[str, Any], names: list[str], places: list[tuple[Path, int, int]]):
-        self.description, self.names, self.places = description, names, places
+    def __init__(
+        self,
+        description: dict[str, Any],
+        names: list[str],
+        places: list[tuple[Path, int, int]],
+        reading: ReadOptions = DEFAULTS,
+    ):
+        self.description, self.names, self.places, self.reading = description, names, places, reading
 
-    def read(self, index: int, limit: int = -1) -> bytes:
-        """The encoded image, or its first `limit` bytes."""
+    def encoded(self, index: int, limit: int = -1) -> Path | bytes:
+        """The encoded image: its file where it has one to itself, else its bytes, or the first `limit` of them."""
         path, offset, size = self.places[index]
+        if size < 0:
+            return path
+        if size > self.reading.max_file_bytes:
+            raise InvalidImageError(f"the image has {size / 2**20:.0f} MB, more than are read. Shrink it.")
         with open(path, "rb") as file:
             file.seek(offset)
-            return file.read(size if limit < 0 else min(limit, size) if size >= 0 else limit)
+            return file.read(size if limit < 0 else min(limit, size))
 
     def size_hw(self, index: int) -> tuple[int, int]:
-        """Height and width as shown, after the EXIF orientation; reads the header only. Raises `BadImage`."""
-        try:
+        """Height and width of the upright image; reads the header only. Raises `BadImage`."""
+        with self._named(index):
+            start = self.encoded(index, HEADER_BYTES)
+            if isinstance(start, bytes) and start.startswith(TIFF_MAGIC):  # a directory may stand at the end
+                start = self.encoded(index)
             try:
-                image = Image.open(io.BytesIO(self.read(index, HEADER_BYTES)), formats=raster_formats())
-            except Exception:  # perhaps a long header: the whole file decides
-                image = Image.open(io.BytesIO(self.read(index)), formats=raster_formats())
-            exif = Image.Exif()
-            exif.load(image.info.get("exif", b""))  # image.getexif() would decode a whole PNG
-            turned = exif.get(0x0112, 1) >= 5  # orientation 5 to 8: rows and columns change places
-            return image.size if turned else image.size[::-1]
-        except Exception as error:  # decoders raise anything on broken bytes
-            raise BadImage(self.names[index], f"{type(error).__name__}: {error}") from error
+                return read_header(start, self.reading, "the image").size_hw
+            except InvalidImageError:  # perhaps a long header: the whole file decides
+                if isinstance(start, Path) or len(start) < HEADER_BYTES:
+                    raise
+                return read_header(self.encoded(index), self.reading, "the image").size_hw
 
     def draw(self, index: int, height_px: int, width_px: int) -> np.ndarray:
-        """The image at that size, read and resized as `SparImageProcessor` does: (height, width, 3) uint8."""
-        try:
-            image = read_image(self.read(index), name="it")
+        """The image at that size, bicubic with antialias as `SparImageProcessor`: (height, width, 3) uint8."""
+        with self._named(index):
+            image = read_image(self.encoded(index), self.reading, "the image")
             return np.asarray(image.resize((width_px, height_px), Image.Resampling.BICUBIC))
-        except Exception as error:
-            raise BadImage(self.names[index], f"{type(error).__name__}: {error}") from error
 
     def fingerprint(self, index: int) -> int:
         """CRC-32 of the encoded image, by which a later run knows that it has not changed. Raises `BadImage`."""
+        with self._named(index):
+            source, limit = self.encoded(index), self.reading.max_file_bytes
+            with open_file(source, "the image", limit) as file:
+                return zlib.crc32(file.read())
+
+    def read_with(self, **options: Any) -> None:
+        """Sets options of reading, fields of `ReadOptions`; they enter the record of the run."""
+        self.reading = replace(self.reading, **options)
+        self.description |= {name: list(v) if isinstance(v, tuple) else v for name, v in options.items()}
+
+    @contextmanager
+    def _named(self, index: int) -> Iterator[None]:
         try:
-            return zlib.crc32(self.read(index))
-        except Exception as error:
-            raise BadImage(self.names[index], f"{type(error).__name__}: {error}") from error
+            yield
+        except (InvalidImageError, OSError) as error:
+            raise BadImage(self.names[index], str(error)) from error
 
 
 class DatasetPhotographs(Photographs):
@@ -107,9 +130,9 @@ class DatasetPhotographs(Photographs):
         super().__init__(description, names, [])
         self.column = column
 
-    def read(self, index: int, limit: int = -1) -> bytes:
-        content = encoded(self.column[index])
-        return content if limit < 0 else content[:limit]
+    def encoded(self, index: int, limit: int = -1) -> Path | bytes:
+        example = self.column[index]
+        return Path(example["path"]) if example["bytes"] is None else example["bytes"]
 
 
 class PictureBookScenes:
@@ -132,13 +155,6 @@ class PictureBookScenes:
     def fingerprint(self, index: int) -> int:
         """The edition of the book: a scene changes with it alone."""
         return EDITION
-
-
-@cache
-def raster_formats() -> list[str]:
-    """Those of `FORMATS` that this Pillow reads."""
-    Image.init()
-    return [name for name in FORMATS if name in Image.OPEN]
 
 
 def encoded(example: dict[str, Any]) -> bytes:
