@@ -154,7 +154,7 @@ def test_segment_isolate_and_download(visit, tmp_path):
     assert set(names) <= {"cake", "car", "tree", "apple", "star", "sea", "sky", "sand"} and len(names) >= 4
     shares = [
         float(re.match(r"[<\d. ]+", text).group().strip("< "))
-        for text in page.locator("#answer .share").all_inner_texts()
+        for text in page.locator("#answer .area").all_inner_texts()
     ]
     assert shares == sorted(shares, reverse=True) and abs(sum(shares) - 100) < 1
 
@@ -190,7 +190,7 @@ def test_an_example_runs_at_once_and_other_words_change_the_picture(visit):
     assert np.abs(pixels(page) - before).mean() > 5
     upload(page, _text_file())  # after an example, too, a bad file is answered in words
     page.locator("#run").click()
-    page.locator("#answer [role=alert]", has_text="no picture that can be read").wait_for()
+    page.locator("#answer [role=alert]", has_text="is not an image that can be read").wait_for()
 
 
 def _text_file() -> Path:
@@ -198,6 +198,24 @@ def _text_file() -> Path:
     SHOTS.mkdir(exist_ok=True)
     path.write_text("this is no picture\n" * 100)
     return path
+
+
+def test_uncertain_pixels_lose_their_class(visit):
+    page = visit()
+    ask(page, PICTURES / "demo.png", WORDS)
+    segmented(page)
+    before = pixels(page)
+    page.locator("#threshold input[type=number]").fill("0.5")
+    page.locator("#threshold input[type=number]").press("Tab")
+    page.locator("#run").click()
+    page.locator("#answer .legend .label", has_text="no class").wait_for()
+    page.wait_for_timeout(500)
+    shot(page, "uncertain")
+    photo = Image.open(PICTURES / "demo.png").convert("RGB").resize(before.shape[1::-1])
+    plain = (np.abs(pixels(page) - np.asarray(photo, dtype=int)).max(axis=2) < 12).mean()
+    row = page.locator("#answer .legend button", has_text="no class")
+    fraction = float(row.locator(".area").inner_text().rstrip(" %")) / 100
+    assert 0.02 < fraction < 0.98 and abs(plain - fraction) < 0.15
 
 
 def test_compare_shows_windows_and_times(visit):

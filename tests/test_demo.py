@@ -37,7 +37,7 @@ from spar_hf.demo import pictures
 from spar_hf.demo.app import EXAMPLES, OWN_METHOD, build, serve, vocabularies
 from spar_hf.demo.engine import Engine
 from spar_hf.demo.models import Stopped
-from spar_hf.demo.payload import Downloads, facts, view
+from spar_hf.demo.payload import Downloads, facts, own_folder, view
 from spar_hf.demo.pictures import DemoError
 from spar_hf.demo.settings import DEFAULT_MODEL, Settings
 from spar_hf.demo.space import space_files
@@ -166,6 +166,10 @@ def faulty(tmp_path) -> dict[str, Path]:
     files["truncated"].write_bytes(jpeg.getvalue()[: len(jpeg.getvalue()) // 2])
     files["svg"] = tmp_path / "drawing.svg"
     files["svg"].write_text('<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>')
+    files["thin"] = tmp_path / "thin.png"
+    Image.new("L", (65535, 1)).save(files["thin"])
+    files["comment"] = tmp_path / "comment.ppm"
+    files["comment"].write_bytes(b"P6\n#" + b"x" * 1_500_000 + b"\n4 4\n255\n" + bytes(48))
     files["empty"] = tmp_path / "empty.png"
     files["empty"].write_bytes(b"")
     files["heavy"] = tmp_path / "heavy.bmp"
@@ -179,6 +183,8 @@ SAYS = {
     "truncated": "damaged",
     "svg": "is not an image that can be read",
     "empty": "is not an image that can be read",
+    "thin": r"1x65535 pixels; one side may be [\d,]+ times the other at most. Cut it into pieces\.$",
+    "comment": "mostly comments",
     "heavy": "3 MB; at most 2 MB are taken",
 }
 
@@ -404,6 +410,18 @@ def test_hostile_labels_stay_text_in_downloads_and_views(tmp_path):
     assert {entry["label"] for entry in value["classes"]} <= set(HOSTILE)
     downloads.tidy(-1)
     assert not list(downloads.folder.iterdir())
+
+
+def test_a_page_removes_what_killed_ones_left(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    left, foreign = tmp_path / f"spar-demo-{process.pid}-abc", tmp_path / "spar-demo-notes-1"
+    for place in (left, foreign):
+        place.mkdir()
+        (place / "file.png").write_bytes(b"x")
+    own = [own_folder(), own_folder()]
+    assert all(place.is_dir() for place in own) and foreign.is_dir() and not left.exists()
 
 
 def test_no_value_is_ever_part_of_the_pages_html():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import os
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
+from PIL import Image
 
 pytest.importorskip("gradio")
 import gradio as gr
@@ -37,8 +39,9 @@ def address() -> Iterator[str]:
 @pytest.fixture(scope="module")
 def upload(address) -> str:
     """Path of an upload on the server."""
-    with PICTURE.open("rb") as file:
-        return httpx.post(f"{address}/gradio_api/upload", files={"files": file}).json()[0]
+    file = io.BytesIO()
+    Image.radial_gradient("L").resize((96, 64)).save(file, format="PNG")
+    return httpx.post(f"{address}/gradio_api/upload", files={"files": ("x.png", file.getvalue())}).json()[0]
 
 
 def file_data(path: Any) -> dict[str, Any]:
@@ -94,7 +97,7 @@ def test_the_server_refuses_a_path_and_shows_nothing_of_itself(address, path):
 
 def test_an_upload_is_a_picture(address, upload):
     text = call(address, "segment", [file_data(upload), WORDS, "tiny", OWN_METHOD, 0])
-    assert "event: complete" in text and '"label": "sand"' in text
+    assert "event: complete" in text and '"size_hw": [64, 96]' in text
 
 
 ADDRESSES = [

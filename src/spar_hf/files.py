@@ -48,8 +48,11 @@ def clear_drafts(folder: Path) -> list[Path]:
 
 
 def _is_growing(draft: Path, process: int) -> bool:
-    if process == os.getpid():
-        return draft in _growing
+    return draft in _growing if process == os.getpid() else is_running(process)
+
+
+def is_running(process: int) -> bool:
+    """Whether there is a process of that number on this machine."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:

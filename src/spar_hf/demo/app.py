@@ -105,7 +105,8 @@ def build(settings: Settings | None = None) -> gr.Blocks:
     settings = settings or Settings.from_environment()
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     os.environ.setdefault("GRADIO_RUN_HISTORY", "False")  # a visitor's pictures and words are kept nowhere
-    os.environ.setdefault("GRADIO_TEMP_DIR", str(own_folder()))  # two pages would delete each other's files
+    if "GRADIO_TEMP_DIR" not in os.environ:  # two pages with one folder delete each other's files
+        os.environ["GRADIO_TEMP_DIR"] = str(own_folder())
     page = Page(settings)
     quick: dict[str, Any] = {"concurrency_id": "quick", "concurrency_limit": settings.quick_at_once}
     slow: dict[str, Any] = {"concurrency_id": "slow", "concurrency_limit": settings.slow_at_once}

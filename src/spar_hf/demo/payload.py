@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..files import clear_drafts
+from ..files import is_running
 from ..visualize import label_map_image, overlay, palette, percent_text, plain_text
 from .engine import Answer, Features
 from .pictures import resized_ids
@@ -153,9 +153,12 @@ def facts(answer: Answer) -> dict[str, Any]:
 
 
 def own_folder() -> Path:
-    """A new folder for temporary files; those of processes that are gone are removed."""
-    clear_drafts(Path(tempfile.gettempdir()))
-    return Path(tempfile.mkdtemp(prefix=".spar-demo-", suffix=f".{os.getpid()}.tmp"))
+    """A new folder for temporary files; those that killed pages left are removed."""
+    for place in Path(tempfile.gettempdir()).glob("spar-demo-*"):
+        process = place.name.split("-")[2]
+        if process.isdigit() and not is_running(int(process)):
+            shutil.rmtree(place, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"spar-demo-{os.getpid()}-"))
 
 
 class Downloads:
