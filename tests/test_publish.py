@@ -18,7 +18,7 @@ import torch
 from distillation_help import SIZES, save_network, save_pictures
 from distillation_help import run as distill
 from families import spar_dinov3, spar_siglip
-from hub_server import HubServer
+from hub_server import hub_for
 from huggingface_hub import ModelCard, constants
 from PIL import Image
 from safetensors.torch import load, load_file
@@ -47,19 +47,8 @@ WEIGHTS_AND_WORDS = {
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """A Hub on loopback that this process and its children use, with a token that may write."""
-    with HubServer() as server:
-        settings = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
-        for name, value in {**settings, "HF_TOKEN": "hf_writer", "HF_HUB_OFFLINE": "0"}.items():
-            monkeypatch.setenv(name, value)
-        # The client reads these when it is imported, which it is already here.
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        address = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with hub_for(monkeypatch, tmp_path / "home") as server:
         monkeypatch.setattr(sys.modules["spar_hf.hub.publish"], "WAIT_S", 0.0)
-        monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
         yield server
 
 
