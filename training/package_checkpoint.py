@@ -12,10 +12,9 @@ import json
 import shutil
 from pathlib import Path
 
-from transformers import AutoConfig, AutoTokenizer
-
 from spar_hf import SparImageProcessor, SparModel, SparProcessor
-from spar_hf.checkpoints import ASSETS, SHIPPED
+from spar_hf.checkpoints import ASSETS, SHIPPED, load_processor
+from spar_hf.pretrained import open_model, open_tokenizer, read_config
 
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 parser.add_argument("folder", type=Path)
@@ -24,12 +23,12 @@ parser.add_argument("--source", help="provenance, kept in the configuration")
 args = parser.parse_args()
 
 overrides = {} if args.source is None else {"source": args.source}
-model = SparModel.from_pretrained(args.folder, **overrides)
-if AutoConfig.from_pretrained(args.folder).model_type == model.config.model_type:
-    processor = SparProcessor.from_pretrained(args.folder)
+model = open_model(SparModel, args.folder, **overrides)
+if read_config(args.folder).get("model_type") == model.config.model_type:
+    processor = load_processor(args.folder, model.config)
 else:
     vision = model.config.vision_config
-    tokenizer = AutoTokenizer.from_pretrained(args.folder)
+    tokenizer = open_tokenizer(args.folder)
     for fixed_length in (tokenizer.backend_tokenizer.no_padding, tokenizer.backend_tokenizer.no_truncation):
         fixed_length()
     processor = SparProcessor(
