@@ -124,8 +124,8 @@ FIELDS = [  # file, field, value, what the line says
     ("config.json", ("num_labels",), 10**9, "num_labels is 1000000000, and transformers would list them"),
     ("config.json", ("vision_config", "size_rule"), "crop", "size_rule is 'crop'; choose one of 'floor'"),
     ("config.json", ("dtype",), "float23", "config.json cannot be used"),
-    ("config.json", ("model_type",), "bert", r"checkpoint of type 'bert' \(config.json\); those that can be loaded"),
-    ("config.json", ("model_type",), ["bert"], r"checkpoint of type .* \(config.json\); those that can be loaded"),
+    ("config.json", ("model_type",), "bert", "checkpoint of type 'bert'; those that can be loaded"),
+    ("config.json", ("model_type",), ["bert"], "checkpoint of type .*; those that can be loaded"),
     ("config.json", ("quantization_config",), {"quant_method": "fp8"}, "quantized with 'fp8'; torchao and bitsandb"),
     ("config.json", ("quantization_config",), "int8", "it is quantized with None"),
     ("config.json", ("_attn_implementation",), "kernels-community/flash-attn", "may ask for 'eager' or 'sdpa'"),
@@ -424,7 +424,7 @@ def test_every_load_says_that_no_code_is_trusted():
 
 
 @pytest.mark.fuzz
-@settings(max_examples=1500, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=1500, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 2**32 - 1))
 def test_whatever_is_broken_is_named(seed, bases, tmp_path_factory):
     """`python -m pytest -m fuzz tests/test_broken_folders.py`"""

@@ -74,12 +74,12 @@ def class_of(folder: Path, table: dict[str, Any]) -> Any:
         return table[model_type]
     if model_type in TOWERS:
         raise ValueError(
-            f"{folder} holds a vision tower alone ({CONFIG} says {model_type}), and labels need the text tower too. "
-            f"Give a whole checkpoint, or load the tower with spar_hf.{TOWERS[model_type].__name__}."
+            f"{folder} holds a vision tower alone ({model_type}), and labels need the text tower too. Give a whole "
+            f"checkpoint, or load the tower with spar_hf.{TOWERS[model_type].__name__}. The type stands in {CONFIG}."
         )
     raise ValueError(
-        f"{folder} is a checkpoint of type {model_type!r:.80} ({CONFIG}); those that can be loaded are "
-        f"{', '.join(sorted(table))}."
+        f"{folder} is a checkpoint of type {model_type!r:.80}; those that can be loaded are "
+        f"{', '.join(sorted(table))}. The type stands in {CONFIG}."
     )
 
 
