@@ -16,11 +16,15 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from huggingface_hub import constants
 
 LARGE = (".safetensors", ".bin", ".png", ".jpg")  # the Hub's .gitattributes: these go to the large-file store
 TOKENS = {"hf_writer": ("you", "write"), "hf_reader": ("you", "read"), "hf_other": ("other", "write")}
@@ -96,11 +100,36 @@ class HubServer:
     def repository(self, repo_id: str, kind: str = "models") -> Repository:
         return self.repositories[kind, repo_id]
 
+    def put(self, repo_id: str, files: dict[str, bytes]) -> None:
+        """A commit of these files, as if somebody had uploaded them."""
+        repository = self.repositories.setdefault(("models", repo_id), Repository(repo_id, "models", {}))
+        stored = {name: File(content, name.endswith(LARGE)) for name, content in files.items()}
+        self.objects |= {file.oid: file.content for file in stored.values() if file.large}
+        repository.commit(stored, "put", "main")
+
     def files(self, repo_id: str, kind: str = "models", revision: str = "main") -> dict[str, bytes]:
         """The files of a revision."""
         found = self.repository(repo_id, kind).at(revision)
         assert found is not None
         return {path: file.content for path, file in found[1].items()}
+
+
+@contextmanager
+def hub_for(monkeypatch: Any, home: Path) -> Iterator[HubServer]:
+    """A Hub that this process and its children use, with a token that may write and a cache in `home`."""
+    with HubServer() as server:
+        settings = {"HF_ENDPOINT": server.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+        for name, value in {**settings, "HF_TOKEN": "hf_writer", "HF_HUB_OFFLINE": "0"}.items():
+            monkeypatch.setenv(name, value)
+        # The client reads these when it is imported, which it is already here.
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        address = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address)
+        monkeypatch.setattr(constants, "HF_HOME", str(home))
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        yield server
 
 
 class Refused(Exception):

@@ -124,8 +124,8 @@ FIELDS = [  # file, field, value, what the line says
     ("config.json", ("num_labels",), 10**9, "num_labels is 1000000000, and transformers would list them"),
     ("config.json", ("vision_config", "size_rule"), "crop", "size_rule is 'crop'; choose one of 'floor'"),
     ("config.json", ("dtype",), "float23", "config.json cannot be used"),
-    ("config.json", ("model_type",), "bert", r"checkpoint of type 'bert' \(config.json\); those that can be loaded"),
-    ("config.json", ("model_type",), ["bert"], r"checkpoint of type .* \(config.json\); those that can be loaded"),
+    ("config.json", ("model_type",), "bert", "checkpoint of type 'bert'; those that can be loaded"),
+    ("config.json", ("model_type",), ["bert"], "checkpoint of type .*; those that can be loaded"),
     ("config.json", ("quantization_config",), {"quant_method": "fp8"}, "quantized with 'fp8'; torchao and bitsandb"),
     ("config.json", ("quantization_config",), "int8", "it is quantized with None"),
     ("config.json", ("_attn_implementation",), "kernels-community/flash-attn", "may ask for 'eager' or 'sdpa'"),
@@ -380,6 +380,7 @@ def test_no_code_of_a_second_network_or_tokenizer_runs(copy, tmp_path, yes):
     change(folder / "config.json", "auto_map", to={"AutoConfig": "evil.C", "AutoModel": "evil.M"})
     assert "config.json cannot be used: it asks to run code of its own" in refused(folder, load_network)
     assert "checkpoint of type 'evil_model'" in refused(folder, load_tower)
+    assert "checkpoint of type 'evil_model'" in refused(folder, spar_hf.pipeline)
     assert not marker.exists() and not yes
 
 
@@ -400,7 +401,7 @@ def test_second_networks_are_read_with_the_same_care(tmp_path):
 
 
 def test_every_load_says_that_no_code_is_trusted():
-    """`from_pretrained` is called in few places, each with `trust_remote_code=False`."""
+    """`from_pretrained` is called in few places, each with `trust_remote_code=False`; what ships can't use ours."""
     calls = []
     for path in sorted([*PACKAGE.rglob("*.py"), *(PACKAGE.parent / "spar_cli").glob("*.py")]):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -412,15 +413,18 @@ def test_every_load_says_that_no_code_is_trusted():
                 calls.append((path.name, node.func.attr, isinstance(trusts, ast.Constant) and trusts.value is False))
             if node.func.attr in ("load",) and ast.unparse(node.func) == "torch.load":
                 calls.append((path.name, "torch.load", any(w.arg == "weights_only" for w in node.keywords)))
-    assert [call for call in calls if not call[2]] == [("publish.py", "hf_hub_download", False)]
-    assert {name for name, _, _ in calls} == {"checkpoint_files.py", "loading.py", "pretrained.py", "publish.py"}
+    # Those of a class of ours that only pass on what they were given, and a single file that is read as JSON.
+    passed_on = {("anyup_spar.py", "from_pretrained"), ("encoder_spar.py", "from_pretrained")}
+    assert {call[:2] for call in calls if not call[2]} <= {("publish.py", "hf_hub_download"), *passed_on}
+    homes = {"checkpoint_files.py", "checkpoints.py", "loading.py", "pretrained.py", "publish.py"}
+    assert {name for name, _, _ in calls if not name.endswith("_spar.py")} == homes
 
 
 # --------------------------------------------------------------------------------------------- by chance
 
 
 @pytest.mark.fuzz
-@settings(max_examples=1500, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=1500, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 2**32 - 1))
 def test_whatever_is_broken_is_named(seed, bases, tmp_path_factory):
     """`python -m pytest -m fuzz tests/test_broken_folders.py`"""

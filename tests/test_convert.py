@@ -5,6 +5,9 @@ from __future__ import annotations
 import gzip
 import json
 import pickle
+import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -345,7 +348,7 @@ def test_files_that_cannot_be_read_safely(tmp_path):
     with pytest.raises(ValueError, match=r"no checkpoint of PyTorch|cannot be read safely"):
         read_source([bad])
     (tmp_path / "x.safetensors").write_bytes(b"nor this")
-    with pytest.raises(ValueError, match="is no file of safetensors"):
+    with pytest.raises(ValueError, match="it is no file of safetensors"):
         read_source([tmp_path / "x.safetensors"])
     torch.save([1, 2], bad)
     with pytest.raises(ValueError, match="holds no named weights"):
@@ -393,3 +396,66 @@ def test_command(clip_tokenizer, words, tmp_path, capsys):
         assert main([*line, *change]) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
+
+
+# -------------------------------------------------------------------------------------- faults of files
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"readme: this is no checkpoint\n", b"A" * 100 + b"PK\x05\x06" + b"\xff" * 18, b"", b"\x80\x02.", b"\0" * 64],
+)
+def test_files_that_are_no_checkpoint(content, tmp_path, capsys):
+    path = tmp_path / "text.pt"
+    path.write_bytes(content)
+    line = ["convert", str(path), "--backbone", "clip", "--activation", "gelu", "--output", str(tmp_path / "out")]
+    assert main(line) == 2
+    error = capsys.readouterr().err
+    assert "text.pt is no checkpoint of PyTorch, or a damaged one" in error and error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_numbers_that_are_none(clip_tokenizer, words, tmp_path):
+    weights = open_clip_vit(len(clip_tokenizer))
+    weights["visual.ln_post.weight"] = weights["visual.ln_post.weight"] * float("nan")
+    path = plain_file(weights, tmp_path / "nan.pt")
+    with pytest.raises(ValueError, match=r"nan.pt cannot be used: visual.ln_post.weight holds NaN or infinity in flo"):
+        convert([path], "clip", tmp_path / "out", Asked("gelu", **HEADS), words)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"{", "it is no JSON in UTF-8"),
+        (b"[]", "it holds a list"),
+        (b'{"model_cfg": 7}', "model_cfg must be an object"),
+    ],
+)
+def test_an_open_clip_folder_with_a_broken_configuration(content, says, clip_tokenizer, tmp_path):
+    save_file(open_clip_vit(len(clip_tokenizer)), tmp_path / "open_clip_model.safetensors")
+    (tmp_path / "open_clip_config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"open_clip_config.json cannot be used: {says}"):
+        read_source([tmp_path])
+
+
+def test_a_full_disk_and_a_killed_run_leave_nothing(clip_tokenizer, words, tmp_path):
+    """A limit on the size of a file stands for the disk; `.out.1.tmp` would be that of a process that runs."""
+    path = plain_file(open_clip_vit(len(clip_tokenizer)), tmp_path / "clip.pt")
+    gone = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True
+    )
+    killed = tmp_path / f".out.{gone.stdout.strip()}.tmp"
+    killed.mkdir()
+    (killed / "model.safetensors").write_bytes(b"half")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(
+            OSError, match=r"disk full while writing .*out. What was written before is intact; free som"
+        ):
+            convert([path], "clip", tmp_path / "out", Asked("gelu", **HEADS), words)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == [path]
+    convert([path], "clip", tmp_path / "out", Asked("gelu", **HEADS), words)
+    assert {item.name for item in tmp_path.iterdir()} == {"clip.pt", "out"}

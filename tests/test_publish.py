@@ -18,7 +18,7 @@ import torch
 from distillation_help import SIZES, save_network, save_pictures
 from distillation_help import run as distill
 from families import spar_dinov3, spar_siglip
-from hub_server import HubServer
+from hub_server import hub_for
 from huggingface_hub import ModelCard, constants
 from PIL import Image
 from safetensors.torch import load, load_file
@@ -47,19 +47,8 @@ WEIGHTS_AND_WORDS = {
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """A Hub on loopback that this process and its children use, with a token that may write."""
-    with HubServer() as server:
-        settings = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
-        for name, value in {**settings, "HF_TOKEN": "hf_writer", "HF_HUB_OFFLINE": "0"}.items():
-            monkeypatch.setenv(name, value)
-        # The client reads these when it is imported, which it is already here.
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        address = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with hub_for(monkeypatch, tmp_path / "home") as server:
         monkeypatch.setattr(sys.modules["spar_hf.hub.publish"], "WAIT_S", 0.0)
-        monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
         yield server
 
 
@@ -482,3 +471,55 @@ def test_folders_that_cannot_be_published(capsys, tmp_path, trained):
     (broken / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0garbage!")
     assert main(["publish", str(broken), "--repo-id", "you/spar"]) == 2
     assert "does not load" in capsys.readouterr().err
+
+
+def test_a_teacher_of_which_little_is_known(make_spar, spar_processor, tmp_path):
+    """Records that other programs wrote: what is missing is left out, what is wrong is named."""
+    for teacher, says in (
+        ({"model": "you/teacher"}, "- teacher: you/teacher\n"),
+        ({"method": "naclip", "window_px": 224}, "- teacher: method naclip, window 224 px\n"),
+        ({"model": "x/y", "method": None, "data": "photos", "steps": 3}, "- teacher: x/y\n- steps: 3\n"),
+        ({"note": "none of ours"}, "It was distilled"),
+    ):
+        model = make_spar(num_hidden_layers=2)
+        model.config.vision_config.teacher = model.vision_model.config.teacher = teacher
+        folder = tmp_path / "model"
+        model.save_pretrained(folder)
+        spar_processor.save_pretrained(folder)
+        (folder / "run.json").write_text('{"made_from": {"teacher": "x"}, "versions": [1], "steps": 3}')
+        out = tmp_path / "out"
+        out.mkdir()
+        prepare(folder, out, "you/spar")
+        card = (out / "README.md").read_text()
+        assert says in card and "None" not in card, card
+        shutil.rmtree(folder)
+        shutil.rmtree(out)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"protocol": "spar"}, {"mean_iou": "high"}, {"num_images": None}, {"command": "spar 'open"}, {"command": 7}],
+)
+def test_results_that_lack_a_part_are_named(wrong, trained, tmp_path):
+    folder = shutil.copytree(trained / "model", tmp_path / "model")
+    results = json.loads((folder / "ade20k.json").read_text())
+    (folder / "ade20k.json").write_text(json.dumps(results | wrong))
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ValueError, match=r"ade20k.json cannot be used: ") as caught:
+        prepare(folder, tmp_path / "out", "you/spar")
+    assert str(caught.value).isprintable()
+
+
+def test_what_a_killed_run_left_is_cleared(hub, trained, tmp_path, spar):
+    gone = process("-c", "import os; print(os.getpid())").out.strip()
+    left = tmp_path / "home/spar-publish" / f".you--spar.{gone}.tmp"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(b"half")
+    assert spar("publish", trained / "model", "--repo-id", "you/spar").status == 0
+    assert list((tmp_path / "home/spar-publish").iterdir()) == []
+
+
+def test_a_name_taken_by_what_nobody_knows(hub, trained, spar):
+    for content in (b"[]", b"no JSON", b'{"model_type": 7}'):
+        hub.put("you/spar", {"config.json": content})
+        assert "you/spar holds another model" in fails(spar("publish", trained / "model", "--repo-id", "you/spar"))

@@ -15,13 +15,12 @@ import json
 import shutil
 import sys
 
-from transformers import AutoConfig, AutoTokenizer
-
 from spar_cli.parser import Parser, path, text
 from spar_cli.training_options import run_script, script_parser
 from spar_hf import SparImageProcessor, SparModel, SparProcessor
-from spar_hf.checkpoints import ASSETS, SHIPPED
+from spar_hf.checkpoints import ASSETS, SHIPPED, load_processor
 from spar_hf.files import whole_folder
+from spar_hf.pretrained import open_model, open_tokenizer, read_config
 
 
 def parser() -> Parser:
@@ -34,12 +33,12 @@ def parser() -> Parser:
 
 def main(args: argparse.Namespace) -> None:
     overrides = {} if args.source is None else {"source": args.source}
-    model = SparModel.from_pretrained(args.folder, **overrides)
-    if AutoConfig.from_pretrained(args.folder).model_type == model.config.model_type:
-        processor = SparProcessor.from_pretrained(args.folder)
+    model = open_model(SparModel, args.folder, **overrides)
+    if read_config(args.folder).get("model_type") == model.config.model_type:
+        processor = load_processor(args.folder, model.config)
     else:
         vision = model.config.vision_config
-        tokenizer = AutoTokenizer.from_pretrained(args.folder)
+        tokenizer = open_tokenizer(args.folder)
         for fixed_length in (tokenizer.backend_tokenizer.no_padding, tokenizer.backend_tokenizer.no_truncation):
             fixed_length()
         processor = SparProcessor(

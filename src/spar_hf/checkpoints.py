@@ -74,12 +74,12 @@ def class_of(folder: Path, table: dict[str, Any]) -> Any:
         return table[model_type]
     if model_type in TOWERS:
         raise ValueError(
-            f"{folder} holds a vision tower alone ({CONFIG} says {model_type}), and labels need the text tower too. "
-            f"Give a whole checkpoint, or load the tower with spar_hf.{TOWERS[model_type].__name__}."
+            f"{folder} holds a vision tower alone ({model_type}), and labels need the text tower too. Give a whole "
+            f"checkpoint, or load the tower with spar_hf.{TOWERS[model_type].__name__}. The type stands in {CONFIG}."
         )
     raise ValueError(
-        f"{folder} is a checkpoint of type {model_type!r:.80} ({CONFIG}); those that can be loaded are "
-        f"{', '.join(sorted(table))}."
+        f"{folder} is a checkpoint of type {model_type!r:.80}; those that can be loaded are "
+        f"{', '.join(sorted(table))}. The type stands in {CONFIG}."
     )
 
 
@@ -110,11 +110,18 @@ def pipeline(model: str | Path | Any = "tiny", **kwargs: Any) -> OpenVocabularyS
     """`transformers.pipeline("open-vocabulary-segmentation", ...)`, which also knows the names that `load` knows.
 
     Args:
-        model: as for `load`; or a model, ours or a stock one, with `processor=`.
+        model: as for `load`, which opens it; or a model, ours or a stock one, with `processor=`.
         kwargs: arguments of `transformers.pipeline`, and of each call (`candidate_labels`, ...).
+
+    Raises:
+        ValueError, OSError: as `load`.
     """
     task: Any = TASK  # which transformers' types don't list
-    return transformers.pipeline(task, model=resolve(model) if isinstance(model, str | Path) else model, **kwargs)
+    if isinstance(model, str | Path):
+        options = {name: kwargs.pop(name) for name in ("dtype", "device_map", *HUB_ARGUMENTS) if name in kwargs}
+        model, processor = load(model, **options, **kwargs.pop("model_kwargs", {}))
+        kwargs.setdefault("processor", processor)
+    return transformers.pipeline(task, model=model, trust_remote_code=False, **kwargs)
 
 
 def load_tower(name: str | Path, **overrides: Any) -> tuple[Any, Any, SparProcessor | None]:

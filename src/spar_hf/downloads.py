@@ -63,6 +63,11 @@ def fetch(name: str, weights: bool = True, **hub: Any) -> Path:
     return folder
 
 
+def revision_of(folder: Path) -> str | None:
+    """The commit that a folder of the cache is a snapshot of; None for any other folder."""
+    return folder.name if folder.parent.name == "snapshots" else None
+
+
 def _shards(index: Path) -> list[str]:
     """The files that an index lists; none where it can't be read, which is for its reader to say."""
     try:
@@ -90,5 +95,5 @@ def _in_words(error: Exception, name: str, hub: dict[str, Any]) -> str:
     if isinstance(error, HFValidationError):
         return f"that is no id of the Hub ({reason}); give OWNER/NAME"
     if isinstance(error, LocalEntryNotFoundError):
-        return "it is not in the cache and the Hub cannot be reached; check the network and HF_HUB_OFFLINE"
+        return "it is not whole in the cache and the Hub cannot be reached; check the network and HF_HUB_OFFLINE"
     return f"{reason[:300]}; run the same command again, which goes on where this one stopped"

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from .grid_spar import one_of, unknown
 
 SCORES = ("identity", "qk", "qq", "kk", "vv")
+MAX_ITERATIONS = 1000
 
 
 def block_index(block: int, num_layers: int) -> int:
@@ -42,14 +43,17 @@ class Term:
 
     def __post_init__(self) -> None:
         one_of("recipe term's scores", self.scores, SCORES)
+        if not isinstance(self.weight, int | float) or not math.isfinite(self.weight):
+            raise ValueError(f"recipe term's weight is {self.weight!r}; it must be a number.")
         if self.sigma_patches is not None and not self.sigma_patches > 0:
             raise ValueError(f"sigma_patches is {self.sigma_patches}; it must be positive, or None for no locality.")
-        if not 1 <= self.block <= 12:
+        if not isinstance(self.block, int) or not 1 <= self.block <= 12:
             raise ValueError(f"recipe term's block is {self.block}; it must be 1 to 12 (12 is the last block).")
-        if self.iterations < 0 or (self.iterations and self.scores not in ("qq", "kk", "vv")):
+        turns = isinstance(self.iterations, int) and 0 <= self.iterations <= MAX_ITERATIONS
+        if not turns or (self.iterations and self.scores not in ("qq", "kk", "vv")):
             raise ValueError(
-                f"recipe term's iterations is {self.iterations} with scores {self.scores!r}; it must be 0, or at "
-                "least 1 with qq, kk or vv."
+                f"recipe term's iterations is {self.iterations} with scores {self.scores!r}; it must be 0, or 1 to "
+                f"{MAX_ITERATIONS} with qq, kk or vv."
             )
 
     def index(self, num_layers: int) -> int:
@@ -79,7 +83,7 @@ class Recipe:
         object.__setattr__(self, "terms", terms)
         if not terms:
             raise ValueError("recipe has no terms; give at least one, such as {'scores': 'identity'}.")
-        if self.blocks < 1:
+        if not isinstance(self.blocks, int) or self.blocks < 1:
             raise ValueError(f"recipe's blocks is {self.blocks}; it must be at least 1.")
         if self.blocks > 1 and (self.feed_forward or any(term.block != 12 for term in terms)):
             raise ValueError("a recipe over several blocks takes feed_forward=False and terms of its own block only.")

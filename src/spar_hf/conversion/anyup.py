@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..anyup_spar import SparAnyUp, SparAnyUpConfig
+from ..pretrained import open_model
 from .convert import Comparison, Converted, measure, new_folder, rename_weights, set_weights, write_checked
 from .layouts import Layout, Table, rename, same, third
 from .source import Source, read_source
@@ -96,7 +97,7 @@ def convert_anyup(path: Path | str, output: Path | str, allow: Sequence[str] = (
 
     def write(draft: Path) -> Converted:
         model.save_pretrained(draft)
-        comparisons = compare(SparAnyUp.from_pretrained(draft).eval(), source.weights)
+        comparisons = compare(open_model(SparAnyUp, draft), source.weights)
         return Converted(
             source.name, source.digest, layout.name, used, left_out, allowed, layout.vision, {}, comparisons
         )

@@ -11,11 +11,10 @@ from dataclasses import asdict, dataclass
 from importlib import import_module
 from typing import Any
 
-from transformers import PreTrainedConfig
-
 from ..anyup_spar import SparAnyUp
-from ..checkpoints import resolve
+from ..checkpoints import folder_of
 from ..grid_spar import unknown
+from ..pretrained import open_model, read_config
 from ..upsampling_spar import Upsampler
 
 
@@ -55,11 +54,12 @@ class UpsamplerRow:
             return import_module(f"{__package__}.{self.name}").Upsampler()
         if weights is None:
             raise ValueError(f"upsampler {self.name!r} needs weights: {self.name}=FOLDER or ID; {self.weights}.")
-        folder = resolve(weights)
-        model_type = PreTrainedConfig.get_config_dict(folder)[0].get("model_type")
+        folder = folder_of(weights, {})
+        model_type = read_config(folder).get("model_type")
         if model_type != SparAnyUp.config_class.model_type:
             raise ValueError(f"{weights} is a checkpoint of type {model_type!r} and no {self.title}; {self.weights}.")
-        return SparAnyUp.from_pretrained(folder).eval()
+        network: Upsampler = open_model(SparAnyUp, folder)
+        return network
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
