@@ -41,7 +41,8 @@ def small(name: str) -> torch.nn.Module:
 def networks_for(method: str | None, refine: Iterable[str] = ()) -> dict[str, Any]:
     """Networks for `build_encoder` and `build_segmenter`: all that the method and the refinements need."""
     needs = {} if method is None else METHODS[method].needs
-    return {name: small(name) for name in [*needs, *(name for row in refine for name in REFINEMENTS[row].networks)]}
+    known = [REFINEMENTS[row] for row in refine if row in REFINEMENTS]
+    return {name: small(name) for name in [*needs, *(name for row in known for name in row.networks)]}
 
 
 def sam_model() -> torch.nn.Module:

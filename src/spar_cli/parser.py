@@ -6,6 +6,7 @@ Imports no PyTorch, so that help and mistakes on the line are answered at once.
 from __future__ import annotations
 
 import argparse
+import difflib
 import math
 import re
 import sys
@@ -22,9 +23,10 @@ def check_one_of(what: str, word: str, allowed: Iterable[str]) -> str:
     """
     allowed = list(allowed)
     if word not in allowed:
-        from spar_hf.grid_spar import unknown  # loads the libraries, which only a mistake waits for
-
-        raise ValueError(unknown(what, word, allowed))
+        # As `spar_hf.grid_spar.unknown` says it, whose import takes seconds: a mistake on the line is told at once.
+        near = difflib.get_close_matches(word, allowed, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"there is no {what} {word!r}; choose one of {', '.join(allowed)}.{hint}")
     return word
 
 

@@ -43,7 +43,7 @@ class Term:
 
     def __post_init__(self) -> None:
         one_of("recipe term's scores", self.scores, SCORES)
-        if not isinstance(self.weight, int | float) or not math.isfinite(self.weight):
+        if not isinstance(self.weight, int | float) or not abs(self.weight) < float("inf"):
             raise ValueError(f"recipe term's weight is {self.weight!r}; it must be a number.")
         if self.sigma_patches is not None and not self.sigma_patches > 0:
             raise ValueError(f"sigma_patches is {self.sigma_patches}; it must be positive, or None for no locality.")
