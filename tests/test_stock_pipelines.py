@@ -147,9 +147,7 @@ def test_our_pipeline_takes_models_too(whole: tuple[Any, SparProcessor, Path]) -
     model, processor, folder = whole
     assert spar_hf.pipeline(model, processor=processor, device="cpu").model is model
     assert spar_hf.pipeline(folder, device="cpu").model.config.model_type == model.config.model_type
-    with pytest.raises(
-        ValueError, match=r"there is no model 'tini'; choose one of tiny, tiny-spar. Did you mean 'tiny'"
-    ):
+    with pytest.raises(ValueError, match=r"there is no model 'tini'; choose one of .* Did you mean 'tiny'"):
         spar_hf.pipeline("tini")
 
 
