@@ -36,6 +36,7 @@ POST_PROCESSING = (
     "area_threshold",
     "synonyms",
 )
+BAND_PIXELS = 2**20  # counted at a time
 MAX_PROBABILITIES = 10**9  # numbers that `return_probabilities` may return, 2 GB
 
 
@@ -317,19 +318,26 @@ def segments_of(
 
     An id outside the vocabulary is the background's, -1 is no class.
     """
-    ids, where, counts = np.unique(segmentation, return_inverse=True, return_counts=True)
-    means = None if scores is None else np.bincount(where.ravel(), scores.ravel()) / counts
+    first, last = int(segmentation.min()), int(segmentation.max())
+    counts, sums = np.zeros(last - first + 1), np.zeros(last - first + 1)
+    step = max(1, BAND_PIXELS // segmentation.shape[1])  # a whole label map as 64-bit numbers may be a gigabyte
+    for top in range(0, len(segmentation), step):
+        places = segmentation[top : top + step].ravel() - first
+        counts += np.bincount(places, minlength=len(counts))
+        if scores is not None:
+            sums += np.bincount(places, scores[top : top + step].ravel(), minlength=len(sums))
     segments = []
-    for place in np.lexsort((ids, counts))[::-1]:
-        index = int(ids[place])
+    occurring = counts.nonzero()[0]
+    for place in occurring[np.lexsort((occurring, counts[occurring]))[::-1]]:
+        index = first + int(place)
         name = "no class" if index == NO_CLASS else "background"
         segment: dict[str, Any] = {
             "id": index,
             "label": class_names[index] if 0 <= index < len(class_names) else name,
             "area_fraction": float(counts[place] / segmentation.size),
         }
-        if means is not None:
-            segment["score"] = float(means[place])
+        if scores is not None:
+            segment["score"] = float(sums[place] / counts[place])
         segments.append(segment)
     return segments
 
