@@ -358,14 +358,23 @@ def two_networks(tmp_path) -> Engine:
     return Engine(Settings(model="tiny", device="cpu", networks=f"dino={tmp_path / 'vit'}"))
 
 
-def test_methods_with_a_second_network_run_where_it_is_named(two_networks, tmp_path):
-    answer = two_networks.segment(PICTURE, WORDS, "tiny", "proxyclip")
+@pytest.mark.parametrize("method", ["proxyclip", "lposs"])
+def test_methods_with_a_second_network_run_where_it_is_named(two_networks, tmp_path, method):
+    """One that gives features, and one that gives scores."""
+    Image.open(PICTURE).convert("RGB").resize((288, 192)).save(tmp_path / "small.png")
+    answer = two_networks.segment(tmp_path / "small.png", WORDS, "tiny", method)
     assert facts(answer)["networks"] == {"dino": "vit"} and str(tmp_path) not in json.dumps(facts(answer))
     model, processor = spar_hf.load("tiny")
-    expected = build_segmenter(model, processor, "proxyclip", networks={"dino": str(tmp_path / "vit")})
-    (maps,) = expected(processor(images=PICTURE)["pixel_values"], expected.encode_labels(WORDS))
+    expected = build_segmenter(model, processor, method, networks={"dino": str(tmp_path / "vit")})
+    pixel_values = processor(images=str(tmp_path / "small.png"))["pixel_values"]
+    (maps,) = expected(pixel_values, expected.encode_labels(WORDS))
     ids = label_map(maps, torch.tensor([0, 1, 1, 2, 3]))
     assert (answer.segmentation == ids.numpy()).mean() > 0.999
+    if METHODS[method].kind == "label":
+        with pytest.raises(DemoError, match=r"LPOSS gives score maps and no features\. Choose another method"):
+            two_networks.features(PICTURE, "tiny", method)
+        with pytest.raises(DemoError, match="LPOSS looks at the whole picture; no window slides over it"):
+            two_networks.segment(PICTURE, WORDS, "tiny", method, watch=lambda count: None)
 
 
 def test_a_window_can_be_stopped_and_has_a_limit(engine):
@@ -490,9 +499,9 @@ def test_settings_come_from_the_environment():
 
 def test_menu_holds_every_method_that_runs_alone(engine):
     menu = engine.settings.methods
-    assert menu == tuple(name for name, row in METHODS.items() if not row.needs and not row.extra)
+    assert menu == tuple(name for name, row in METHODS.items() if not row.needs)
     assert {"naclip", "sc_clip"} <= set(menu) and "proxyclip" not in menu
-    assert "proxyclip" in Settings(networks="dino=facebook/dino-vitb8").methods
+    assert {"proxyclip", "lposs"} <= set(Settings(networks="dino=facebook/dino-vitb8").methods)
     assert len(vocabularies()) == 9
     for name, words in EXAMPLES:
         assert (ASSETS / "pictures" / name).is_file() and len(engine.read_labels(words)) >= 6
@@ -542,6 +551,15 @@ def test_demo_command_tells_mistakes_in_a_line(capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["demo"]) == 2
     assert 'pip install "spar-hf[demo]"' in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_largest_pictures_take_little_memory(tmp_path):
+    command = [sys.executable, str(ROOT / "benchmarks/space_memory.py"), "--output", str(tmp_path / "memory.json")]
+    for row in ("rgb-two-at-once", "rgb-compare"):
+        subprocess.run([*command, "--row", row], check=True, cwd=ROOT, stdout=subprocess.DEVNULL, timeout=600)
+        (found,) = json.loads((tmp_path / "memory.json").read_text())["rows"]
+        assert found["peak_above_mb"] < 1500
 
 
 @pytest.mark.slow

@@ -188,8 +188,10 @@ class Models:
         """Windows that a pass over pixels of this height and width takes.
 
         Raises:
-            DemoError: There are more than allowed.
+            DemoError: There are more than allowed, or the method makes its own.
         """
+        if method is not None and METHODS[method].whole_image:
+            raise DemoError(f"{METHODS[method].title} looks at the whole picture; no window slides over it.")
         built = self.built(self.open(model), method)
         window_px, stride_px = window_of(built.config, None, None)
         if is_label_method(method):

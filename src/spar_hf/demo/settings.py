@@ -106,7 +106,7 @@ class Settings:
     def methods(self) -> tuple[str, ...]:
         """The menu of methods: rows of the table whose networks are there."""
         networks = set(self.second_networks)
-        return tuple(name for name, row in METHODS.items() if not row.extra and set(row.needs) <= networks)
+        return tuple(name for name, row in METHODS.items() if set(row.needs) <= networks)
 
 
 def _public_name(model: str) -> str:
