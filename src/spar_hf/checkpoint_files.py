@@ -27,7 +27,12 @@ class CheckpointError(ValueError):
 
 def refuse(path: Path, reason: str, remedy: str = REMEDY) -> NoReturn:
     """Raises the `CheckpointError` about a file."""
-    raise CheckpointError(f"{path} cannot be used: {reason}. {remedy}.")
+    raise CheckpointError(f"{path} cannot be used: {printable(reason)}. {remedy}.")
+
+
+def printable(text: str) -> str:
+    """A text on one line, without what a file could have put there to confuse a terminal."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 @contextmanager
@@ -60,7 +65,7 @@ def naming(*paths: Path, what: str = "") -> Iterator[None]:
 
 def one_line(error: BaseException) -> str:
     """What an error says, printable and short."""
-    text = " ".join("".join(c if c.isprintable() else " " for c in str(error)).split()).rstrip(".")
+    text = printable(str(error)).rstrip(".")
     text = re.sub(r"^Validation error for field '\w+': \w+: ", "", text)  # of strict configurations; they repeat it
     if isinstance(error, TypeError | AttributeError | LookupError | ArithmeticError):
         text = f"a value is missing or of a wrong kind ({type(error).__name__}: {text})"

@@ -18,7 +18,7 @@ from .encoder_spar import DenseModel
 from .families import TOWERS, WHOLE, make_processor
 from .grid_spar import unknown
 from .pipeline_spar import TASK, OpenVocabularySegmentationPipeline
-from .pretrained import SIDES, open_image_processor, open_model, open_tokenizer, processor_file, read_config
+from .pretrained import open_image_processor, open_model, open_tokenizer, processor_file, read_config
 from .processing_spar import SparProcessor
 
 ASSETS = Path(__file__).parent / "assets"
@@ -102,7 +102,7 @@ def load(name: str | Path = "tiny", **overrides: Any) -> tuple[DenseModel, SparP
         OSError: the Hub or the files cannot be read.
     """
     folder = folder_of(name, overrides)
-    model = open_model(class_of(folder, WHOLE), folder, sides=SIDES, **overrides)
+    model = open_model(class_of(folder, WHOLE), folder, **overrides)
     return model, load_processor(folder, model.config)
 
 
@@ -137,7 +137,7 @@ def load_tower(name: str | Path, **overrides: Any) -> tuple[Any, Any, SparProces
     folder = folder_of(name, overrides)
     model_class = class_of(folder, {**WHOLE, **TOWERS})
     if model_class in TOWERS.values():
-        vision = open_model(model_class, folder, sides=SIDES, **overrides)
+        vision = open_model(model_class, folder, **overrides)
         return vision, vision, None
     model, processor = load(folder, **overrides)
     return model, model.vision_model, processor

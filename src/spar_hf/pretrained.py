@@ -6,13 +6,14 @@ networks, tokenizers and image processors are all opened here.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
 
 from .checkpoint_files import (
     CheckpointError,
@@ -34,8 +35,8 @@ DETOURS = ("transformers_weights", "fusion_config", "kernel_config", "distribute
 QUANTIZERS = ("torchao", "bitsandbytes")
 MAX_LABELS = 100_000
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-# Fields that are the length of a side of some weight, in the families' configurations.
-SIDES = ("hidden_size", "intermediate_size", "projection_dim", "vocab_size", "max_position_embeddings")
+# A network may have so many times the numbers that its files hold (packed ones hold several in one), and a few more.
+TIMES_LARGER, A_FEW = 8, 10**7
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -66,14 +67,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def open_model(model_class: Any, folder: Path, *, sides: tuple[str, ...] = (), **overrides: Any) -> Any:
+def open_model(model_class: Any, folder: Path, **overrides: Any) -> Any:
     """`model_class.from_pretrained(folder)` in evaluation mode.
 
     Args:
         model_class: a class of transformers or of ours, or an Auto class.
         folder: what `fetch` gave.
-        sides: fields of the configuration that are the length of some weight's side, as `SIDES` are for ours. A
-            number that no weight has is told before it fills the memory.
         overrides: fields of the configuration, or arguments of `from_pretrained`.
 
     Raises:
@@ -83,13 +82,12 @@ def open_model(model_class: Any, folder: Path, *, sides: tuple[str, ...] = (), *
     read_config(folder)
     files, shapes = weight_files(folder)
     config_path = folder / CONFIG
-    config_class = getattr(model_class, "config_class", None)
-    if config_class is not None:
-        with naming(config_path):
-            config = config_class.from_pretrained(folder, trust_remote_code=False)
-        if overrides:  # what is wrong from here on is the caller's
-            config = _overridden(config_class, folder, overrides)
-        _check_sizes(config, shapes, sides, config_path)
+    config_class = getattr(model_class, "config_class", None) or AutoConfig
+    with naming(config_path):
+        config = config_class.from_pretrained(folder, trust_remote_code=False)
+    if overrides:  # what is wrong from here on is the caller's
+        config = _overridden(config_class, folder, overrides)
+    _check_size(model_class, config, shapes, config_path)
     try:
         with naming(files[0], config_path):
             model, info = model_class.from_pretrained(
@@ -120,30 +118,20 @@ def _overridden(config_class: Any, folder: Path, overrides: dict[str, Any]) -> A
         raise ValueError(one_line(error)) from error
 
 
-def _check_sizes(config: Any, shapes: dict[str, tuple[int, ...]], sides: tuple[str, ...], path: Path) -> None:
-    """Refuses numbers that the weights do not have, before a model of that size is built."""
-    longest = max((side for shape in shapes.values() for side in shape), default=0)
-    parts = [config, *(part for part in vars(config).values() if isinstance(part, PreTrainedConfig))]
-    for part in parts:
+def _check_size(model_class: Any, config: Any, shapes: dict[str, tuple[int, ...]], path: Path) -> None:
+    """Refuses a network far larger than its files, before it fills the memory."""
+    for part in (config, *(part for part in vars(config).values() if isinstance(part, PreTrainedConfig))):
         for name in ("num_hidden_layers", "num_attention_heads"):
-            if isinstance(value := getattr(part, name, None), int) and value < 1:
-                refuse(path, f"{name} is {value} and must be at least 1")
-        blocks = getattr(part, "num_hidden_layers", 0) or 0
-        if blocks > len(shapes):
-            refuse(path, f"num_hidden_layers is {blocks} and there are {len(shapes)} weights in all")
-        for name in sides:
-            value = getattr(part, name, 0) or 0
-            if value > longest:
-                refuse(path, f"{name} is {value} and no side of a weight is longer than {longest}")
-        image_px, patch_px = getattr(part, "image_size", None), getattr(part, "patch_size", None)
-        if sides and isinstance(image_px, int) and isinstance(patch_px, int) and _has_positions(shapes):
-            patches = (image_px // patch_px) ** 2
-            if patches > longest:
-                refuse(path, f"image_size {image_px} is {patches} patches and no weight has as many positions")
-
-
-def _has_positions(shapes: dict[str, tuple[int, ...]]) -> bool:
-    return any(name.endswith("position_embedding.weight") and "text" not in name for name in shapes)
+            value = getattr(part, name, None)
+            if isinstance(value, int) and not 1 <= value <= max(len(shapes), 1024):
+                refuse(path, f"{name} is {value} and there are {len(shapes)} weights in all")
+    with naming(path), torch.device("meta"):  # takes no memory
+        make = model_class.from_config if hasattr(model_class, "from_config") else model_class
+        network = make(copy.deepcopy(config))
+    wanted = sum(tensor.numel() for tensor in (*network.parameters(), *network.buffers()))
+    held = sum(math.prod(shape) for shape in shapes.values())
+    if wanted > TIMES_LARGER * held + A_FEW:
+        refuse(path, f"it describes a network of {wanted:.3g} numbers, and the files hold {held:.3g}")
 
 
 @torch.no_grad()

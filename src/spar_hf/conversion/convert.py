@@ -19,7 +19,7 @@ from ..downloads import fetch
 from ..families import make_processor
 from ..files import whole_folder
 from ..image_processing_spar import SparImageProcessor
-from ..pretrained import SIDES, open_model, open_tokenizer
+from ..pretrained import open_model, open_tokenizer
 from .layouts import LAYOUTS, Asked, Layout
 from .reference import REFERENCES, Reference
 from .source import Source, read_source
@@ -116,7 +116,7 @@ def convert(
     def write(draft: Path) -> Converted:
         model.save_pretrained(draft)
         save_processor(model, words, draft)
-        again = open_model(layout.model_class, draft, sides=SIDES)
+        again = open_model(layout.model_class, draft)
         comparisons = compare(again, REFERENCES[backbone](source.weights, layout.vision, layout.text), layout)
         return Converted(
             source.name, source.digest, layout.name, used, left_out, allowed, layout.vision, layout.text, comparisons
