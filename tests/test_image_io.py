@@ -386,6 +386,12 @@ def test_what_python_would_decode_is_limited() -> None:
     assert read(b"P6 2 2 254\n" + bytes([254] * 12)).min() == 255
 
 
+def test_jpeg_2000_takes_four_times_the_memory() -> None:
+    assert read(encode(scene(), "JPEG2000")).shape == (24, 40, 3)
+    with pytest.raises(InvalidImageError, match=r"at most 0\.00075 million are read"):
+        read(encode(scene(), "JPEG2000"), max_pixels=3000)
+
+
 def test_a_tiff_of_too_many_pieces_or_bytes_is_refused() -> None:
     many = tiff(np.zeros((24, 40, 5), np.uint8), rowsperstrip=1)
     place = many.index(struct.pack("<HHI", 273, 4, 24)) + 4

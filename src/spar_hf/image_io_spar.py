@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,7 @@ from .image_values_spar import (
 from .tiff_bands_spar import ORIENTATION, TiffBands, find_bands, read_bands
 
 MAX_DECODED_BYTES_A_PIXEL = 4  # times the limit of pixels: the bands of a TIFF, which are decoded together
+JPEG2000_BYTES = 4  # that OpenJPEG takes where others take one
 MAX_PYTHON_PIXELS = 4_000_000  # of what Pillow decodes in Python, some seconds: PNM with odd maxima, BMP in RLE
 
 # What undoes each EXIF orientation.
@@ -211,7 +212,8 @@ def _check_size(height: int, width: int, options: ReadOptions, name: str) -> Non
 
 
 def _stored_by_pillow(image: Image.Image, file: ImageReader | None, options: ReadOptions, name: str) -> _Stored:
-    _check_size(image.height, image.width, options, name)
+    limit = options.max_pixels // JPEG2000_BYTES if image.format == "JPEG2000" else options.max_pixels
+    _check_size(image.height, image.width, replace(options, max_pixels=limit), name)
     tiles = getattr(image, "tile", None) or []
     if image.width * image.height > MAX_PYTHON_PIXELS and any(tile[0] in Image.DECODERS for tile in tiles):
         raise InvalidImageError(
