@@ -77,7 +77,7 @@ def imagenet(pixel_values: torch.Tensor, config) -> torch.Tensor:
 @torch.no_grad()
 def test_equals_its_plain_formulation(size, patch_px, make_clip, make_vision, pixels):
     images, network = pixels(size, batch=2), vit(patch_px)
-    encoder = build_encoder(make_vision(num_hidden_layers=6), "proxyclip", network)
+    encoder = build_encoder(make_vision(num_hidden_layers=6), "proxyclip", networks={"dino": network})
     output = encoder(images)
     rows, columns = images.shape[2] // patch_px, images.shape[3] // patch_px
     assert output.patch_embeds.shape[1:3] == (rows, columns)
@@ -165,7 +165,7 @@ def test_a_network_without_patches_is_refused(make_vision):
 
 @torch.no_grad()
 def test_windows_keep_the_finer_grid_and_another_grid_goes_back(make_vision, pixels):
-    encoder = build_encoder(make_vision(num_hidden_layers=6), "proxyclip", vit())
+    encoder = build_encoder(make_vision(num_hidden_layers=6), "proxyclip", networks={"dino": vit()})
     images = pixels((96, 144), batch=2)
     fine = SlidingWindow(encoder, 64, 40)(images)
     assert fine.patch_embeds.shape == (2, 12, 18, 24) and fine.extent_hw == (96, 144)
