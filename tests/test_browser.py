@@ -134,7 +134,7 @@ def test_empty_page_teaches(visit):
     page.get_by_text("Drop a picture, paste one, take one, or choose an example.").wait_for()
     shot(page, "empty")
     page.locator("#run").click()
-    page.locator("#answer [role=alert]", has_text="There is no picture yet.").wait_for()
+    page.locator("#answer [role=alert]", has_text="There are no words yet.").wait_for()
     page.get_by_role("tab", name="Compare").click()
     page.get_by_text("One pass against hundreds").wait_for()
 
