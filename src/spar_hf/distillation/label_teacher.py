@@ -4,8 +4,8 @@ A label method gives no features, and a student learns features. So the network'
 words find in them what the method found: with p the method's probabilities of a patch, averaged over its pixels, and
 q(f) = softmax(s cos(f, t)) those of a feature f, each step adds c (p - q(f)) T: minus the gradient of the
 cross-entropy with respect to the direction of f, times the confidence c of p. What no word of the vocabulary speaks of
-stays as the network had it, and so do patches of which the method is not sure. Beyond SPAR; docs/experiments.md
-compares it with the plain mean of text features, p T.
+stays as the network had it, and so do patches of which the method is not sure. Beyond SPAR; the plain mean of
+text features, p T, is there to compare with.
 """
 
 from __future__ import annotations
