@@ -85,8 +85,8 @@ def command_for(name: str, args: argparse.Namespace) -> list[str]:
                 next(words, None)
             continue
         kept.append(word)
-    needs = METHODS[name].needs
-    networks = [f"{network}={where}" for network, where in args.network if network in needs]
+    taken = METHODS[name].networks
+    networks = [f"{network}={where}" for network, where in args.network if network in taken]
     kept += ["--method", name, *(word for network in networks for word in ("--network", network))]
     folder = args.json_dir
     return [*kept, "--json", str(folder / f"{name}.json"), "--state", str(folder / f"{name}.safetensors")]

@@ -163,8 +163,8 @@ class Models:
 
     def networks_of(self, method: str | None) -> dict[str, str]:
         """The second networks of a method, by name."""
-        needs = () if method is None else METHODS[method].needs
-        return {name: self.settings.second_networks[name] for name in needs}
+        taken = () if method is None else METHODS[method].networks
+        return {name: self.settings.second_networks[name] for name in taken if name in self.settings.second_networks}
 
     def segmenter(self, opened: Opened, method: str | None = None, watch: Watch | None = None) -> Segmenter:
         """A model's segmenter, in one pass.

@@ -37,6 +37,7 @@ class Method:
             images: `window="paper"` slides none around it, and a teacher's grid is brought to the student's.
         branch: branch of the field (arXiv 2505.22209): "clip", "vfm" or "generative".
         needs: the further networks it takes: what each is called -> the id of the one its authors used.
+        takes: those that it takes where they are given, and else does with the model: likewise.
         extra: the extra of the package that must be installed for it, if any.
         licence: of the authors' code; "" where none is given. No line of any of them is here.
         reported: mean IoU in per cent by benchmark, as published.
@@ -52,10 +53,16 @@ class Method:
     whole_image: bool = False
     branch: str = "clip"
     needs: dict[str, str] = field(default_factory=dict)
+    takes: dict[str, str] = field(default_factory=dict)
     extra: str = ""
     licence: str = ""
     reported: dict[str, float] = field(default_factory=dict)
     note: str = ""
+
+    @property
+    def networks(self) -> dict[str, str]:
+        """All further networks that can be given, by name."""
+        return {**self.needs, **self.takes}
 
     @property
     def recipe(self) -> Recipe | None:
@@ -237,6 +244,18 @@ _ROWS = (
         extra="vfm",
         licence="MIT",
         note="with OpenCLIP ViT-B/16 of LAION-2B",
+    ),
+    Method(
+        "car",
+        "CaR, CLIP as RNN",
+        "Sun et al., CVPR 2024",
+        positions="bilinear",
+        whole_image=True,
+        takes={"judge": "openai/clip-vit-large-patch14"},
+        extra="vfm",
+        licence="Apache-2.0",
+        reported=_reported(67.6, 30.5, 36.6, 91.4, 39.5, None, None, 17.7),
+        note="with CLIP ViT-L/14 as the judge, settings and words of the background chosen for each data set",
     ),
 )
 
