@@ -76,6 +76,7 @@ class Settings:
         confidence: score above which a name stays; COCO-Object 0.3, Context 0.25.
         prompts: some of `blur`, `grey`, `circle`; COCO-Object blur and grey.
         background: words of what is nothing.
+        templates: of the judge's texts.
         blocks: whose attention makes T, the last ones.
         crf: of DenseCRF.
     """
@@ -85,6 +86,7 @@ class Settings:
     confidence: float = 0.6
     prompts: tuple[str, ...] = ("blur", "circle")
     background: tuple[str, ...] = BACKGROUND
+    templates: tuple[str, ...] = JUDGE_TEMPLATES
     blocks: int = 8
     crf: dense_crf.Settings = field(default_factory=dense_crf.Settings)
 
@@ -149,7 +151,7 @@ class Segmenter(FromFeatures):
     def encode_labels(
         self, labels: Any, templates: str | Iterable[str] | None = None, unlabelled: Iterable[Tensor] = ()
     ) -> Any:
-        """See `Segmenter`; templates are the judge's, the authors' unless given."""
+        """See `Segmenter`; templates are for `text_embeds` alone, CaR has its own."""
         if isinstance(labels, CarTexts):
             return labels
         plain = super().encode_labels(labels, templates)
@@ -157,7 +159,6 @@ class Segmenter(FromFeatures):
         taken = {name.casefold() for name in labels.names}
         background = [labels.names[number] for number in names_of_background(labels)]
         background += [word for word in self.settings.background if word.casefold() not in taken]
-        templates = (templates,) if isinstance(templates, str) else tuple(templates or JUDGE_TEMPLATES)
 
         def encoded(names: Iterable[str], template: str, judge: bool = False) -> Tensor:
             model, processor = (self.judge, self.judge_processor) if judge else (self.model, self.processor)
@@ -170,7 +171,7 @@ class Segmenter(FromFeatures):
             plain.text_embeds,
             names,
             encoded(background, PROPOSAL_TEMPLATE) if background else names[0, :0],
-            torch.stack([encoded(labels.names, template, judge=True) for template in templates]),
+            torch.stack([encoded(labels.names, template, judge=True) for template in self.settings.templates]),
         )
 
     @torch.no_grad()

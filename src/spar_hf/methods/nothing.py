@@ -1,8 +1,8 @@
 """Score maps of methods that may find nothing at a pixel.
 
 Such a method says of each pixel how probable each name is, and how probable it is that there is none of them. The
-vocabulary's background class takes that share, where there is one. Else it counts evenly for all names, so that nobody
-is sure there, and pixels where it is larger than the best name have no class.
+vocabulary's background class takes that share, where there is one. Else it counts evenly for all names: the best name
+has the pixel all the same, but it is not sure of it, and a background threshold takes it away.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..prompts_spar import Labels
-from ..segmentation_spar import MAP_NUMBERS, NO_CLASS, FullScores
+from ..segmentation_spar import FullScores
 
 LOWEST = 1e-12  # of a probability, before its logarithm
 SizeHW = tuple[int, int]
@@ -51,19 +51,10 @@ def scores_with_nothing(
             maps[background[0] - names.start] += nothing(wanted_hw)
         return maps.clamp(min=LOWEST).log()
 
-    def without_class(labels_found: Tensor) -> Tensor:
-        wanted_hw = (labels_found.shape[0], labels_found.shape[1])
-        best = torch.zeros(wanted_hw, device=device)
-        step = max(1, MAP_NUMBERS.get(device.type, MAP_NUMBERS["cpu"]) // (wanted_hw[0] * wanted_hw[1]))
-        for first in range(0, count, step):
-            best = torch.maximum(best, found(slice(first, min(first + step, count)), wanted_hw).amax(0))
-        return labels_found.masked_fill(nothing(wanted_hw) >= best, NO_CLASS)
-
     return FullScores(
         make=make,
         size_hw=size_hw,
         num_names=count,
         device=device,
         logit_scale=1.0,
-        corrections=() if background else (without_class,),
     )
