@@ -31,10 +31,8 @@ def plain_belonging(names: np.ndarray) -> np.ndarray:
             if names[a] != names[b]:
                 continue
             steps = max(abs(a[0] - b[0]), abs(a[1] - b[1]))
-            way = [
-                tuple(int(np.round(np.float32(p) * (np.float32(1) - t) + np.float32(q) * t)) for p, q in zip(a, b, strict=True))
-                for t in shares[: steps + 1]
-            ]  # fmt: skip
+            ways = [a[n] * (np.float32(1) - t) + b[n] * t for t in shares[: steps + 1] for n in (0, 1)]
+            way = list(zip(*[iter(np.round(ways).astype(int).tolist())] * 2, strict=True))
             seen = all(names[place] == names[a] for place in way)
             matrix[i, j] = 1 if seen else math.exp(-steps / farthest)
     side = min(len(places), 31)
@@ -73,7 +71,7 @@ def plain_second_pass(net, image, text, threshold) -> np.ndarray:
     for y in range(grid_hw[0]):
         for x in range(grid_hw[1]):
             votes = Counter(names[y * 16 : y * 16 + 16, x * 16 : x * 16 + 16].ravel().tolist())
-            common[y, x] = min(votes, key=lambda name: (-votes[name], name))  # noqa: B023
+            common[y, x] = min(votes, key=lambda name: (-votes[name], name))
     matrix = np.pad(plain_belonging(common), ((1, 0), (1, 0)))
     scores = [0.7 * matrix * 2.2 + 0.3 * 2.2 * k @ k.T / math.sqrt(k.shape[1]) + near
               for k in net.heads(last, inputs[last], "k")]  # fmt: skip

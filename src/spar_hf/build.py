@@ -173,7 +173,7 @@ def build_segmenter(
     )
     if isinstance(encoder, Upsampled):
         for name, refinement in refinements.items():
-            if refinement.stage in ("scores", "templates"):
+            if refinement.stage in ("texts", "scores", "templates"):
                 raise ValueError(
                     f"refinement {name!r} acts on the scores of patches, and an upsampler makes others; leave one out."
                 )

@@ -1,4 +1,4 @@
-"""ResCLIP with semantic feedback: its first label map says which patches belong together, and the last block runs again.
+"""ResCLIP with semantic feedback: its first label map says which patches belong together, and the last block reruns.
 
 Paper: "ResCLIP: Residual Attention for Training-free Dense Vision-language Inference", Yang et al., CVPR 2025,
 section 3.3. A label method: the second pass depends on the words. A label map of the first pass, which is the row

@@ -161,11 +161,11 @@ _ROWS = (
     ),
     Method(
         "itaclip",
-        "ITACLIP, without its text and image ensembles",
+        "ITACLIP; its ensembles are refinements",
         "Aydın et al., CVPR Workshops 2025",
         stride_px=28,
         reported=_reported(67.9, 37.5, 37.7, None, None, 27.0, 40.2, None),
-        note="with image and text ensembles, PAMR and a closing of the label map",
+        note="with the refinements image-engineering, flip, definitions (or synonyms), PAMR and closing",
     ),
     Method(
         "resclip",
