@@ -280,7 +280,7 @@ def test_visual_prompts_change_what_they_say():
             weight = kernel[dy] * kernel[dx] / kernel.sum() ** 2
             blurred += weight * padded[dy : dy + 40, dx : dx + 60]
     found = visual_prompts.prompted(image, mask, ("blur",))
-    assert (found[mask] == image[mask]).all() and np.abs(found - blurred)[~mask].max() <= 0.5 + 1e-6
+    assert (found[mask] == image[mask]).all() and np.abs(found - blurred)[~mask].max() <= 3  # weights in 256ths
     found = visual_prompts.prompted(image, mask, ("grey",))
     assert (found[mask] == image[mask]).all() and (found[~mask].std(axis=-1) == 0).all()
     assert abs(int(found[0, 0, 0]) - (image[0, 0] * [0.114, 0.587, 0.299]).sum()) <= 0.5
