@@ -186,7 +186,7 @@ def test_a_tiff_of_a_kind_that_is_not_read_says_so() -> None:
         buffer = io.BytesIO()
         picture.save(buffer, "TIFF", compression=compression)
         if compression == "raw":
-            with pytest.raises(InvalidImageError, match="TIFF in YCbCr without compression.* Save it as RGB"):
+            with pytest.raises(InvalidImageError, match=r"TIFF in YCbCr without compression.* Save it as RGB"):
                 read(buffer.getvalue())
         else:
             assert np.abs(read(buffer.getvalue()).astype(int) - np.asarray(picture.convert("RGB"))).max() <= 1

@@ -124,7 +124,7 @@ def _parse(directory: Any, order: Literal["<", ">"], name: str) -> TiffBands | N
     compression, photometric = one(COMPRESSION, 1), one(PHOTOMETRIC, 1)
     if photometric == YCBCR and compression == 1:  # Pillow takes four bytes a pixel
         raise InvalidImageError(
-            f"{name} is a TIFF in YCbCr without compression, which is not read. Save it as RGB, or with deflate or LZW."
+            f"{name} is a TIFF in YCbCr without compression, which is not read. Save it as RGB, or with LZW."
         )
     kind = (bits[0], one(SAMPLE_FORMAT, 1))
     predictor = one(PREDICTOR, 1) if compression in WITH_PREDICTOR else 1

@@ -16,8 +16,8 @@ from ..build import build_encoder, build_segmenter, window_of
 from ..checkpoints import SHIPPED, load
 from ..encoders.base import EncoderWrapper
 from ..encoders.sliding_window import SlidingWindow, window_starts
-from ..grid_spar import unknown
 from ..methods.table import METHODS
+from ..names_spar import unknown
 from ..prompts_spar import Labels
 from ..segmentation_spar import FromFeatures, ScoreMaps, Segmenter
 from ..segmenters import SegmenterWrapper, SlidingScores

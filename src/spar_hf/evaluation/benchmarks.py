@@ -17,8 +17,8 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image
 
-from ..grid_spar import one_of
 from ..image_values_spar import DEFAULTS, ReadOptions
+from ..names_spar import one_of
 from ..picture_book.dataset import CLASSES as PICTURE_BOOK_CLASSES
 from ..picture_book.dataset import PictureBook
 from ..prompts_spar import Labels
