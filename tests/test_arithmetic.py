@@ -12,12 +12,24 @@ from typing import Any
 import pytest
 import torch
 from families import spar_dinov3, spar_siglip
+from second_networks import networks_for
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from spar_hf import arithmetic_spar, build_encoder
+from spar_hf import METHODS, REFINEMENTS, arithmetic_spar, build_encoder, build_segmenter
 from spar_hf.arithmetic_spar import HALF, FullProducts, best_dtype, cpu_is_fast_at, fast_half, products
+from spar_hf.families import make_processor
+from spar_hf.segmentation_spar import label_map
 
-PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "convolution", "_scaled_dot_product", "native_layer_norm", "linear")
+PRODUCTS = (
+    "aten.mm",
+    "aten.bmm",
+    "addmm",
+    "baddbmm",
+    "convolution",
+    "_scaled_dot_product",
+    "layer_norm",
+    "aten.linear",
+)
 
 
 class Products(TorchDispatchMode):
@@ -37,6 +49,12 @@ class Products(TorchDispatchMode):
 def slow_half(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU that is slow at half precision."""
     monkeypatch.setattr(arithmetic_spar, "FAST_ON_CPU", dict.fromkeys(HALF, False))
+
+
+@pytest.fixture(scope="module")
+def small_clip(make_spar: Any, clip_tokenizer: Any) -> tuple[Any, Any]:
+    model = make_spar(num_hidden_layers=12).bfloat16()
+    return model, make_processor(model.config, clip_tokenizer)
 
 
 @pytest.fixture(scope="module", params=["clip", "siglip", "dinov3"])
@@ -107,6 +125,22 @@ def test_methods_that_are_a_file(method: str, make_vision: Any, inputs: Any, slo
     assert seen.types == {torch.float32} and found.dtype == torch.bfloat16
     wanted = build_encoder(copy.deepcopy(half).float(), method)(inputs["pixel_values"]).patch_embeds
     assert (found.float() - wanted).norm() / wanted.norm() < 0.02
+
+
+@pytest.mark.parametrize(
+    ("method", "refine"), [*((name, ()) for name in METHODS), *((None, (name,)) for name in REFINEMENTS)]
+)
+@torch.no_grad()
+def test_every_row_of_the_tables(method: Any, refine: Any, small_clip: Any, slow_half: None) -> None:
+    model, processor = small_clip
+    networks = {name: copy.deepcopy(network).bfloat16() for name, network in networks_for(method, refine).items()}
+    segmenter = build_segmenter(model, processor, method, networks=networks, refine=refine)
+    image = torch.randn(1, 3, 90, 112, dtype=torch.bfloat16)
+    with Products() as seen:
+        encoded = segmenter.encode_labels("a red car; the sky, clouds; grass", unlabelled=[image])
+        (maps,) = segmenter(image, encoded)
+        label_map(maps, torch.tensor([0, 1, 1, 2]))
+    assert {dtype for dtype in seen.types if dtype in HALF} == set()
 
 
 def test_gradients_have_the_weights_type(model: Any, inputs: Any, slow_half: None) -> None:

@@ -133,7 +133,7 @@ def test_missing_folder_says_the_layout(tmp_path: Path) -> None:
         ValueError, match=r"lacks data; it takes data. Expected layout: ade/ADEChallengeData2016/images"
     ):
         load_benchmark("ade20k")
-    with pytest.raises(ValueError, match="benchmark 'voc' is unknown; there are voc21, voc20"):
+    with pytest.raises(ValueError, match="there is no benchmark 'voc'; choose one of voc21, voc20"):
         load_benchmark("voc", tmp_path)
 
 

@@ -80,7 +80,7 @@ def test_endpoints_are_named_and_documented(client):
     endpoints = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
     assert set(endpoints) == {"/segment", "/compare", "/similarity"}
     assert [entry["parameter_name"] for entry in endpoints["/segment"]["parameters"]] == [
-        "picture", "words", "model", "method", "background_threshold",
+        "picture", "words", "model", "method", "background_threshold", "refine",
     ]  # fmt: skip
 
 
@@ -258,6 +258,30 @@ def test_a_method_runs_on_the_weights_that_are_there(engine, method):
     assert len(engine.models._models) == 1
     with pytest.raises(DemoError, match="no method on the menu 'proxyclip'"):
         engine.features(PICTURE, "tiny", "proxyclip")
+
+
+@pytest.mark.parametrize("refine", [["pamr"], ["flip", "key-smoothing"]])
+def test_refinements_are_those_of_the_builder(engine, refine):
+    opened = engine.models.open("tiny")
+    answer = engine.segment(PICTURE, WORDS, "tiny", "naclip", refine=refine)
+    segmenter = build_segmenter(opened.model, opened.processor, "naclip", refine=refine)
+    labels = engine.read_labels(WORDS)
+    (maps,) = segmenter(opened.processor(images=PICTURE)["pixel_values"], segmenter.encode_labels(labels))
+    expected = label_map(maps.at(answer.segmentation.shape), torch.tensor(labels.class_ids)).numpy()
+    assert (answer.segmentation == expected).mean() > 0.9999
+    assert facts(answer)["refine"].keys() == set(refine)
+    plain = engine.segment(PICTURE, WORDS, "tiny", "naclip")
+    assert 0.5 < (plain.segmentation == answer.segmentation).mean() < 1
+
+
+def test_refinements_off_the_menu_are_refused(engine):
+    with pytest.raises(DemoError, match=r"no refinement on the menu 'pamrr'.*Did you mean 'pamr'"):
+        engine.segment(PICTURE, WORDS, "tiny", refine=["pamrr"])
+    with pytest.raises(ValueError, match="SPAR_REFINEMENTS has floss, which needs unlabelled images"):
+        Settings(refinements="pamr, floss")
+    with pytest.raises(ValueError, match="SPAR_REFINEMENTS has sam; give its network, SPAR_NETWORKS=sam=ID"):
+        Settings(refinements="sam")
+    assert Settings(refinements="sam", networks="sam=facebook/sam-vit-base").refinement_menu.keys() == {"sam"}
 
 
 def test_words_on_lines_are_classes(engine):

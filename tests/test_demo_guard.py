@@ -90,13 +90,13 @@ def test_a_path_is_no_picture(path):
 @pytest.mark.parametrize("path", ["../x", str(PICTURE)])
 def test_the_server_refuses_a_path_and_shows_nothing_of_itself(address, path):
     for picture in (file_data(path), {"path": path}, path):
-        text = call(address, "segment", [picture, WORDS, "tiny", OWN_METHOD, 0])
+        text = call(address, "segment", [picture, WORDS, "tiny", OWN_METHOD, 0, []])
         assert "event: error" in text and "picture is no upload; only uploads are taken" in text, text
         assert not shows_the_server(text)
 
 
 def test_an_upload_is_a_picture(address, upload):
-    text = call(address, "segment", [file_data(upload), WORDS, "tiny", OWN_METHOD, 0])
+    text = call(address, "segment", [file_data(upload), WORDS, "tiny", OWN_METHOD, 0, []])
     assert "event: complete" in text and '"size_hw": [64, 96]' in text
 
 
@@ -116,7 +116,7 @@ def test_the_picture_is_no_address(address, url, monkeypatch):
         "gradio.processing_utils.async_ssrf_protected_download", lambda *a, **k: pytest.fail("fetched")
     )
     for picture in (file_data(url), {**file_data(None), "url": url}, {"url": url}, url):
-        text = call(address, "segment", [picture, WORDS, "tiny", OWN_METHOD, 0])
+        text = call(address, "segment", [picture, WORDS, "tiny", OWN_METHOD, 0, []])
         assert "event: error" in text and "picture is an address; only uploads are taken" in text, text
         assert not shows_the_server(text)
     for route in ("file=", "proxy=", "file/"):
@@ -162,9 +162,10 @@ def test_inputs_of_the_right_kind_pass():
 @pytest.mark.parametrize(
     "name, data, says",
     [
-        ("segment", [None, WORDS, "tiny", OWN_METHOD, 0], "There is no picture yet"),
-        ("segment", [None, WORDS], "2 values came; give 5: picture, words, model, method, background_threshold"),
-        ("segment", [None, "z" * 1_000_000, "tiny", OWN_METHOD, 0], "at most 8000 are read"),
+        ("segment", [None, WORDS, "tiny", OWN_METHOD, 0, []], "There is no picture yet"),
+        ("segment", [None, WORDS], "2 values came; give 6: picture, words, model, method, background_threshold"),
+        ("segment", [None, "z" * 1_000_000, "tiny", OWN_METHOD, 0, []], "at most 8000 are read"),
+        ("segment", [None, WORDS, "tiny", OWN_METHOD, 0, ["pamr", "x"]], "refine is ['pamr', 'x']; choose one of"),
         ("similarity", [None, "tiny", OWN_METHOD, float("nan"), 0.5], "x is nan; give a number from 0 to 1"),
         ("compare", [None, WORDS, "tiny", "proxyclip"], "method is 'proxyclip'; choose one of"),
     ],
@@ -187,7 +188,7 @@ def test_what_fails_inside_is_not_shown(address, upload, monkeypatch):
         raise RuntimeError(f"cannot open {ROOT}/secret.bin")
 
     monkeypatch.setattr("spar_hf.demo.engine.own_label_map", fail)
-    text = call(address, "segment", [file_data(upload), WORDS, "tiny", OWN_METHOD, 0])
+    text = call(address, "segment", [file_data(upload), WORDS, "tiny", OWN_METHOD, 0, []])
     assert handlers.FAILED in text and "secret" not in text
     page = handlers.Page(Settings(model="tiny", device="cpu"))
     shown = page.segment(str(PICTURE), WORDS, "tiny", OWN_METHOD)

@@ -58,7 +58,9 @@ def test_what_is_needed_is_downloaded_once(hub, folder):
     assert not [line for line in hub.requests if line.startswith("GET") and "/resolve/" in line]
     revision = hub.repository("you/spar").refs["main"]
     assert revision_of(fetch("you/spar")) == revision and revision_of(folder) is None
-    same(load_tower("you/spar", revision=revision)[0], folder)
+    model, vision, _ = load_tower("you/spar", revision=revision)
+    same(model, folder)
+    assert model.config._commit_hash == vision.config._commit_hash == revision  # the record of a teacher has it
 
 
 def test_pickled_weights_where_there_are_no_others(hub, folder, make_clip, clip_tokenizer, tmp_path):

@@ -98,6 +98,8 @@ def files(draw: Any) -> tuple[bytes, tuple[int, int]]:
     if form == "JPEG" and draw(st.booleans()):
         options["progressive"] = True
     mode = draw(st.sampled_from(MODES[form]))
+    if mode == "YCbCr" and options.get("compression") == "raw":  # refused, and Pillow does not read it either
+        options["compression"] = "tiff_lzw"
     turned = form in WITH_EXIF and 5 <= orientation <= 8
     return pillow_file(form, mode, size_hw, orientation, options, seed), size_hw[::-1] if turned else size_hw
 

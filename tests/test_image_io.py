@@ -181,6 +181,15 @@ def test_a_tiff_of_a_kind_that_is_not_read_says_so() -> None:
         )
         with pytest.raises(InvalidImageError, match=rf"TIFF of 6 bands of {bits} bits.* Save it"):
             read(file)
+    picture = Image.fromarray(scene()).convert("YCbCr")
+    for compression in ("tiff_lzw", "raw"):
+        buffer = io.BytesIO()
+        picture.save(buffer, "TIFF", compression=compression)
+        if compression == "raw":
+            with pytest.raises(InvalidImageError, match=r"TIFF in YCbCr without compression.* Save it as RGB"):
+                read(buffer.getvalue())
+        else:
+            assert np.abs(read(buffer.getvalue()).astype(int) - np.asarray(picture.convert("RGB"))).max() <= 1
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -6,13 +6,17 @@ Imports no PyTorch, so that help and mistakes on the line are answered at once.
 from __future__ import annotations
 
 import argparse
-import difflib
 import math
 import re
 import sys
 from collections.abc import Callable, Iterable
+from importlib.util import find_spec
 from pathlib import Path
+from runpy import run_path
 from typing import Any, NoReturn
+
+# What the library says of unknown names, from its file: importing the package imports PyTorch, which takes seconds.
+_unknown = run_path(str(Path(find_spec("spar_hf").origin).with_name("names_spar.py")))["unknown"]  # type: ignore
 
 
 def check_one_of(what: str, word: str, allowed: Iterable[str]) -> str:
@@ -23,10 +27,7 @@ def check_one_of(what: str, word: str, allowed: Iterable[str]) -> str:
     """
     allowed = list(allowed)
     if word not in allowed:
-        # As `spar_hf.grid_spar.unknown` says it, whose import takes seconds: a mistake on the line is told at once.
-        near = difflib.get_close_matches(word, allowed, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"there is no {what} {word!r}; choose one of {', '.join(allowed)}.{hint}")
+        raise ValueError(_unknown(what, word, allowed))
     return word
 
 

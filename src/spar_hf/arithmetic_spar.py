@@ -20,7 +20,7 @@ HALF = (torch.bfloat16, torch.float16)
 # What runs in fp32 where half precision is slow: products, and the norms, which take no mixed types.
 FULL = frozenset(
     {
-        F.linear, F.conv2d, F.layer_norm, F.scaled_dot_product_attention,
+        F.linear, F.conv2d, F.conv_transpose2d, F.layer_norm, F.scaled_dot_product_attention,
         torch.einsum, torch.matmul, torch.mm, torch.bmm,
         torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.__rmatmul__, torch.Tensor.mm, torch.Tensor.bmm,
     }
@@ -106,15 +106,26 @@ def products(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
     return FullProducts()
 
 
+def with_fast_products(method: Callable) -> Callable:
+    """A method of something with `device` and `dtype`, in the arithmetic that its device is fast at."""
+
+    @wraps(method)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with products(self.device, self.dtype):
+            return method(self, *args, **kwargs)
+
+    return run
+
+
 def in_fast_arithmetic(forward: Callable) -> Callable:
-    """A model's forward in the arithmetic that its device is fast at; what it returns has the model's type."""
+    """`with_fast_products` of a model's forward; what it returns has the model's type."""
+    forward = with_fast_products(forward)
 
     @wraps(forward)
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        mode = products(self.device, self.dtype)
-        with mode:
-            outputs = forward(self, *args, **kwargs)
-        return _cast(outputs, self.dtype) if isinstance(mode, FullProducts) else outputs
+        outputs = forward(self, *args, **kwargs)
+        slow = self.dtype in HALF and not fast_half(self.device, self.dtype)
+        return _cast(outputs, self.dtype) if slow else outputs
 
     return run
 

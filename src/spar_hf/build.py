@@ -18,8 +18,8 @@ from .encoder_spar import DenseVisionModel
 from .encoders.base import DenseEncoder
 from .encoders.sliding_window import SlidingWindow
 from .encoders.upsampled import FromUpsampled, Upsampled
-from .grid_spar import unknown
 from .methods.table import Method, find_method
+from .names_spar import unknown
 from .networks.sam import Sam
 from .refinement import Refined, find_refinements
 from .refinement.views import ViewEnsemble

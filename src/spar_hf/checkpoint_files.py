@@ -130,10 +130,11 @@ def weight_files(folder: Path) -> tuple[list[Path], dict[str, tuple[int, ...]]]:
         for name in sorted(set(listed.values())):
             if Path(name).name != name:
                 refuse(path, f"it lists {name!r:.80}, which lies outside the model's folder")
-            own = own_file(folder, name)
             if not name.endswith(Path(whole).suffix):
                 refuse(path, f"it lists {name!r:.80}, which is no {Path(whole).suffix} file")
-            shards[name] = shapes_of(own)
+            if not (folder / name).exists():
+                refuse(path, f"it lists {name!r:.80}, and there is no such file beside it")
+            shards[name] = shapes_of(own_file(folder, name))
         if absent := [weight for weight, name in listed.items() if weight not in shards[name]]:
             refuse(folder / listed[absent[0]], f"it lacks {absent[0]!r:.80}, which {index} promises")
         shapes = {weight: shapes for part in shards.values() for weight, shapes in part.items()}

@@ -16,7 +16,7 @@ from .configuration_spar import DenseConfig
 from .downloads import CONFIG, HUB_ARGUMENTS, fetch
 from .encoder_spar import DenseModel
 from .families import TOWERS, WHOLE, make_processor
-from .grid_spar import unknown
+from .names_spar import unknown
 from .pipeline_spar import TASK, OpenVocabularySegmentationPipeline
 from .pretrained import open_image_processor, open_model, open_tokenizer, processor_file, read_config
 from .processing_spar import SparProcessor

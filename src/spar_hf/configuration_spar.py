@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
-from .grid_spar import POSITION_RULES, SIZE_RULES, one_of
+from .grid_spar import POSITION_RULES, SIZE_RULES
+from .names_spar import one_of
 from .reach_spar import REACHES
 
 

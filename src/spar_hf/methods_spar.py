@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 
-from .grid_spar import one_of, unknown
+from .names_spar import one_of, unknown
 
 SCORES = ("identity", "qk", "qq", "kk", "vv")
 MAX_ITERATIONS = 1000

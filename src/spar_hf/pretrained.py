@@ -25,7 +25,7 @@ from .checkpoint_files import (
     refuse,
     weight_files,
 )
-from .downloads import CONFIG, PROCESSOR_FILES, TOKENIZER_FILES
+from .downloads import CONFIG, PROCESSOR_FILES, TOKENIZER_FILES, revision_of
 from .image_processing_spar import SparImageProcessor
 
 # What a configuration may not choose: transformers would fetch a kernel, or read its weights from elsewhere.
@@ -106,6 +106,9 @@ def open_model(model_class: Any, folder: Path, **overrides: Any) -> Any:
     for name, found, wanted in sorted(info["mismatched_keys"]):
         refuse(files[0], f"{name:.200} is {tuple(found)} and by {CONFIG} must be {tuple(wanted)}")
     _check_weights(model, files[0])
+    for part in model.modules():  # what transformers notes only where it downloads by itself
+        if isinstance(config := getattr(part, "config", None), PreTrainedConfig):
+            config._commit_hash = revision_of(folder)
     return model.eval()
 
 

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from .grid_spar import shown, unknown
+from .names_spar import shown, unknown
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .grid_spar import axis_block, coverage, one_of, upsample
+from .grid_spar import axis_block, coverage, upsample
+from .names_spar import one_of
 
 NO_CLASS = -1  # of a pixel that no class is sure enough of, and of names that only compete
 SYNONYMS = ("sum", "max")

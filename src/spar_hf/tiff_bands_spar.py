@@ -21,6 +21,7 @@ STRIP_OFFSETS, ORIENTATION, SAMPLES, ROWS_PER_STRIP, STRIP_BYTES, PLANAR = 273, 
 PREDICTOR, TILE_WIDTH, TILE_HEIGHT, TILE_OFFSETS, TILE_BYTES = 317, 322, 323, 324, 325
 EXTRA_SAMPLES, SAMPLE_FORMAT = 338, 339
 HORIZONTAL, FLOATING = 2, 3  # predictors
+YCBCR = 6  # photometric interpretation
 # None, LZW, deflate (two numbers), PackBits, LZMA, Zstandard: those that know nothing of bands.
 LOSSLESS = (1, 5, 8, 32946, 32773, 34925, 50000)
 WITH_PREDICTOR = (5, 8, 32946, 34925, 50000)
@@ -121,6 +122,10 @@ def _parse(directory: Any, order: Literal["<", ">"], name: str) -> TiffBands | N
     if len(offsets) > MAX_PIECES:
         raise InvalidImageError(f"{name} is a TIFF in {len(offsets)} pieces; at most {MAX_PIECES} are read.")
     compression, photometric = one(COMPRESSION, 1), one(PHOTOMETRIC, 1)
+    if photometric == YCBCR and compression == 1:  # Pillow takes four bytes a pixel
+        raise InvalidImageError(
+            f"{name} is a TIFF in YCbCr without compression, which is not read. Save it as RGB, or with LZW."
+        )
     kind = (bits[0], one(SAMPLE_FORMAT, 1))
     predictor = one(PREDICTOR, 1) if compression in WITH_PREDICTOR else 1
     if photometric not in (1, 2) or (kind == (8, 1) and count == (1 if photometric == 1 else 3)):

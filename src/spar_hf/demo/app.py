@@ -154,6 +154,11 @@ def build(settings: Settings | None = None) -> gr.Blocks:
                         0, 1, value=0, step=0.01, label="Uncertain pixels", elem_id="threshold",
                         info="0: every pixel gets a class. Higher: those whose best class is less probable get none.",
                     )  # fmt: skip
+                    refine = gr.Dropdown(
+                        [(f"{name}: {title}", name) for name, title in settings.refinement_menu.items()],
+                        value=[], multiselect=True, label="Refinements", elem_id="refine",
+                        visible=bool(settings.refinement_menu),
+                    )  # fmt: skip
                     answer = viewer("viewer", SEGMENT_HINT, elem_id="answer")
                     with gr.Row(elem_id="downloads"):
                         files = [
@@ -171,10 +176,10 @@ def build(settings: Settings | None = None) -> gr.Blocks:
 
         asked = [picture, words, model, method]
         at_once: dict[str, Any] = {"api_visibility": "private", "queue": False}
-        segmenting: dict[str, Any] = {"inputs": [*asked, threshold], "outputs": [answer, *files], **quick}
+        segmenting: dict[str, Any] = {"inputs": [*asked, threshold, refine], "outputs": [answer, *files], **quick}
         segmenting |= {"show_progress_on": answer}
         gr.on([run.click, words.submit], page.segment, **segmenting, **hidden("segment"))
-        threshold.release(page.again, **segmenting, **hidden("again"))
+        gr.on([threshold.release, refine.input], page.again, **segmenting, **hidden("again"))
         loading = examples.click(example, examples, [picture, words], **at_once)
         loading.then(page.segment, **segmenting, **hidden("example"))
         vocabulary.input(lambda name: vocabularies().get(name, ""), vocabulary, words, **at_once)
@@ -188,7 +193,7 @@ def build(settings: Settings | None = None) -> gr.Blocks:
         seen = [picture, model, method]
         look.click(page.features, seen, features, **hidden("features"), **quick)
         features.select(page.clicked, seen, features, show_progress="hidden", **hidden("clicked"), **quick)
-        add_api(page, asked, threshold, quick, slow)
+        add_api(page, asked, [threshold, refine], quick, slow)
     checked(demo)
     demo.queue(max_size=settings.queue_size, default_concurrency_limit=settings.quick_at_once)
     demo.spar_page = page  # Gradio's class takes what it is given
@@ -214,7 +219,7 @@ def checked(demo: gr.Blocks) -> None:
     demo.preprocess_data = preprocess_data  # type: ignore[method-assign]
 
 
-def add_api(page: Page, asked: list[Any], threshold: gr.Slider, quick: dict[str, Any], slow: dict[str, Any]) -> None:
+def add_api(page: Page, asked: list[Any], choices: list[Any], quick: dict[str, Any], slow: dict[str, Any]) -> None:
     """Named endpoints for programs."""
     with gr.Column(visible=False):
         x = gr.Slider(0, 1, value=0.5, label="x")
@@ -226,7 +231,7 @@ def add_api(page: Page, asked: list[Any], threshold: gr.Slider, quick: dict[str,
 
     api = Api(page)
     picture, _, model, method = asked
-    trigger.click(api.segment, [*asked, threshold], [details, drawn, label_map], api_name="segment", **quick)
+    trigger.click(api.segment, [*asked, *choices], [details, drawn, label_map], api_name="segment", **quick)
     trigger.click(api.compare, asked, details, api_name="compare", **slow)
     places = [picture, model, method, x, y]
     trigger.click(api.similarity, places, [details, pca, cosine_map], api_name="similarity", **quick)

@@ -12,6 +12,7 @@ import math
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from torch.nn import functional as F
 from ..build import record
 from ..grid_spar import coverage, upsample
 from ..methods.table import METHODS
+from ..names_spar import unknown
 from ..prompts_spar import EVERYDAY_WORDS, Labels
 from ..segmentation_spar import NO_CLASS, GridScores, ScoreMaps, label_map
 from ..visualize import pca_picture
@@ -119,6 +121,7 @@ class Engine:
         method: str | None = None,
         *,
         background_threshold: float = 0.0,
+        refine: Sequence[str] = (),
         watch: Watch | None = None,
         timed: bool = False,
     ) -> Answer:
@@ -131,6 +134,7 @@ class Engine:
             method: Row of the table of methods; None is the model's own.
             background_threshold: Pixels whose best class is less probable have no class, 0 to 1; see
                 `segmentation_spar.segment`. A single class competes with everyday words.
+            refine: Refinements of the menu, for one pass.
             watch: Slides a window over the picture instead of one pass. Told of each batch of windows; may raise
                 `Stopped`.
             timed: Runs the network twice and times the second pass: the first one of a size also pays for choosing
@@ -144,13 +148,16 @@ class Engine:
         if threshold is not None and len(labels) == 1:
             labels = labels.against(EVERYDAY_WORDS)
         self.models.check_method(method)
+        refinements = tuple(name for name in self.settings.refinement_menu if name in refine)
+        if unheard := set(refine) - set(refinements):
+            raise DemoError(sentence(unknown("refinement on the menu", min(unheard), self.settings.refinement_menu)))
         encoded_picture = self.pictures.read(path)
         opened = self.models.open(model)
         picture = self.pictures.open(encoded_picture, opened.processor.image_processor)
         windows = 1 if watch is None else self.models.num_windows(picture.input_hw, model, method)
-        segmenter = self.models.segmenter(opened, method, watch)
+        segmenter = self.models.segmenter(opened, method, watch, refinements)
         encoded = opened.encode(segmenter, labels, method)
-        networks = self.models.networks_of(method)
+        networks = self.models.networks_of(method, refinements)
         with opened.passing if networks else nullcontext():
             for _ in range(1 + timed):
                 started = self._now()
@@ -160,7 +167,7 @@ class Engine:
         made_with = {
             "model": model,
             "method": method,
-            **record(method, networks, None, ()),
+            **record(method, networks, None, refinements),
             "networks": {
                 name: Path(origin).name if Path(origin).is_dir() else origin for name, origin in networks.items()
             },

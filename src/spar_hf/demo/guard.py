@@ -151,7 +151,8 @@ def check_inputs(names: Sequence[str], components: Sequence[Any], values: Sequen
                 raise Refused(f"{name} is {value!r:.40}; give a number from {low:g} to {high:g}.")
         elif isinstance(component, gr.Dropdown):
             allowed = [choice for _, choice in component.choices]
-            if value not in allowed:
+            several = component.multiselect and isinstance(value, list)
+            if not all(part in allowed for part in (value if several else [value])):
                 raise Refused(f"{name} is {value!r:.40}; choose one of {', '.join(map(repr, allowed))}.")
         elif isinstance(component, gr.Textbox) and not isinstance(value, str | None):
             raise Refused(f"{name} is of type {type(value).__name__}; give text.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import gradio as gr
@@ -57,11 +57,18 @@ class Page:
         self.number = 0
 
     def segment(
-        self, path: str | None, words: str, model: str, method: str, background_threshold: float = 0.0
+        self,
+        path: str | None,
+        words: str,
+        model: str,
+        method: str,
+        background_threshold: float = 0.0,
+        refine: Sequence[str] = (),
     ) -> tuple[Any, ...]:
         """The viewer, and the three downloads."""
+        asked: dict[str, Any] = {"background_threshold": background_threshold, "refine": refine}
         try:
-            answer = self.engine.segment(path, words, model, own(method), background_threshold=background_threshold)
+            answer = self.engine.segment(path, words, model, own(method), **asked)
             files = self.downloads.write(answer)
         except Exception as error:
             return message(in_words(error)), *(gr.update(value=None, interactive=False) for _ in range(3))
@@ -70,13 +77,11 @@ class Page:
         shown = view([{"title": f"{model}, one pass", "note": note, "answer": answer}], [answer], self.next_key())
         return shown, *(gr.update(value=path, interactive=True) for path in files)
 
-    def again(
-        self, path: str | None, words: str, model: str, method: str, background_threshold: float
-    ) -> tuple[Any, ...]:
+    def again(self, path: str | None, words: str, *asked: Any) -> tuple[Any, ...]:
         """`segment` after a slider was moved: nothing happens before there is something to segment."""
         if not path or not (words or "").strip():
             return tuple(gr.skip() for _ in range(4))
-        return self.segment(path, words, model, method, background_threshold)
+        return self.segment(path, words, *asked)
 
     def compare(
         self,
@@ -172,7 +177,13 @@ class Api:
         self.page = page
 
     def segment(
-        self, picture: str, words: str, model: str, method: str, background_threshold: float = 0.0
+        self,
+        picture: str,
+        words: str,
+        model: str,
+        method: str,
+        background_threshold: float = 0.0,
+        refine: Sequence[str] = (),
     ) -> tuple[dict[str, Any], str, str]:
         """Segments a picture in one pass.
 
@@ -180,11 +191,11 @@ class Api:
         its legend (PNG, at most 1280 pixels), and the label map (PNG, the picture's own size), whose pixel values are
         positions in `words`, from 0; a pixel without a class has the highest value, 255 or 65535.
 
-        Pixels whose best class has a probability under `background_threshold` have no class.
+        Pixels whose best class has a probability under `background_threshold` have no class. `refine` is a list of
+        refinements.
         """
-        answer = self._words(
-            self.page.engine.segment, picture, words, model, own(method), background_threshold=background_threshold
-        )
+        asked: dict[str, Any] = {"background_threshold": background_threshold, "refine": refine}
+        answer = self._words(self.page.engine.segment, picture, words, model, own(method), **asked)
         return facts(answer), *self.page.downloads.write(answer)[:2]
 
     def compare(self, picture: str, words: str, model: str, method: str) -> dict[str, Any]:

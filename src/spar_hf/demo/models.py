@@ -16,15 +16,17 @@ from ..build import build_encoder, build_segmenter, window_of
 from ..checkpoints import SHIPPED, load
 from ..encoders.base import EncoderWrapper
 from ..encoders.sliding_window import SlidingWindow, window_starts
-from ..grid_spar import unknown
 from ..methods.table import METHODS
+from ..names_spar import unknown
 from ..prompts_spar import Labels
+from ..refinement.table import REFINEMENTS
 from ..segmentation_spar import FromFeatures, ScoreMaps, Segmenter
 from ..segmenters import SegmenterWrapper, SlidingScores
 from .pictures import DemoError, sentence
 from .settings import Settings
 
 KEPT_VOCABULARIES = 8  # of a model; 10 000 names of 512 numbers take 20 MB
+KEPT_BUILDS = 8  # of a model: methods with their second networks
 WINDOW_BATCH = 16
 
 Watch = Callable[[int], None]  # called with the number of windows just done; may raise `Stopped`
@@ -49,7 +51,7 @@ class Opened:
     processor: Any
     lock: threading.Lock = field(default_factory=threading.Lock)
     passing: threading.Lock = field(default_factory=threading.Lock)
-    built: dict[str, Any] = field(default_factory=dict)
+    built: OrderedDict[Any, Any] = field(default_factory=OrderedDict)
     encoded: OrderedDict[Any, Any] = field(default_factory=OrderedDict)
 
     def encode(self, segmenter: Segmenter, labels: Labels, method: str | None) -> Any:
@@ -129,53 +131,62 @@ class Models:
             self._models.move_to_end(name)
             return self._models[name]
 
-    def built(self, opened: Opened, method: str | None) -> Any:
-        """A model with a method, built once: a dense encoder, or for a label method a segmenter.
+    def built(self, opened: Opened, method: str | None, refine: tuple[str, ...] = ()) -> Any:
+        """A model with a method, built once: a dense encoder; for a label method or with refinements a segmenter.
 
         Raises:
-            DemoError: The method is not on the menu, not for this model, or its networks cannot be loaded.
+            DemoError: The method is not on the menu, or what is asked is not for this model or its networks cannot be
+                loaded.
         """
-        if method is None:
+        if method is None and not refine:
             return opened.model.vision_model
         self.check_method(method)
-        row, networks = METHODS[method], self.networks_of(method)
+        networks, key = self.networks_of(method, refine), (method, *refine)
         with opened.lock:
-            if method not in opened.built:
+            if key not in opened.built:
                 try:
-                    opened.built[method] = (
-                        build_segmenter(opened.model, opened.processor, method, networks=networks)
-                        if row.kind == "label"
+                    opened.built[key] = (
+                        build_segmenter(opened.model, opened.processor, method, networks=networks, refine=refine)
+                        if is_label_method(method) or refine
                         else build_encoder(opened.model.vision_model, method, networks=networks)
                     )
                 except Exception as error:
-                    logger.warning("the method %s cannot be built on %s: %s", method, opened.name, error)
-                    needs = " and needs a second network, which must load" if row.needs else ""
+                    logger.warning("%s cannot be built on %s: %s", key, opened.name, error)
+                    asked = " with ".join([*([METHODS[method].title] if method else []), *refine])
+                    needs = " and needs a second network, which must load" if networks else ""
                     raise DemoError(
-                        f"{row.title} does not run on {opened.name}: it is for CLIP models{needs}. "
-                        "Choose another method."
+                        f"{asked} does not run on {opened.name}: it is for CLIP models{needs}. "
+                        f"Choose {'other refinements' if refine else 'another method'}."
                     ) from error
-            return opened.built[method]
+                if len(opened.built) > KEPT_BUILDS:
+                    opened.built.popitem(last=False)
+            opened.built.move_to_end(key)
+            return opened.built[key]
 
     def check_method(self, method: str | None) -> None:
         """Raises a `DemoError` where the method is not on the menu."""
         if method is not None and method not in self.settings.methods:
             raise DemoError(sentence(unknown("method on the menu", method, self.settings.methods)))
 
-    def networks_of(self, method: str | None) -> dict[str, str]:
-        """The second networks of a method, by name."""
-        taken = () if method is None else METHODS[method].networks
-        return {name: self.settings.second_networks[name] for name in taken if name in self.settings.second_networks}
+    def networks_of(self, method: str | None, refine: tuple[str, ...] = ()) -> dict[str, str]:
+        """The second networks of a method and of refinements, by name."""
+        rows = [*([METHODS[method].networks] if method else []), *(REFINEMENTS[name].networks for name in refine)]
+        taken = [name for row in rows for name in row if name in self.settings.second_networks]
+        return {name: self.settings.second_networks[name] for name in taken}
 
-    def segmenter(self, opened: Opened, method: str | None = None, watch: Watch | None = None) -> Segmenter:
+    def segmenter(
+        self, opened: Opened, method: str | None = None, watch: Watch | None = None, refine: tuple[str, ...] = ()
+    ) -> Segmenter:
         """A model's segmenter, in one pass.
 
         Args:
             opened: The model.
             method: Row of the table of methods; None is the model's own.
             watch: Slides the method's window over the picture instead, and is told of each batch of windows.
+            refine: Refinements, for one pass.
         """
-        built = self.built(opened, method)
-        if is_label_method(method):
+        built = self.built(opened, method, refine)
+        if is_label_method(method) or refine:
             if watch is None:
                 return built
             return SlidingScores(WatchedScores(built, watch), *window_of(built.config, None, None), WINDOW_BATCH)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..checkpoints import ASSETS, SHIPPED
 from ..methods.table import METHODS
+from ..refinement.table import find_refinements
 
 # The best checkpoint that this installation has: `tiny-spar`, which is distilled, or `tiny`, which it starts from.
 DEFAULT_MODEL = "tiny-spar" if (ASSETS / "tiny-spar" / "config.json").is_file() else "tiny"
@@ -26,6 +27,7 @@ class Settings:
         device: `auto` takes an accelerator if there is one.
         networks: Second networks, `dino=facebook/dino-vitb8` and more of these split by commas; methods that need
             them join the menu. A network's own memory comes on top.
+        refinements: Refinements on the menu, split by commas. Those that need a second network find it in `networks`.
         hosts: Further names that the page is called by, split by commas, where it is served to this machine alone and
             reached through a proxy.
         max_file_mb: Largest upload.
@@ -43,6 +45,7 @@ class Settings:
     model: str = DEFAULT_MODEL
     device: str = "auto"
     networks: str = ""
+    refinements: str = "pamr, flip, image-engineering, prompt-denoising, key-smoothing"
     hosts: str = ""
     max_file_mb: int = 20
     max_image_pixels: int = 40_000_000
@@ -60,7 +63,8 @@ class Settings:
         """Settings from the variables that are set, defaults for the others.
 
         Raises:
-            ValueError: A variable that should be a whole number from 1 up is not, or a network is not NAME=ID.
+            ValueError: A variable that should be a whole number from 1 up is not, a network is not NAME=ID, or there
+                is no such refinement.
         """
         given: dict[str, str | int] = {}
         for field in fields(cls):
@@ -83,6 +87,12 @@ class Settings:
                 raise ValueError(
                     f"SPAR_NETWORKS is {self.networks!r}; write NAME=ID, such as dino=facebook/dino-vitb8."
                 )
+        for name, row in find_refinements(_parts(self.refinements)).items():
+            if row.stage == "templates":
+                raise ValueError(f"SPAR_REFINEMENTS has {name}, which needs unlabelled images; take it out.")
+            for network in row.networks:
+                if network not in self.second_networks:
+                    raise ValueError(f"SPAR_REFINEMENTS has {name}; give its network, SPAR_NETWORKS={network}=ID.")
 
     @property
     def menu(self) -> dict[str, str]:
@@ -107,6 +117,11 @@ class Settings:
         """The menu of methods: rows of the table whose networks are there."""
         networks = set(self.second_networks)
         return tuple(name for name, row in METHODS.items() if set(row.needs) <= networks)
+
+    @property
+    def refinement_menu(self) -> dict[str, str]:
+        """What each refinement of the menu does, by name."""
+        return {name: row.title for name, row in find_refinements(_parts(self.refinements)).items()}
 
 
 def _public_name(model: str) -> str:

@@ -20,7 +20,8 @@ from torch.nn import functional as F
 
 from ..encoder_spar import SparVisionOutput, check_pixels
 from ..encoders.base import DenseEncoder
-from ..grid_spar import fit_to_patches, one_of
+from ..grid_spar import fit_to_patches
+from ..names_spar import one_of
 from ..segmentation_spar import ScoreMaps, Segmenter, class_probabilities
 
 TARGETS = ("moved", "text")

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from ..arithmetic_spar import best_dtype
-from ..grid_spar import one_of, unknown
 from ..methods.table import find_method
+from ..names_spar import one_of, unknown
 from ..prompts_spar import Labels
 from ..refinement import find_refinements
 from .label_teacher import Settings

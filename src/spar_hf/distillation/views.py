@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..files import digest
-from ..grid_spar import one_of
+from ..names_spar import one_of
 from .sources import BadImage, Source
 
 # Of `Augmentation.draw`: counted up when the same settings come to draw other views, so that stored ones are refused.

@@ -17,8 +17,8 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image
 
-from ..grid_spar import one_of
 from ..image_values_spar import DEFAULTS, ReadOptions
+from ..names_spar import one_of, unknown
 from ..picture_book.dataset import CLASSES as PICTURE_BOOK_CLASSES
 from ..picture_book.dataset import PictureBook
 from ..prompts_spar import Labels
@@ -199,7 +199,7 @@ def load_benchmark(
         ValueError: For an unknown name, a missing or superfluous argument, or files that are not where they should be.
     """
     if name not in BENCHMARKS:
-        raise ValueError(f"benchmark {name!r} is unknown; there are {', '.join(BENCHMARKS)}. Choose one of them.")
+        raise ValueError(unknown("benchmark", name, BENCHMARKS))
     given = {"data": data, "scale": scale, "split": split, "images": images, "masks": masks, "classes": classes}
     wanted = {"picturebook": {"scale", "split"}, "custom": {"images", "masks", "classes"}}.get(name, {"data"})
     superfluous = [argument for argument, value in given.items() if value is not None and argument not in wanted]
@@ -225,7 +225,12 @@ def load_vocabulary(name: str) -> Labels:
 
     COCO-Object's published list has "bed" both as a class and among the names of the background. Equal scores go to
     the lower id, so that class could never win; a name that is also a class is therefore left out of class 0.
+
+    Raises:
+        ValueError: For a name without a list.
     """
+    if name not in (listed := sorted(path.stem for path in _VOCABULARIES.glob("*.json"))):
+        raise ValueError(unknown("vocabulary", name, listed))
     classes = json.loads((_VOCABULARIES / f"{name}.json").read_text(encoding="utf-8"))
     elsewhere = {entry for names in classes[1:] for entry in names}
     return Labels.parse([[entry for entry in classes[0] if entry not in elsewhere], *classes[1:]])

@@ -35,7 +35,8 @@ from torch.nn import functional as F
 
 from ..encoder_spar import check_pixels
 from ..encoders.base import rgb
-from ..grid_spar import one_of, upsample
+from ..grid_spar import upsample
+from ..names_spar import one_of
 from ..networks.clip import open_clip
 from ..processing_spar import LabelFeatures
 from ..prompts_spar import Labels
@@ -181,8 +182,8 @@ class Segmenter(FromFeatures):
         return [self._of_one(image[None], encoded) for image in pixel_values]
 
     def _of_one(self, image: Tensor, texts: CarTexts) -> ScoreMaps:
-        colours = (rgb(image, self.config)[0] * 255).round().clamp(0, 255).byte()
-        colours = np.ascontiguousarray(colours.permute(1, 2, 0).cpu().numpy())
+        bytes_ = (rgb(image, self.config)[0] * 255).round().clamp(0, 255).byte()
+        colours = np.ascontiguousarray(bytes_.permute(1, 2, 0).cpu().numpy())
         size_hw = (colours.shape[0], colours.shape[1])
         background = names_of_background(texts.labels)
         kept, masks = self.turns(colours, [i for i in range(len(texts.labels.names)) if i not in background], texts)
@@ -231,8 +232,9 @@ class Segmenter(FromFeatures):
         side = vision.config.image_size
         for mask in masks:
             inside = (mask > self.settings.mask).cpu().numpy()
-            seen = prompted(colours, inside, self.settings.prompts) if mask.sum() > 1 and inside.any() else colours
-            images.append(torch.from_numpy(centre_square(seen, side)).permute(2, 0, 1))
+            some = mask.sum() > 1 and inside.any()
+            shown = prompted(colours, inside, self.settings.prompts) if some else colours
+            images.append(torch.from_numpy(centre_square(shown, side)).permute(2, 0, 1))
         embeds = []
         for chunk in torch.stack(images).split(JUDGED_AT_ONCE):
             x, grid_hw = embed(vision, normalised(chunk.to(vision.device), vision.config))

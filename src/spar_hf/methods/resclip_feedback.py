@@ -95,7 +95,9 @@ class Segmenter(FromFeatures):
         first = self.output(last(None), last, extent_hw, pixels)
         named = [
             self.names_of_patches(maps, guide, grid_hw)
-            for maps, guide in zip(feature_scores(first, text, tuple(guides.shape[2:])), guides, strict=True)
+            for maps, guide in zip(
+                feature_scores(first, text, (guides.shape[2], guides.shape[3])), guides, strict=True
+            )
         ]
         together = [belonging(names, self.settings.smoothing) for names in named]
         second = self.output(last(together), last, extent_hw, pixels)
@@ -137,6 +139,7 @@ class LastBlock:
         self.encoder, self.grid_hw, self.settings = encoder, grid_hw, settings
         blocks = encoder.vision.blocks
         self.reach = encoder.vision.reach(grid_hw, x.device)
+        last: Any = encoder.last_layer
         wanted = [block_index(block, len(blocks)) for block in settings.blocks]
         seen = {}
         for number, layer in enumerate(blocks[:-1]):
@@ -144,7 +147,7 @@ class LastBlock:
                 seen[number] = project_heads(layer.self_attn, layer.layer_norm1(x), "qk")
             x = layer(x, reach=self.reach)
         self.x = x
-        own = project_heads(encoder.last_layer.self_attn, encoder.last_layer.layer_norm1(x), "qkv")
+        own = project_heads(last.self_attn, last.layer_norm1(x), "qkv")
         seen[len(blocks) - 1] = own
         self.keys, self.values = own["k"], own["v"]
         self.earlier = torch.zeros_like(self.values[:, :, 1:])

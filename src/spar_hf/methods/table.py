@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from typing import Any
 
-from ..grid_spar import unknown
 from ..methods_spar import RECIPES, Recipe
+from ..names_spar import unknown
 
 BENCHMARKS = ("voc21", "context60", "coco_object", "voc20", "context59", "coco_stuff", "cityscapes", "ade20k")
 

@@ -1,19 +1,22 @@
-"""What the adapters share: loading by id or folder, and pixels normalised for another network."""
+"""SecondNetwork, what the adapters share: loading by id or folder, and pixels normalised for another network."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from transformers import MODEL_FOR_BACKBONE_MAPPING, AutoConfig, AutoModel
+from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..checkpoint_files import naming, read_json
 from ..checkpoints import folder_of, resolve
 from ..downloads import CONFIG, fetch
 from ..encoders.base import column, rgb
 from ..pretrained import open_model, read_config
+
+Adapter = TypeVar("Adapter", bound="SecondNetwork")
 
 
 def load_network(name: str, **options: Any) -> nn.Module:
@@ -47,3 +50,47 @@ def normalisation_of(name: str) -> tuple[Any, Any]:
 def renormalise(pixel_values: torch.Tensor, config: Any, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
     """Pixels (B, 3, H, W) normalised by `config` -> by another mean and standard deviation, fp32."""
     return (rgb(pixel_values, config) - column(mean, pixel_values)) / column(std, pixel_values)
+
+
+class SecondNetwork(nn.Module):
+    """A network of transformers that a method asks beside CLIP. No gradients.
+
+    Args:
+        network: the network, or the id or folder to load it from.
+        image_mean, image_std: what its pixels are normalised with; None as it was saved with, or else ImageNet's.
+    """
+
+    def __init__(
+        self,
+        network: str | nn.Module,
+        image_mean: Sequence[float] | None = None,
+        image_std: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__()
+        if isinstance(network, str):
+            mean, std = normalisation_of(network)
+            image_mean, image_std = image_mean or mean, image_std or std
+            network = load_network(network)
+        self.network: Any = network.eval()
+        self.image_mean = tuple(image_mean or IMAGENET_DEFAULT_MEAN)
+        self.image_std = tuple(image_std or IMAGENET_DEFAULT_STD)
+
+    @classmethod
+    def of(cls: type[Adapter], network: str | nn.Module) -> Adapter:
+        """The adapter itself, or one around a network, its id or its folder."""
+        return network if isinstance(network, cls) else cls(network)
+
+    def extra_repr(self) -> str:
+        return f"image_mean={self.image_mean}, image_std={self.image_std}"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.network.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    def renormalised(self, pixel_values: torch.Tensor, config: Any) -> torch.Tensor:
+        """Pixels (B, 3, H, W) normalised by `config` -> as this network wants them, fp32."""
+        return renormalise(pixel_values, config, self.image_mean, self.image_std)

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Sam2Model, SamModel, SamVisionModel
-from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from .loading import load_network, normalisation_of, renormalise
+from ..arithmetic_spar import with_fast_products
+from .loading import SecondNetwork
 
 # Numbers of the masks that are resized at a time, 128 MB in fp32.
 MASK_NUMBERS = 2**25
@@ -83,51 +83,26 @@ class SamImage:
     resized_hw: tuple[int, int]
 
 
-class Sam(nn.Module):
-    """A SAM or SAM 2 as a second network. No gradients.
+class Sam(SecondNetwork):
+    """A SAM or SAM 2 as a second network: a `SamModel`, `Sam2Model` or, as an image encoder only, `SamVisionModel`.
 
-    Args:
-        network: a `SamModel`, `Sam2Model` or, as an image encoder only, `SamVisionModel`; or the id or folder to
-            load it from.
-        image_mean, image_std: what its pixels are normalised with; None as it was saved with, or else ImageNet's.
+    See `SecondNetwork`.
 
     Raises:
         ValueError: it is another network.
     """
 
-    def __init__(
-        self,
-        network: str | nn.Module,
-        image_mean: Sequence[float] | None = None,
-        image_std: Sequence[float] | None = None,
-    ) -> None:
-        super().__init__()
-        if isinstance(network, str):
-            mean, std = normalisation_of(network)
-            image_mean, image_std = image_mean or mean, image_std or std
-            network = load_network(network)
-        if not isinstance(network, (SamModel, Sam2Model, SamVisionModel)):
+    def __init__(self, network: str | nn.Module, *normalisation: Sequence[float] | None) -> None:
+        super().__init__(network, *normalisation)
+        if not isinstance(self.network, (SamModel, Sam2Model, SamVisionModel)):
             raise ValueError(
-                f"the second network is a {type(network).__name__}; give a SAM or SAM 2, such as "
+                f"the second network is a {type(self.network).__name__}; give a SAM or SAM 2, such as "
                 "facebook/sam-vit-base or facebook/sam2.1-hiera-large."
             )
-        self.network: Any = network.eval()
-        self.image_mean, self.image_std = (
-            tuple(image_mean or IMAGENET_DEFAULT_MEAN),
-            tuple(image_std or IMAGENET_DEFAULT_STD),
-        )
-        config: Any = network.config
+        config: Any = self.network.config
         self.image_px: int = getattr(config, "prompt_encoder_config", config).image_size
-        self.stretches = isinstance(network, Sam2Model)
+        self.stretches = isinstance(self.network, Sam2Model)
         self._last: tuple[Tensor, Any, Tensor | None] | None = None  # pixels, embeddings, last projections
-
-    @classmethod
-    def of(cls, network: str | nn.Module) -> Sam:
-        """The adapter itself, or one around a network, its id or its folder."""
-        return network if isinstance(network, cls) else cls(network)
-
-    def extra_repr(self) -> str:
-        return f"image_mean={self.image_mean}, image_std={self.image_std}"
 
     def resized_hw(self, image_hw: tuple[int, int], long_px: int | None = None) -> tuple[int, int]:
         """Height and width at which the network sees an image; `long_px` is the longer side, or the network's own."""
@@ -140,11 +115,11 @@ class Sam(nn.Module):
     def prepare(self, pixel_values: Tensor, config: Any) -> tuple[Tensor, tuple[int, int]]:
         """Pixels (B, 3, H, W) normalised by `config` -> the network's (B, 3, S, S), and what the image fills of it."""
         resized_hw = self.resized_hw((pixel_values.shape[2], pixel_values.shape[3]))
-        pixels = renormalise(pixel_values, config, self.image_mean, self.image_std)
+        pixels = self.renormalised(pixel_values, config)
         if pixels.shape[2:] != resized_hw:
             pixels = F.interpolate(pixels, size=resized_hw, mode="bilinear", align_corners=False, antialias=True)
         pixels = F.pad(pixels, (0, self.image_px - resized_hw[1], 0, self.image_px - resized_hw[0]))
-        return pixels.to(next(self.network.parameters()).dtype), resized_hw
+        return pixels.to(self.dtype), resized_hw
 
     def _encoded(self, pixels: Tensor) -> tuple[Any, Tensor | None]:
         """The network's embeddings of prepared pixels, and its last block's projections where they are one layer's.
@@ -170,6 +145,7 @@ class Sam(nn.Module):
         return self._last[1:]
 
     @torch.no_grad()
+    @with_fast_products
     def last_attention(self, pixel_values: Tensor, config: Any) -> list[GlobalAttention]:
         """What the image encoder's last block attends with, for each image of (B, 3, H, W).
 
@@ -200,6 +176,7 @@ class Sam(nn.Module):
         ]
 
     @torch.no_grad()
+    @with_fast_products
     def encode(self, pixel_values: Tensor, config: Any) -> SamImage:
         """One image (1, 3, H, W), to be prompted.
 
@@ -213,6 +190,7 @@ class Sam(nn.Module):
         return SamImage(embeddings, (pixel_values.shape[2], pixel_values.shape[3]), resized_hw)
 
     @torch.no_grad()
+    @with_fast_products
     def prompted(
         self,
         image: SamImage,
@@ -235,7 +213,7 @@ class Sam(nn.Module):
         Returns:
             Mask logits (N, M, s, s) in the decoder's own frame, see `at_image_size`, and the expected IoU (N, M).
         """
-        dtype = next(self.network.parameters()).dtype
+        dtype = self.dtype
         frame_hw = image.image_hw if frame_hw is None else frame_hw
         sides = zip(self.resized_hw(frame_hw), frame_hw, strict=True)
         to_network = torch.tensor([resized / side for resized, side in sides]).flip(0)  # x first
@@ -274,7 +252,7 @@ class Sam(nn.Module):
         """Masks of a grid of points, three a point or one, some at a time: logits (n, H, W), expected IoU (n)."""
         place = (torch.arange(points_per_side) + 0.5) / points_per_side
         points = torch.stack([place.repeat(points_per_side), place.repeat_interleave(points_per_side)], dim=-1)
-        points = (points * torch.tensor(image.image_hw[::-1])).to(next(self.network.parameters()).device)
+        points = (points * torch.tensor(image.image_hw[::-1])).to(self.device)
         batch = min(max(MASK_NUMBERS // (3 * image.image_hw[0] * image.image_hw[1]), 1), 64)
         for chunk in points.split(batch):
             logits, scores = self.prompted(image, points=chunk[:, None], several=several)

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import ViTModel
-from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from ..arithmetic_spar import with_fast_products
 from ..grid_spar import fit_to_patches, resize_positions
-from .loading import load_network, normalisation_of, renormalise
+from .loading import SecondNetwork
 
 # What transformers' classes call an attention's three projections.
 PROJECTIONS = ({"q": "q_proj", "k": "k_proj", "v": "v_proj"}, {"q": "query", "k": "key", "v": "value"})
@@ -46,50 +46,24 @@ class Patches:
         return self.features.shape[2], self.features.shape[3]
 
 
-class ViT(nn.Module):
-    """A vision transformer as a second network. No gradients.
-
-    Args:
-        network: the network, or the id or folder to load it from.
-        image_mean, image_std: what its pixels are normalised with; None as it was saved with.
+class ViT(SecondNetwork):
+    """A vision transformer as a second network; see `SecondNetwork`.
 
     Raises:
         ValueError: it is no network with square patches.
     """
 
-    def __init__(
-        self,
-        network: str | nn.Module,
-        image_mean: Sequence[float] | None = None,
-        image_std: Sequence[float] | None = None,
-    ) -> None:
-        super().__init__()
-        if isinstance(network, str):
-            mean, std = normalisation_of(network)
-            image_mean, image_std = image_mean or mean, image_std or std
-            network = load_network(network)
-        network = getattr(network, "vision_model", network)  # of a whole CLIP
-        self.network: Any = network.eval()
-        self.image_mean, self.image_std = (
-            tuple(image_mean or IMAGENET_DEFAULT_MEAN),
-            tuple(image_std or IMAGENET_DEFAULT_STD),
-        )
-        patch_px = getattr(getattr(network, "config", None), "patch_size", None)
+    def __init__(self, network: str | nn.Module, *normalisation: Sequence[float] | None) -> None:
+        super().__init__(network, *normalisation)
+        self.network = getattr(self.network, "vision_model", self.network)  # of a whole CLIP
+        patch_px = getattr(getattr(self.network, "config", None), "patch_size", None)
         sides_px = {patch_px} if isinstance(patch_px, int) else set(patch_px or ())
         if len(sides_px) != 1:
             raise ValueError(
-                f"the second network is a {type(network).__name__} with patch_size {patch_px}; give a ViT with square "
-                "patches, such as facebook/dino-vitb8."
+                f"the second network is a {type(self.network).__name__} with patch_size {patch_px}; give a ViT with "
+                "square patches, such as facebook/dino-vitb8."
             )
         self.patch_px: int = sides_px.pop()
-
-    @classmethod
-    def of(cls, network: str | nn.Module) -> ViT:
-        """The adapter itself, or one around a network, its id or its folder."""
-        return network if isinstance(network, cls) else cls(network)
-
-    def extra_repr(self) -> str:
-        return f"image_mean={self.image_mean}, image_std={self.image_std}"
 
     @property
     def num_heads(self) -> int:
@@ -102,6 +76,7 @@ class ViT(nn.Module):
         return pixels.shape[2] // self.patch_px, pixels.shape[3] // self.patch_px
 
     @torch.no_grad()
+    @with_fast_products
     def forward(self, pixel_values: Tensor, config: Any, heads: str = "") -> Patches:
         """Patches of images of any size.
 
@@ -113,11 +88,11 @@ class ViT(nn.Module):
         Raises:
             ValueError: the network has no such projections, or not one token for each patch.
         """
-        pixels = renormalise(pixel_values, config, self.image_mean, self.image_std)
+        pixels = self.renormalised(pixel_values, config)
         pixels, extent_hw = fit_to_patches(pixels, self.patch_px, config.size_rule)
         grid_hw = (pixels.shape[2] // self.patch_px, pixels.shape[3] // self.patch_px)
         pixels = pixels[:, :, : grid_hw[0] * self.patch_px, : grid_hw[1] * self.patch_px]
-        pixels = pixels.to(next(self.network.parameters()).dtype)
+        pixels = pixels.to(self.dtype)
         # ViT refuses other sizes unless told; the others have no such argument.
         takes = "interpolate_pos_encoding" in inspect.signature(self.network.forward).parameters
         with dino_positions(self.network, grid_hw), self.taps(heads) as kept:

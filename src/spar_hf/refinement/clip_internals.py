@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..arithmetic_spar import with_fast_products
 from ..clip_spar import SparVisionModel
 from ..dense_spar import attend, merge_heads, project_heads
 from ..grid_spar import coverage, fit_to_patches, whole_patches
@@ -56,6 +57,14 @@ class ClipInternals:
     def network(self) -> Any:
         return self.model.vision_model
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.network.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.device
+
     @cached_property
     def logit_scale(self) -> float:
         """The model's own factor on the cosine, for the refinements that the authors ran with it."""
@@ -64,9 +73,7 @@ class ClipInternals:
     @cached_property
     def _outputs(self) -> Any:
         with torch.no_grad():
-            return self.network(
-                self.pixel_values.to(self.network.device, self.network.dtype), output_hidden_states=True
-            )
+            return self.network(self.pixel_values.to(self.device, self.dtype), output_hidden_states=True)
 
     @property
     def num_blocks(self) -> int:
@@ -87,6 +94,7 @@ class ClipInternals:
         return F.normalize(self._outputs.image_embeds[0].float(), dim=-1)
 
     @torch.no_grad()
+    @with_fast_products
     def heads(self, block: int, names: str) -> dict[str, Tensor]:
         """The projections that `names` spells of a block, each (1, H, 1 + N, d), class token first."""
         index = block_index(block, self.num_blocks)
@@ -94,6 +102,7 @@ class ClipInternals:
         return project_heads(layer.self_attn, layer.layer_norm1(self._outputs.hidden_states[index]), names)
 
     @torch.no_grad()
+    @with_fast_products
     def keys(self) -> Tensor:
         """The last block's keys of the patches, heads side by side, through its output projection: (N, C)."""
         keys = merge_heads(self.heads(12, "k")["k"])
@@ -106,11 +115,12 @@ class ClipInternals:
         units = torch.cat([merge_heads(F.normalize(head.float(), dim=-1)) for head in heads], dim=-1)[0]
         return units @ units.T / (3 * self.network.config.num_attention_heads)
 
+    @torch.no_grad()
+    @with_fast_products
     def attention(self, index: int) -> Tensor:
         """The mean over heads of a block's own attention between patches, (N, N); `index` counts from 0."""
         layer = self.network.encoder.layers[index]
-        with torch.no_grad():
-            heads = project_heads(layer.self_attn, layer.layer_norm1(self._outputs.hidden_states[index]), "qk")
+        heads = project_heads(layer.self_attn, layer.layer_norm1(self._outputs.hidden_states[index]), "qk")
         reach = self.network.reach(self.grid_hw, self.network.device)
         bias = 0.0 if reach is None else reach.bias(*(heads["q"].shape[2],) * 2)
         total = torch.zeros(())
@@ -120,6 +130,7 @@ class ClipInternals:
         return total[1:, 1:] / len(heads["q"][0])
 
     @torch.no_grad()
+    @with_fast_products
     def class_embed_of(self, crop: Tensor, patch_mask: Tensor) -> Tensor:
         """The image embedding of a crop (D), L2-normalised, whose class token looks at the masked patches only.
 
@@ -127,7 +138,7 @@ class ClipInternals:
             crop: (1, 3, H, W), on any device.
             patch_mask: (N) bool. The class token's scores towards the others are lowered by 1000, in every block.
         """
-        tokens, grid_hw = self.network.embeddings(crop.to(self.network.device, self.network.dtype))
+        tokens, grid_hw = self.network.embeddings(crop.to(self.device, self.dtype))
         x = self.network.pre_layrnorm(tokens)
         reach = self.network.reach(grid_hw, x.device)
         bias = x.new_zeros(x.shape[1], x.shape[1])

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..grid_spar import unknown
+from ..names_spar import unknown
 from . import closing, cluster_vote, definitions, floss, pamr, sam_prompts, tagclip, views
 from .scores import (
     DenoisingSettings,

@@ -46,8 +46,9 @@ class FlipSettings:
 
 def greyscale(pixel_values: Tensor) -> Tensor:
     """(B, 3, H, W) with the luma in all three channels."""
-    luma = torch.tensor(LUMA, dtype=pixel_values.dtype, device=pixel_values.device)
-    return torch.einsum("bchw,c->bhw", pixel_values, luma)[:, None].expand_as(pixel_values)
+    luma = torch.tensor(LUMA, device=pixel_values.device)
+    grey = torch.einsum("bchw,c->bhw", pixel_values.float(), luma)[:, None]
+    return grey.to(pixel_values.dtype).expand_as(pixel_values)
 
 
 def blur(pixel_values: Tensor, settings: EngineeringSettings) -> Tensor:

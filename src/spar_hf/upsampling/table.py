@@ -13,7 +13,7 @@ from typing import Any
 
 from ..anyup_spar import SparAnyUp
 from ..checkpoints import folder_of
-from ..grid_spar import unknown
+from ..names_spar import unknown
 from ..pretrained import open_model, read_config
 from ..upsampling_spar import Upsampler
 
