@@ -137,7 +137,7 @@ class LastBlock:
 
     def __init__(self, encoder: MethodEncoder, x: Tensor, grid_hw: tuple[int, int], settings: Settings) -> None:
         self.encoder, self.grid_hw, self.settings = encoder, grid_hw, settings
-        blocks = encoder.vision.blocks
+        blocks: Any = encoder.vision.blocks
         self.reach = encoder.vision.reach(grid_hw, x.device)
         last: Any = encoder.last_layer
         wanted = [block_index(block, len(blocks)) for block in settings.blocks]
