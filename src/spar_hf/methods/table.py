@@ -238,6 +238,17 @@ _ROWS = (
         licence="MIT",
         note="with OpenCLIP ViT-B/16 of LAION-2B",
     ),
+    Method(
+        "textregion",
+        "TextRegion",
+        "Xiao et al., TMLR 2025",
+        window_px=336,
+        stride_px=336,
+        whole_image=True,
+        branch="vfm",
+        needs={"regions": "facebook/sam2.1-hiera-large"},
+        licence="MIT",
+    ),
 )
 
 METHODS: dict[str, Method] = {row.name: row for row in _ROWS}

@@ -2,7 +2,8 @@
 
 A source of regions is called with one image's pixels and their normalisation and gives `Regions` at that size:
 `SamRegions` asks SAM on a grid of points, as the authors' automatic mask generator does; `MaskFolder` reads masks that
-were made before; `Superpixels` (SLIC) needs no network.
+were made before; `Superpixels` (SLIC) needs no network. A method that reads regions takes any of them as its network
+`regions`.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from ..encoders.base import rgb
 from ..extras import extra_package
 from ..files import digest
-from .sam import Sam
+from .sam import MASK_NUMBERS, Sam
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,8 +50,7 @@ class Regions:
         if self.drawn is not None:
             return self.drawn
         assert self.ids is not None
-        present = self.ids.unique()
-        return self.ids == present[present != 0][:, None, None]
+        return self.ids.expand(len(self.numbers), -1, -1) == self.numbers[:, None, None]
 
     @cached_property
     def map(self) -> Tensor:
@@ -61,6 +62,46 @@ class Regions:
         for number in solid.sum(dim=(1, 2)).argsort(stable=True).tolist():
             painted[solid[number]] = 1 + number
         return painted
+
+    def some(self, chosen: Tensor) -> Regions:
+        """Those of the masks, in their order, for which `chosen` (R) bool holds."""
+        if self.drawn is not None:
+            return Regions(drawn=self.drawn[chosen])
+        assert self.ids is not None
+        return Regions(ids=self.ids * torch.isin(self.ids, self.numbers[chosen]))
+
+    @cached_property
+    def numbers(self) -> Tensor:
+        """(R) the ids that occur in a map, in their order, without 0."""
+        assert self.ids is not None
+        present = self.ids.unique()
+        return present[present != 0]
+
+    def on_grid(self, grid_hw: tuple[int, int]) -> Tensor:
+        """(R, h * w): each mask bilinear on a grid, clamped to at most 1."""
+        step = max(MASK_NUMBERS // (self.size_hw[0] * self.size_hw[1]), 1)
+        if self.drawn is not None:
+            some = iter(self.drawn.split(step))
+        else:  # all masks of a map of many regions are never held
+            some = (self.ids == numbers[:, None, None] for numbers in self.numbers.split(step))
+        parts = [
+            F.interpolate(masks[:, None].float(), size=grid_hw, mode="bilinear", align_corners=False).flatten(1)
+            for masks in some
+        ]
+        return torch.cat(parts).clamp_(max=1)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """(K, R) values of the regions -> (K, H, W), at each pixel the sum over its regions, by mask up to 1."""
+        if self.drawn is None:
+            assert self.ids is not None
+            place = (torch.searchsorted(self.numbers, self.ids) + 1) * (self.ids != 0)
+            return F.pad(values, (1, 0))[:, place]
+        out = torch.empty(len(values), *self.size_hw, device=values.device)
+        step = max(MASK_NUMBERS // (max(len(self.drawn), 1) * self.size_hw[1]), 1)
+        for first in range(0, self.size_hw[0], step):
+            rows = self.drawn[:, first : first + step].float().clamp_(max=1)
+            out[:, first : first + step] = torch.einsum("kr,rhw->khw", values, rows)
+        return out
 
     def at(self, size_hw: tuple[int, int]) -> Regions:
         """The same at another size: soft masks bilinear, others nearest."""
@@ -102,6 +143,8 @@ class SamSettings:
         min_stability: IoU of the masks at logits 1 above and below zero, at least.
         max_box_iou: of two masks whose boxes overlap more, the one of lower expected IoU goes.
         soft: masks are their logits, from 0 to 3, and not the logits' sign.
+        min_area: masks of at most this share of the image go.
+        max_shared: masks of which the smaller one shares more with the other become one; see `merged`. 1 merges none.
     """
 
     points_per_side: int = 32
@@ -110,6 +153,8 @@ class SamSettings:
     min_stability: float = 0.95
     max_box_iou: float = 0.7
     soft: bool = False
+    min_area: float = 0.0
+    max_shared: float = 1.0
 
 
 class SamRegions(nn.Module):
@@ -139,20 +184,29 @@ class SamRegions(nn.Module):
 
     def drawn(self, pixel_values: Tensor, config: Any) -> Regions:
         settings = self.settings
-        masks, scores, boxes = [], [], []
+        masks, scores, boxes, levels = [], [], [], []
         image = self.sam.encode(pixel_values, config)
         for logits, expected in self.sam.grid_masks(image, settings.points_per_side, settings.several):
+            level = torch.arange(len(expected), device=expected.device) % (3 if settings.several else 1)
             good = expected > settings.min_iou
-            logits, expected = logits[good], expected[good]
+            logits, expected, level = logits[good], expected[good], level[good]
             inner, outer = ((logits > bound).sum(dim=(1, 2)) for bound in (1.0, -1.0))
             stable = inner / outer.clamp(min=1) >= settings.min_stability
-            logits, expected = logits[stable], expected[stable]
+            logits, expected, level = logits[stable], expected[stable], level[stable]
             solid = logits > 0
             masks.append(logits.clamp(0, 3) if settings.soft else solid)
             scores.append(expected)
             boxes.append(boxes_of(solid))
-        kept = suppressed(torch.cat(boxes), torch.cat(scores), settings.max_box_iou)
-        return Regions(drawn=torch.cat(masks)[kept])
+            levels.append(level)
+        found, places = torch.cat(masks), torch.cat(boxes)
+        kept = suppressed(places, torch.cat(scores), settings.max_box_iou)
+        if settings.min_area > 0:
+            kept = kept[(found[kept] > 0).float().mean(dim=(1, 2)) > settings.min_area]
+        if settings.max_shared < 1:
+            # SAM's three masks of a point are a part of a part, a part, and the whole, which goes first.
+            kept = kept[torch.cat(levels)[kept].argsort(descending=True, stable=True)]
+            return Regions(drawn=merged(found[kept], places[kept], settings.max_shared))
+        return Regions(drawn=found[kept])
 
 
 def boxes_of(masks: Tensor) -> Tensor:
@@ -167,20 +221,49 @@ def boxes_of(masks: Tensor) -> Tensor:
     return torch.stack([left, top, right, bottom], dim=1)
 
 
+def overlap(box: Tensor, boxes: Tensor, min_iou: float) -> Tensor:
+    """(R) bool: which boxes (R, 4) have a higher IoU with a box (4)."""
+    box, boxes = box.float(), boxes.float()
+    shared = (torch.minimum(box[2:], boxes[:, 2:]) - torch.maximum(box[:2], boxes[:, :2])).clamp(min=0).prod(dim=1)
+    return shared > min_iou * ((box[2:] - box[:2]).prod() + (boxes[:, 2:] - boxes[:, :2]).prod(dim=1) - shared)
+
+
 def suppressed(boxes: Tensor, scores: Tensor, max_iou: float) -> Tensor:
     """Indices of the boxes (R, 4) that remain after non-maximum suppression, best score (R) first."""
     order = scores.argsort(descending=True, stable=True)
-    boxes = boxes[order].float()
-    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    boxes = boxes[order]
     gone = torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
     for number in range(len(boxes)):
-        if gone[number]:
-            continue
-        low = torch.maximum(boxes[number, :2], boxes[number + 1 :, :2])
-        high = torch.minimum(boxes[number, 2:], boxes[number + 1 :, 2:])
-        shared = (high - low).clamp(min=0).prod(dim=1)
-        gone[number + 1 :] |= shared > max_iou * (area[number] + area[number + 1 :] - shared)
+        if not gone[number]:
+            gone[number + 1 :] |= overlap(boxes[number], boxes[number + 1 :], max_iou)
     return order[~gone]
+
+
+def merged(masks: Tensor, boxes: Tensor, max_shared: float, min_box_iou: float = 0.2) -> Tensor:
+    """Masks (R, H, W) with those that share more than `max_shared` of the smaller one united by their maximum.
+
+    Each in turn takes those after it whose boxes (R, 4) have a higher IoU with its own than `min_box_iou`.
+    """
+    areas = masks.sum(dim=(1, 2)).float()
+    left = torch.ones(len(masks), dtype=torch.bool, device=masks.device)
+    united = []
+    for number in range(len(masks)):
+        if not left[number]:
+            continue
+        left[number] = False
+        near = (left & overlap(boxes[number], boxes, min_box_iou)).nonzero().flatten()
+        shared = torch.minimum(masks[number], masks[near]).sum(dim=(1, 2))
+        near = near[shared > max_shared * torch.minimum(areas[number], areas[near])]
+        left[near] = False
+        united.append(torch.cat([masks[number][None], masks[near]]).amax(dim=0))
+    return torch.stack(united) if united else masks
+
+
+def region_source(given: Any, settings: SamSettings) -> RegionSource:
+    """What a method's network `regions` stands for: `slic`, a SAM by id, folder or module, or a source itself."""
+    if isinstance(given, str) and given == "slic":
+        return Superpixels()
+    return SamRegions(given, settings) if isinstance(given, str | Sam | PreTrainedModel) else given
 
 
 @dataclass(frozen=True)
