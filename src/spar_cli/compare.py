@@ -13,7 +13,7 @@ from typing import Any
 from .parser import check_one_of
 
 # Options of this command alone, and those that differ from method to method; each takes one value.
-REPLACED = ("--methods", "--json-dir", "--network", "--json", "--state")
+REPLACED = ("--methods", "--json-dir", "--network", "--region-masks", "--json", "--state")
 SCORES = ("mean_iou", "boundary_iou")
 
 
@@ -88,6 +88,8 @@ def command_for(name: str, args: argparse.Namespace) -> list[str]:
     needs = METHODS[name].needs
     networks = [f"{network}={where}" for network, where in args.network if network in needs]
     kept += ["--method", name, *(word for network in networks for word in ("--network", network))]
+    if args.masks_of_regions is not None and "regions" in needs:
+        kept += ["--region-masks", str(args.masks_of_regions)]
     folder = args.json_dir
     return [*kept, "--json", str(folder / f"{name}.json"), "--state", str(folder / f"{name}.safetensors")]
 

@@ -29,7 +29,7 @@ from .upsampling import load_upsampler
 from .upsampling_spar import Upsampler
 
 WINDOWS = ("native", "paper")
-Networks = Mapping[str, str | nn.Module]
+Networks = Mapping[str, Any]  # a module, an id or a folder; for `regions` also a source of them
 # What a refinement's network is taken for, by the name it has in the row.
 ADAPTERS = {"sam": Sam}
 
@@ -58,7 +58,7 @@ def build_encoder(
         vision: the tower.
         method: name of a row of `METHODS`; None is the tower itself.
         networks: the further networks of a method that needs some, by the name they have in its row: a module, an id
-            or a folder. Those left out are its authors'.
+            or a folder; for `regions` also `slic` or a `MaskFolder`. Those left out are its authors'.
         settings: numbers of the method that differ from its authors', by name; for a recipe, see `Recipe`.
         window: slide a window over the image and average the features: its side in pixels, `native` (what the tower
             was trained at) or `paper` (that of the method's authors; none around one that makes its own). None is one
@@ -240,7 +240,7 @@ def record(
     chosen: dict[str, Any] = {"networks": {}, "settings": {}}
     if needs:
         chosen["networks"] = {
-            name: given if isinstance(given, str) else type(given).__name__
+            name: type(given).__name__ if isinstance(given, nn.Module) else str(given)
             for name, given in {**needs, **(networks or {})}.items()
         }
     if row is not None:

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from ..encoders.base import rgb
 from ..extras import extra_package
 from ..files import digest
+from ..image_file_spar import InvalidImageError
 from .sam import MASK_NUMBERS, Sam
 
 
@@ -124,6 +125,11 @@ def nearest(maps: Tensor, size_hw: tuple[int, int]) -> Tensor:
     return maps[..., down, :][..., across]
 
 
+def pixels_digest(pixel_values: Tensor) -> str:
+    """A digest of pixels, by which the same image is known again."""
+    return digest([pixel_values.float().cpu().contiguous().numpy().tobytes()])
+
+
 class RegionSource(Protocol):
     """Whatever draws regions."""
 
@@ -177,7 +183,7 @@ class SamRegions(nn.Module):
     @torch.no_grad()
     def forward(self, pixel_values: Tensor, config: Any) -> Regions:
         """See `RegionSource`; there may be no mask at all."""
-        key = digest([pixel_values.float().cpu().contiguous().numpy().tobytes()])
+        key = pixels_digest(pixel_values)
         if key != self._last[0]:
             self._last = (key, self.drawn(pixel_values, config))
         return self._last[1]
@@ -307,6 +313,10 @@ class MaskFolder:
     A JSON file is a list of `{"segmentation": {"size": [h, w], "counts": ...}}`, or a mapping that has such a list as
     `annotations`, as SAM's generator and SA-1B write it.
 
+    Pixels have no name, so whoever reads pictures calls `select` with each before its pixels go to the method. The
+    regions are of the whole upright picture, and of that one alone: a window, a mirrored view or the next picture of
+    a batch that asks for them too is refused.
+
     Args:
         folder: of the files, named as the pictures.
 
@@ -321,28 +331,42 @@ class MaskFolder:
                 f"--masks {folder} is no folder; give one that holds NAME.png or NAME.json for each picture."
             )
         self.chosen: Regions | None = None
+        self.asked = ""  # digest of the pixels that `chosen` was given to
+
+    def __str__(self) -> str:
+        return f"masks in {self.folder}"
 
     def __repr__(self) -> str:
-        return f"MaskFolder({str(self.folder)!r})"
+        """With a digest of the files' names, sizes and times, since it is part of fingerprints."""
+        files = sorted((path.name, path.stat()) for path in self.folder.iterdir())
+        listed = digest(f"{name}/{stat.st_size}/{stat.st_mtime_ns}\n".encode() for name, stat in files)
+        return f"MaskFolder({str(self.folder)!r}, {listed[:16]})"
 
     def select(self, picture: str, image_hw: tuple[int, int]) -> None:
         """The picture to come: the name of its file, and its own height and width, which its masks must have.
 
         Raises:
-            ValueError: it has no masks, or they are of another size or form.
+            InvalidImageError: it has no masks, or they are of another size or form.
         """
         stem = Path(picture).stem
         files = [self.folder / f"{stem}{ending}" for ending in (".png", ".json")]
         found = next((path for path in files if path.is_file()), None)
         if found is None:
-            raise ValueError(f"{picture} has no masks: neither {files[0]} nor {files[1]} is there.")
+            raise InvalidImageError(f"{picture} has no masks: neither {files[0]} nor {files[1]} is there.")
         read = read_map if found.suffix == ".png" else read_rle
-        self.chosen = read(found, image_hw)
+        self.chosen, self.asked = read(found, image_hw), ""
 
     def __call__(self, pixel_values: Tensor, config: Any) -> Regions:
         """See `RegionSource`."""
         if self.chosen is None:
             raise ValueError(f"masks of {self.folder} are asked for before a picture is named; call select() first.")
+        key = pixels_digest(pixel_values)
+        if self.asked not in ("", key):
+            raise ValueError(
+                f"the masks of {self.folder} are of one whole picture, and other pixels ask for them too; run the "
+                "method without a window or views around it, one picture at a time."
+            )
+        self.asked = key
         regions = self.chosen.at((pixel_values.shape[2], pixel_values.shape[3]))
         return Regions(
             *(part if part is None else part.to(pixel_values.device) for part in (regions.ids, regions.drawn))
@@ -350,9 +374,9 @@ class MaskFolder:
 
 
 def check_size(path: Path, came_hw: tuple[int, int], image_hw: tuple[int, int]) -> None:
-    """Raises a `ValueError` unless masks have their picture's size."""
+    """Raises an `InvalidImageError` unless masks have their picture's size."""
     if came_hw != image_hw:
-        raise ValueError(
+        raise InvalidImageError(
             f"{path} is {came_hw[0]}x{came_hw[1]} px (height x width) and its picture {image_hw[0]}x{image_hw[1]}; "
             "masks must have the picture's own size."
         )
@@ -362,18 +386,18 @@ def read_map(path: Path, image_hw: tuple[int, int]) -> Regions:
     """Regions of a PNG whose numbers are region ids.
 
     Raises:
-        ValueError: it is no such PNG, or has another size.
+        InvalidImageError: it is no such PNG, or has another size.
     """
     try:
         with Image.open(path, formats=["PNG"]) as image:
             check_size(path, (image.height, image.width), image_hw)
             if image.mode not in ("1", "L", "P", "I", "I;16"):
-                raise ValueError(
+                raise InvalidImageError(
                     f"{path} is a picture of mode {image.mode}; a map of regions has one number a pixel (8 or 16 bit)."
                 )
             ids = np.array(image, dtype=np.int64)
     except OSError as error:
-        raise ValueError(f"{path} can't be read as a PNG: {error}. Write it anew.") from None
+        raise InvalidImageError(f"{path} can't be read as a PNG: {error}. Write it anew.") from None
     return Regions(ids=torch.from_numpy(ids))
 
 
@@ -381,7 +405,7 @@ def read_rle(path: Path, image_hw: tuple[int, int]) -> Regions:
     """Regions of a JSON file of COCO RLE masks.
 
     Raises:
-        ValueError: it is no such file, or its masks have another size.
+        InvalidImageError: it is no such file, or its masks have another size.
     """
     form = 'a list of {"segmentation": {"size": [h, w], "counts": ...}}'
     try:
@@ -394,14 +418,16 @@ def read_rle(path: Path, image_hw: tuple[int, int]) -> Regions:
             sizes.append((int(height), int(width)))
             counts.append(entry["counts"])
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise ValueError(f"{path} is not {form} ({type(error).__name__}: {error}); write it so.") from None
+        raise InvalidImageError(f"{path} is not {form} ({type(error).__name__}: {error}); write it so.") from None
     masks = torch.zeros(len(counts), *image_hw, dtype=torch.bool)
     for number, (size, runs) in enumerate(zip(sizes, counts, strict=True)):
         check_size(path, size, image_hw)
         try:
             masks[number] = torch.from_numpy(decode_rle(runs, size))
         except (ValueError, TypeError, IndexError) as error:
-            raise ValueError(f"{path}: mask {number} is no COCO RLE of its size ({error}); write it anew.") from None
+            raise InvalidImageError(
+                f"{path}: mask {number} is no COCO RLE of its size ({error}); write it anew."
+            ) from None
     return Regions(drawn=masks)
 
 
