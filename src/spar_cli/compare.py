@@ -76,6 +76,7 @@ def result_of(name: str, args: argparse.Namespace) -> dict[str, Any]:
 def command_for(name: str, args: argparse.Namespace) -> list[str]:
     """The words after `spar` that evaluate one method as this command line has it."""
     from spar_hf.methods.table import METHODS
+    from spar_hf.refinement import find_refinements
 
     kept, words = [], iter(args.argv)
     for word in words:
@@ -85,7 +86,8 @@ def command_for(name: str, args: argparse.Namespace) -> list[str]:
                 next(words, None)
             continue
         kept.append(word)
-    needs = METHODS[name].needs
+    refined = [network for row in find_refinements(args.refine).values() for network in row.networks]
+    needs = [*METHODS[name].needs, *refined]
     networks = [f"{network}={where}" for network, where in args.network if network in needs]
     kept += ["--method", name, *(word for network in networks for word in ("--network", network))]
     if args.masks_of_regions is not None and "regions" in needs:

@@ -65,8 +65,9 @@ def add_model_options(parser: argparse.ArgumentParser, masks: str = "--masks") -
         dest="masks_of_regions",
         type=Path,
         metavar="FOLDER",
-        help="of a method that reads regions: NAME.png, a map of region ids, or NAME.json, COCO RLE masks, for each "
-        "picture, in the place of its network 'regions'; --network regions=slic needs neither masks nor a network",
+        help="for a method or refinement that reads regions: NAME.png, a map of region ids, or NAME.json, COCO RLE "
+        "masks, of each picture, in the place of the network 'regions'; --network regions=slic needs neither masks "
+        "nor a network",
     )
     group.add_argument(
         "--set",
@@ -165,7 +166,7 @@ def open_model(args: argparse.Namespace, refine: Sequence[str] = ()) -> Opened:
     from spar_hf.upsampling import load_upsampler
 
     check_one_of("dtype", args.dtype, DTYPES)
-    masks = read_masks(args)
+    masks = read_masks(args, refine)
     choices = {
         "method": args.method,
         "networks": dict(args.network) if masks is None else {**dict(args.network), "regions": masks},
@@ -209,19 +210,21 @@ def open_model(args: argparse.Namespace, refine: Sequence[str] = ()) -> Opened:
     return Opened(model, processor, choices, facts, masks)
 
 
-def read_masks(args: argparse.Namespace) -> MaskFolder | None:
+def read_masks(args: argparse.Namespace, refine: Sequence[str]) -> MaskFolder | None:
     """The folder of masks that the options name.
 
     Raises:
-        ValueError: there is no such folder, the method reads no regions, or they are to come from elsewhere too.
+        ValueError: there is no such folder, nothing reads regions, or they are to come from elsewhere too.
     """
     from spar_hf.methods.table import METHODS, find_method
     from spar_hf.networks.masks import MaskFolder
+    from spar_hf.refinement import find_refinements
 
     folder: Path | None = args.masks_of_regions
     if folder is None:
         return None
-    if args.method is None or "regions" not in find_method(args.method).needs:
+    needs = [] if args.method is None else [*find_method(args.method).needs]
+    if "regions" not in [*needs, *(name for row in find_refinements(refine).values() for name in row.networks)]:
         readers = ", ".join(name for name, row in METHODS.items() if "regions" in row.needs)
         whose = "the model" if args.method is None else f"method {args.method!r}"
         raise ValueError(f"{whose} reads no regions, which {folder} is for; leave it out, or take --method {readers}")

@@ -20,6 +20,7 @@ from .encoders.sliding_window import SlidingWindow
 from .encoders.upsampled import FromUpsampled, Upsampled
 from .methods.table import Method, find_method
 from .names_spar import unknown
+from .networks.masks import SamSettings, region_network, region_source
 from .networks.sam import Sam
 from .refinement import Refined, find_refinements
 from .refinement.views import ViewEnsemble
@@ -31,7 +32,8 @@ from .upsampling_spar import Upsampler
 WINDOWS = ("native", "paper")
 Networks = Mapping[str, Any]  # a module, an id or a folder; for `regions` also a source of them
 # What a refinement's network is taken for, by the name it has in the row.
-ADAPTERS = {"sam": Sam}
+ADAPTERS: dict[str, Any] = {"sam": Sam.of, "regions": region_network}
+_SAM_NUMBERS = {field.name for field in fields(SamSettings)}
 
 
 def build_encoder(
@@ -188,13 +190,18 @@ def _shared(
 ) -> tuple[Networks, dict[str, Any]]:
     """The networks given for the method, and those of the refinements, loaded once for both."""
     wanted = {name: default for row in refinements.values() for name, default in row.networks.items()}
-    further = {
-        name: ADAPTERS[name].of(networks.get(name, default)).to(vision.device, vision.dtype)
-        for name, default in wanted.items()
-    }
+    further = {name: ADAPTERS[name](networks.get(name, default)) for name, default in wanted.items()}
+    for network in further.values():
+        if isinstance(network, nn.Module):
+            network.to(vision.device, vision.dtype)
     own = find_method(method).needs if method is not None else {}
     kept = {name: network for name, network in networks.items() if name not in wanted}
-    return {**kept, **{name: network for name, network in further.items() if name in own}}, further
+    networks = {**kept, **{name: network for name, network in further.items() if name in own}}
+    for row in refinements.values():
+        if "regions" in row.networks:  # one SAM, but each draws regions by its own settings
+            chosen = {name: value for name, value in asdict(row.settings).items() if name in _SAM_NUMBERS}
+            further["regions"] = region_source(further["regions"], SamSettings(**chosen))
+    return networks, further
 
 
 def _slid(row: Method | None, window: int | str | None) -> int | str | None:

@@ -249,6 +249,17 @@ _ROWS = (
         needs={"regions": "facebook/sam2.1-hiera-large"},
         licence="MIT",
     ),
+    Method(
+        "corrclip",
+        "CorrCLIP",
+        "Zhang et al., ICCV 2025",
+        window_px=336,
+        whole_image=True,
+        branch="vfm",
+        needs={"dino": "facebook/dino-vitb8", "regions": "facebook/sam2-hiera-large"},
+        reported=_reported(74.8, 44.2, 43.7, 88.8, 48.8, 31.6, 49.4, 26.9),
+        note="with MetaCLIP ViT-B/16 and the vote of regions on the label map",
+    ),
 )
 
 METHODS: dict[str, Method] = {row.name: row for row in _ROWS}

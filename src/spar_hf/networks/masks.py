@@ -35,10 +35,12 @@ class Regions:
     Attributes:
         ids: (H, W) int, the region of each pixel; 0 is none.
         drawn: (R, H, W), bool, or soft and above 0 inside; they may overlap.
+        original: what they were resized from, so that resizing twice is resizing once.
     """
 
     ids: Tensor | None = None
     drawn: Tensor | None = None
+    original: Regions | None = None
 
     @property
     def size_hw(self) -> tuple[int, int]:
@@ -108,12 +110,20 @@ class Regions:
         """The same at another size: soft masks bilinear, others nearest."""
         if size_hw == self.size_hw:
             return self
+        if self.original is not None:
+            return self.original.at(size_hw)
         if self.drawn is None:
             assert self.ids is not None
-            return Regions(ids=nearest(self.ids, size_hw))
+            return Regions(ids=nearest(self.ids, size_hw), original=self)
         if not self.drawn.is_floating_point():
-            return Regions(drawn=nearest(self.drawn, size_hw))
-        return Regions(drawn=F.interpolate(self.drawn[None], size=size_hw, mode="bilinear", align_corners=False)[0])
+            return Regions(drawn=nearest(self.drawn, size_hw), original=self)
+        resized = F.interpolate(self.drawn[None], size=size_hw, mode="bilinear", align_corners=False)[0]
+        return Regions(drawn=resized, original=self)
+
+    def to(self, device: torch.device) -> Regions:
+        """The same on a device."""
+        ids, drawn = (part if part is None else part.to(device) for part in (self.ids, self.drawn))
+        return Regions(ids, drawn, None if self.original is None else self.original.to(device))
 
 
 def nearest(maps: Tensor, size_hw: tuple[int, int]) -> Tensor:
@@ -164,7 +174,7 @@ class SamSettings:
 
 
 class SamRegions(nn.Module):
-    """SAM's or SAM 2's automatic masks. Those of the last image are kept for whoever asks again.
+    """SAM's or SAM 2's automatic masks. Those of the last image are kept for whoever asks the same SAM again.
 
     Args:
         sam: an adapter, a module, or the id or folder to load it from.
@@ -175,7 +185,6 @@ class SamRegions(nn.Module):
         super().__init__()
         self.sam = Sam.of(sam)
         self.settings = settings or SamSettings()
-        self._last: tuple[str, Regions] = ("", Regions(ids=torch.zeros(1, 1)))
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in asdict(self.settings).items())
@@ -183,10 +192,10 @@ class SamRegions(nn.Module):
     @torch.no_grad()
     def forward(self, pixel_values: Tensor, config: Any) -> Regions:
         """See `RegionSource`; there may be no mask at all."""
-        key = pixels_digest(pixel_values)
-        if key != self._last[0]:
-            self._last = (key, self.drawn(pixel_values, config))
-        return self._last[1]
+        key = (pixels_digest(pixel_values), self.settings)
+        if self.sam.kept is None or self.sam.kept[0] != key:
+            self.sam.kept = (key, self.drawn(pixel_values, config))
+        return self.sam.kept[1]
 
     def drawn(self, pixel_values: Tensor, config: Any) -> Regions:
         settings = self.settings
@@ -265,11 +274,17 @@ def merged(masks: Tensor, boxes: Tensor, max_shared: float, min_box_iou: float =
     return torch.stack(united) if united else masks
 
 
-def region_source(given: Any, settings: SamSettings) -> RegionSource:
-    """What a method's network `regions` stands for: `slic`, a SAM by id, folder or module, or a source itself."""
+def region_network(given: Any) -> Any:
+    """What the network `regions` stands for: `slic`, a SAM by id, folder or module, or a source of regions itself."""
     if isinstance(given, str) and given == "slic":
         return Superpixels()
-    return SamRegions(given, settings) if isinstance(given, str | Sam | PreTrainedModel) else given
+    return Sam.of(given) if isinstance(given, str | PreTrainedModel) else given
+
+
+def region_source(given: Any, settings: SamSettings) -> RegionSource:
+    """The source of regions that `given` stands for, see `region_network`; a SAM draws them by the settings."""
+    network = region_network(given)
+    return SamRegions(network, settings) if isinstance(network, Sam) else network
 
 
 @dataclass(frozen=True)
@@ -367,10 +382,7 @@ class MaskFolder:
                 "method without a window or views around it, one picture at a time."
             )
         self.asked = key
-        regions = self.chosen.at((pixel_values.shape[2], pixel_values.shape[3]))
-        return Regions(
-            *(part if part is None else part.to(pixel_values.device) for part in (regions.ids, regions.drawn))
-        )
+        return self.chosen.at((pixel_values.shape[2], pixel_values.shape[3])).to(pixel_values.device)
 
 
 def check_size(path: Path, came_hw: tuple[int, int], image_hw: tuple[int, int]) -> None:
