@@ -260,6 +260,16 @@ _ROWS = (
         reported=_reported(74.8, 44.2, 43.7, 88.8, 48.8, 31.6, 49.4, 26.9),
         note="with MetaCLIP ViT-B/16 and the vote of regions on the label map",
     ),
+    Method(
+        "lavg",
+        "LaVG",
+        "Kang and Cho, ECCV 2024",
+        whole_image=True,
+        branch="vfm",
+        needs={"dino": "facebook/dino-vitb8"},
+        extra="vfm",
+        reported=_reported(62.1, 31.6, 34.2, 82.5, 34.7, 23.2, 26.2, 15.8),
+    ),
 )
 
 METHODS: dict[str, Method] = {row.name: row for row in _ROWS}
