@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 from test_cli import LABELS, fails, here  # noqa: F401
 from test_masks import runs_of
 
+from spar_cli.compare import command_for
 from spar_cli.main import main
 from spar_hf import build_segmenter, load
 from spar_hf.networks.masks import MaskFolder, Regions
@@ -114,9 +116,13 @@ def test_evaluate_tells_of_each_image(here, capsys, model_folder):  # noqa: F811
     capsys.readouterr()
     Path("regions/1.json").write_text("[]")  # other masks make another evaluation
     assert "state was written by another evaluation: segmenter changed" in fails(capsys, *words, *state)
-    many = [*words[:-4], "--region-masks", "regions", "--methods", "clip,textregion", "--json-dir", "all"]
-    assert main(many) == 0
-    assert {path.name for path in Path("all").glob("*.json")} == {"clip.json", "textregion.json"}
+    # Of many methods, those that read regions get them.
+    args = SimpleNamespace(
+        argv=words[1:], network=[], refine=[], masks_of_regions=Path("regions"), json_dir=Path("all")
+    )
+    for name, refine, given in (("clip", [], 0), ("textregion", [], 1), ("clip", ["mask-vote"], 1)):
+        args.refine = refine
+        assert command_for(name, args).count("--region-masks") == given
 
 
 @torch.no_grad()

@@ -30,6 +30,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..arithmetic_spar import with_fast_products
 from ..encoders.base import column, rgb
 from ..encoders.sliding_window import window_starts
 from ..extras import extra_package
@@ -121,6 +122,7 @@ class Segmenter(FromFeatures):
         return f"{self.config.method}({self.settings}, {self.dino!r})"
 
     @torch.no_grad()
+    @with_fast_products
     def __call__(self, pixel_values: Tensor, encoded: Any) -> list[ScoreMaps]:
         """See `Segmenter`; `encoded` are `LabelFeatures`."""
         text = F.normalize(encoded.text_embeds.float(), dim=-1).to(self.device)

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..arithmetic_spar import with_fast_products
 from ..dense_spar import merge_heads, project_heads
 from ..networks.masks import Regions, SamSettings, region_source
 from ..segmentation_spar import FromFeatures, FullScores, ScoreMaps
@@ -103,6 +104,7 @@ class Segmenter(FromFeatures):
         return f"{self.config.method}({self.settings}, {self.regions!r})"
 
     @torch.no_grad()
+    @with_fast_products
     def __call__(self, pixel_values: Tensor, encoded: Any) -> list[ScoreMaps]:
         """See `Segmenter`; `encoded` are `LabelFeatures`."""
         text = F.normalize(encoded.text_embeds.float(), dim=-1).to(self.device)
