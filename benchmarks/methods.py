@@ -46,12 +46,22 @@ class Squares(torch.nn.Module):
 
 def further_network(name: str, checkpoint: str) -> Any:
     """A random network of the size of its authors' checkpoint."""
-    from transformers import SamVisionConfig, SamVisionModel, ViTConfig, ViTModel
+    from transformers import (
+        Dinov2WithRegistersConfig,
+        Dinov2WithRegistersModel,
+        SamVisionConfig,
+        SamVisionModel,
+        ViTConfig,
+        ViTModel,
+    )
 
     if name == "regions":
         return Squares()
     if name == "sam":
         return SamVisionModel(SamVisionConfig()).eval()
+    if checkpoint == "facebook/dinov2-with-registers-large":
+        large = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
+        return Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**large, image_size=518, patch_size=14)).eval()
     patch_px = int(checkpoint.removeprefix("facebook/dino-vitb"))
     return ViTModel(ViTConfig(patch_size=patch_px), add_pooling_layer=False).eval()
 

@@ -27,7 +27,7 @@ def first_pixels(ids: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return ids[rows][:, columns]
 
 
-def one_id(ids: np.ndarray, vectors: np.ndarray, none: int, distance: float = 0.2) -> np.ndarray:
+def one_id(ids: np.ndarray, vectors: np.ndarray, none: int, distance: float) -> np.ndarray:
     """Regions whose mean vectors are alike, and those alike to these, get one id."""
     numbers = [n for n in np.unique(ids) if n != none]
     if len(numbers) < 2:
@@ -44,8 +44,8 @@ def one_id(ids: np.ndarray, vectors: np.ndarray, none: int, distance: float = 0.
     return ids
 
 
-def plain_window(net, second, pixels, ids, config, settings) -> np.ndarray:
-    """(h, w, D) of one padded window (3, H, W) on the second network's grid; `ids` (H, W)."""
+def plain_vectors(second, pixels, config) -> tuple[np.ndarray, tuple[int, int]]:
+    """q + k of a window's patches, of length one."""
     seen = imagenet(torch.from_numpy(pixels).float()[None], config)
     grid = tuple(side // second.config.patch_size for side in pixels.shape[1:])
     seen = seen[..., : grid[0] * second.config.patch_size, : grid[1] * second.config.patch_size]
@@ -55,10 +55,14 @@ def plain_window(net, second, pixels, ids, config, settings) -> np.ndarray:
     dino(second, seen)
     for hook in hooks:
         hook.remove()
-    f = unit((kept[0] + kept[1])[0, 1:].double().numpy())
+    return unit((kept[0] + kept[1])[0, 1:].double().numpy()), grid
+
+
+def plain_window(net, f, grid, pixels, ids, settings) -> np.ndarray:
+    """(h, w, D) of one padded window (3, H, W) on the grid of f (h * w, F); `ids` (H, W)."""
     own = first_pixels(ids, grid)
     none = own.min() if settings.smallest_is_none else 0
-    own = one_id(own, f.reshape(*grid, -1), none)
+    own = one_id(own, f.reshape(*grid, -1), none, settings.merge_distance)
 
     tokens, clip_grid = net.embed(pixels, "offset")
     inputs = net.inputs(tokens)
@@ -105,9 +109,19 @@ def plain_window(net, second, pixels, ids, config, settings) -> np.ndarray:
     return net.linear("visual_projection", total).reshape(*grid, -1)
 
 
-def plain_corrclip(net, second, image, ids, config, settings, window, stride) -> np.ndarray:
+def dense_features(second, image, config) -> np.ndarray:
+    """(F, H, W) of all pixels of an image (3, H, W), of length one."""
+    patch = second.config.patch_size
+    size = tuple(max(round(side / patch), 1) * patch for side in image.shape[1:])
+    seen = imagenet(torch.from_numpy(bilinear(image, size)).float()[None], config)
+    features = dino(second, seen)[0, 1:].double().numpy().T.reshape(-1, *(side // patch for side in size))
+    return unit(bilinear(features, image.shape[1:]).transpose(1, 2, 0)).transpose(2, 0, 1)
+
+
+def plain_corrclip(net, second, image, ids, config, settings, window, stride, dense=False) -> np.ndarray:
     """(h, w, D) of one image (3, H, W)."""
-    sides, patch = image.shape[1:], second.config.patch_size
+    sides, patch = image.shape[1:], net.patch_px // 2 if dense else second.config.patch_size
+    everywhere = dense_features(second, image, config) if dense else None
     window_hw = [min(side, window) for side in sides]
     pads = [-side % 56 for side in window_hw]
     around = [(pad // 2, pad - pad // 2) for pad in pads]
@@ -118,7 +132,13 @@ def plain_corrclip(net, second, image, ids, config, settings, window, stride) ->
             part = (slice(y, y + window_hw[0]), slice(x, x + window_hw[1]))
             pixels = np.pad(image[(slice(None), *part)], [(0, 0), *around])
             own = np.pad(ids[part], around, constant_values=10000)
-            features = plain_window(net, second, pixels, own, config, settings)
+            if everywhere is None:
+                f, cells = plain_vectors(second, pixels, config)
+            else:
+                f = np.pad(everywhere[(slice(None), *part)], [(0, 0), *around], mode="edge")
+                cells = tuple(side // net.patch_px * 2 for side in pixels.shape[1:])
+                f = unit(bilinear(f, cells).reshape(len(f), -1).T)
+            features = plain_window(net, f, cells, pixels, own, settings)
             tables, inside = [], []
             for axis, start in enumerate((y, x)):
                 cell = sides[axis] / grid[axis]
@@ -145,7 +165,7 @@ def plain_corrclip(net, second, image, ids, config, settings, window, stride) ->
     ],
 )
 @torch.no_grad()
-def test_equals_its_plain_formulation(size, patch_px, kind, settings, make_clip, make_vision, pixels, monkeypatch):
+def test_equals_its_plain_formulation(size, patch_px, kind, settings, make_clip, make_vision, pixels):
     window_px = settings.pop("window_px", 96)
     settings = Settings(**settings)
     images, second, sources = pixels(size, batch=2), vit(patch_px), [drawn(kind, size), drawn(kind, size, seed=1)]
@@ -156,14 +176,28 @@ def test_equals_its_plain_formulation(size, patch_px, kind, settings, make_clip,
     output = encoder(images)
     net, ids = PlainClip(make_clip(num_hidden_layers=6)), sources[1].map.numpy()
     assert len(np.unique(ids)) > 3
-    if settings.merge_distance != 0.2:
-        monkeypatch.setattr(one_id, "__defaults__", (settings.merge_distance,))
     expected = plain_corrclip(
         net, second, images[1].double().numpy(), ids, encoder.config, settings, window_px, encoder.config.stride_px
     )
     np.testing.assert_allclose(output.patch_embeds[1].numpy(), expected, atol=2e-5)
     torch.testing.assert_close(encoder(images[:1]).patch_embeds, output.patch_embeds[:1], atol=2e-5, rtol=0)
     assert output.extent_hw == output.image_hw == size
+
+
+@pytest.mark.parametrize(("size", "patch_px"), [((64, 64), 14), ((112, 128), 16), ((48, 144), 8), ((90, 75), 14)])
+@torch.no_grad()
+def test_v2_equals_its_plain_formulation(size, patch_px, make_clip, make_vision, pixels):
+    images, second, sources = pixels(size, batch=2), vit(patch_px), [drawn("ids", size), drawn("ids", size, seed=1)]
+    networks = {"dino": second, "regions": Drawn(*sources)}
+    encoder = build_encoder(make_vision(num_hidden_layers=6), "corrclip_v2", networks=networks)
+    output = encoder(images)
+    assert encoder.settings.merge_distance < 0 and encoder.config.patch_size == 8
+    net, ids = PlainClip(make_clip(num_hidden_layers=6)), sources[1].map.numpy()
+    expected = plain_corrclip(
+        net, second, images[1].double().numpy(), ids, encoder.config, encoder.settings, 96, 32, dense=True
+    )
+    np.testing.assert_allclose(output.patch_embeds[1].numpy(), expected, atol=2e-5)
+    torch.testing.assert_close(encoder(images[:1]).patch_embeds, output.patch_embeds[:1], atol=2e-5, rtol=0)
 
 
 @torch.no_grad()

@@ -46,7 +46,7 @@ class Settings:
     """CorrCLIP's constants (the authors' code).
 
     Attributes:
-        merge_distance: regions whose mean f have a cosine at most this below the highest are one.
+        merge_distance: regions whose mean f have a cosine at most this below the highest are one; below 0 none are.
         sharpness: tau, the factor on cosines before the soft-max.
         spatial_weight: alpha, of the features made of earlier blocks.
         semantic_weight: beta, of the regions' class tokens.
@@ -127,6 +127,7 @@ class Encoder(MethodEncoder):
         around = (pads[1] // 2, pads[1] - pads[1] // 2, pads[0] // 2, pads[0] - pads[0] // 2)
         places = list(product(*(window_starts(side, window_px, stride_px) for side in sides)))
 
+        seen = self.whole(image)
         grid = [max(round(side / config.patch_size), 1) for side in sides]
         cells = [side / count for side, count in zip(sides, grid, strict=True)]  # their sides in pixels
         total = count = torch.empty(0)
@@ -135,7 +136,8 @@ class Encoder(MethodEncoder):
             covered = [(slice(y, y + window_hw[0]), slice(x, x + window_hw[1])) for y, x in chunk]
             pixels = F.pad(torch.stack([image[0, :, rows, columns] for rows, columns in covered]), around)
             regions = F.pad(torch.stack([ids[part] for part in covered]), around, value=int(ids.max()) + 1)
-            features = self.of_windows(pixels, regions).float()
+            unit, grid_hw = self.vectors(pixels, chunk, around, seen)
+            features = self.of_windows(pixels, regions, unit, grid_hw).float()
             if first == 0:
                 total, count = features.new_zeros(features.shape[1], *grid), features.new_zeros(grid)
             for place, single in zip(chunk, features, strict=True):
@@ -160,12 +162,35 @@ class Encoder(MethodEncoder):
                 count[inside] += 1
         return (total / count).to(self.dtype)
 
-    def of_windows(self, pixels: Tensor, ids: Tensor) -> Tensor:
-        """Windows (n, 3, H, W) and their regions (n, H, W) -> features (n, D, h, w) on DINO's grid."""
+    def whole(self, image: Tensor) -> Any:
+        """What `vectors` wants of the whole image (1, 3, H, W)."""
+
+    def vectors(
+        self, pixels: Tensor, places: list[tuple[int, ...]], around: tuple[int, ...], seen: Any
+    ) -> tuple[Tensor, tuple[int, int]]:
+        """f of padded windows (n, 3, H, W): (n, h * w, F) of length one, and rows and columns.
+
+        Args:
+            pixels: the windows.
+            places: top and left of each in the image.
+            around: their padding, as `torch.nn.functional.pad` takes it.
+            seen: what `whole` gave.
+        """
+        found = self.dino(pixels, self.config, heads="qk")
+        both = (found.heads["q"] + found.heads["k"]).flatten(2).transpose(1, 2)
+        return F.normalize(both.float(), dim=-1), found.grid_hw
+
+    def of_windows(self, pixels: Tensor, ids: Tensor, unit: Tensor, dense_hw: tuple[int, int]) -> Tensor:
+        """Features (n, D, h, w) of windows, on the grid of f.
+
+        Args:
+            pixels: (n, 3, H, W), padded.
+            ids: (n, H, W), their regions.
+            unit: (n, h * w, F), f.
+            dense_hw: its rows and columns.
+        """
         settings, vision, layer = self.settings, self.vision, self.last_layer
-        seen = self.dino(pixels, self.config, heads="qk")
-        unit = F.normalize((seen.heads["q"] + seen.heads["k"]).flatten(2).transpose(1, 2).float(), dim=-1)
-        own = [nearest_floor(single, seen.grid_hw) for single in ids]
+        own = [nearest_floor(single, dense_hw) for single in ids]
         none = [int(single.min()) if settings.smallest_is_none else 0 for single in own]
         own = [
             united(single, vectors, nothing, settings.merge_distance)
@@ -179,18 +204,18 @@ class Encoder(MethodEncoder):
         both = torch.cat([x, earlier])
         values = merge_heads(project_heads(layer.self_attn, layer.layer_norm1(both), "v")["v"])[:, 1:]
         values = values.transpose(1, 2).unflatten(2, grid_hw)
-        values = F.interpolate(values, size=seen.grid_hw, mode="bilinear", align_corners=False).flatten(2)
+        values = F.interpolate(values, size=dense_hw, mode="bilinear", align_corners=False).flatten(2)
         values = torch.cat(values.transpose(1, 2).chunk(2), dim=-1)  # (n, N, 2 C)
         features = []
         for number, (vectors, single) in enumerate(zip(unit, own, strict=True)):
             mixed = attend_in_regions(vectors, single.flatten(), none[number], values[number], settings.sharpness)
             plain, spatial = layer.self_attn.out_proj(mixed.unflatten(1, (2, -1))).unbind(1)
             numbers = small[number].unique()
-            place = nearest_floor(small[number].view(grid_hw), seen.grid_hw).flatten()
+            place = nearest_floor(small[number].view(grid_hw), dense_hw).flatten()
             semantic = copies[number][torch.searchsorted(numbers, place)]
             normed = [vision.post_layernorm(part) for part in (plain, spatial, semantic)]
             features.append(normed[0] + settings.spatial_weight * normed[1] + settings.semantic_weight * normed[2])
-        return vision.visual_projection(torch.stack(features)).transpose(1, 2).unflatten(2, seen.grid_hw)
+        return vision.visual_projection(torch.stack(features)).transpose(1, 2).unflatten(2, dense_hw)
 
     def run(self, x: Tensor, grid_hw: tuple[int, int], ids: list[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
         """The first block's input -> the last block's, the mean output of the blocks before, and class tokens.

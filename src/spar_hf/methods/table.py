@@ -261,6 +261,17 @@ _ROWS = (
         note="with MetaCLIP ViT-B/16 and the vote of regions on the label map",
     ),
     Method(
+        "corrclip_v2",
+        "CorrCLIP v2, without its memory bank",
+        "Zhang et al., extension of ICCV 2025",
+        window_px=336,
+        whole_image=True,
+        branch="vfm",
+        needs={"dino": "facebook/dinov2-with-registers-large", "regions": "facebook/sam2-hiera-large"},
+        reported=_reported(82.2, 50.8, 54.6, 93.6, 56.3, 38.5, 58.7, 33.2),
+        note="with MetaCLIP ViT-B/16, C-RADIOv3-L, retrieval from regions of COCO and the vote of regions",
+    ),
+    Method(
         "lavg",
         "LaVG",
         "Kang and Cho, ECCV 2024",
