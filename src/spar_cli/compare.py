@@ -13,7 +13,7 @@ from typing import Any
 from .parser import check_one_of
 
 # Options of this command alone, and those that differ from method to method; each takes one value.
-REPLACED = ("--methods", "--json-dir", "--network", "--json", "--state")
+REPLACED = ("--methods", "--json-dir", "--network", "--region-masks", "--json", "--state")
 SCORES = ("mean_iou", "boundary_iou")
 
 
@@ -76,6 +76,7 @@ def result_of(name: str, args: argparse.Namespace) -> dict[str, Any]:
 def command_for(name: str, args: argparse.Namespace) -> list[str]:
     """The words after `spar` that evaluate one method as this command line has it."""
     from spar_hf.methods.table import METHODS
+    from spar_hf.refinement import find_refinements
 
     kept, words = [], iter(args.argv)
     for word in words:
@@ -85,9 +86,12 @@ def command_for(name: str, args: argparse.Namespace) -> list[str]:
                 next(words, None)
             continue
         kept.append(word)
-    needs = METHODS[name].needs
+    refined = [network for row in find_refinements(args.refine).values() for network in row.networks]
+    needs = [*METHODS[name].needs, *refined]
     networks = [f"{network}={where}" for network, where in args.network if network in needs]
     kept += ["--method", name, *(word for network in networks for word in ("--network", network))]
+    if args.masks_of_regions is not None and "regions" in needs:
+        kept += ["--region-masks", str(args.masks_of_regions)]
     folder = args.json_dir
     return [*kept, "--json", str(folder / f"{name}.json"), "--state", str(folder / f"{name}.safetensors")]
 

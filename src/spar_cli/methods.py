@@ -45,7 +45,8 @@ def run(args: argparse.Namespace) -> None:
     print("\nbranch: clip alone, a vision foundation model beside it (vfm), or a generative one.")
     print("gives: feature, one text-aligned vector per patch; or label, score maps. Both can be teachers.")
     print("window, stride: the authors', in pixels, for a native side of 224; other networks scale them.")
-    print("needs: further networks; --network NAME=ID takes another one.")
+    print("needs: further networks; --network NAME=ID takes another one. Regions may also come from superpixels,")
+    print("--network regions=slic, or from masks of one's own: --masks FOLDER (spar evaluate: --region-masks).")
     print("\nRefinements, which go with any method: --refine NAME, several if need be; they run in this order.\n")
     refinements = [("refinement", "changes", "needs", "paper")]
     for name, row in REFINEMENTS.items():

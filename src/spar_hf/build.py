@@ -20,6 +20,7 @@ from .encoders.sliding_window import SlidingWindow
 from .encoders.upsampled import FromUpsampled, Upsampled
 from .methods.table import Method, find_method
 from .names_spar import unknown
+from .networks.masks import SamSettings, region_network, region_source
 from .networks.sam import Sam
 from .refinement import Refined, find_refinements
 from .refinement.views import ViewEnsemble
@@ -29,9 +30,10 @@ from .upsampling import load_upsampler
 from .upsampling_spar import Upsampler
 
 WINDOWS = ("native", "paper")
-Networks = Mapping[str, str | nn.Module]
+Networks = Mapping[str, Any]  # a module, an id or a folder; for `regions` also a source of them
 # What a refinement's network is taken for, by the name it has in the row.
-ADAPTERS = {"sam": Sam}
+ADAPTERS: dict[str, Any] = {"sam": Sam.of, "regions": region_network}
+_SAM_NUMBERS = {field.name for field in fields(SamSettings)}
 
 
 def build_encoder(
@@ -58,7 +60,7 @@ def build_encoder(
         vision: the tower.
         method: name of a row of `METHODS`; None is the tower itself.
         networks: the further networks of a method that needs some, by the name they have in its row: a module, an id
-            or a folder. Those left out are its authors'.
+            or a folder; for `regions` also `slic` or a `MaskFolder`. Those left out are its authors'.
         settings: numbers of the method that differ from its authors', by name; for a recipe, see `Recipe`.
         window: slide a window over the image and average the features: its side in pixels, `native` (what the tower
             was trained at) or `paper` (that of the method's authors; none around one that makes its own). None is one
@@ -188,13 +190,18 @@ def _shared(
 ) -> tuple[Networks, dict[str, Any]]:
     """The networks given for the method, and those of the refinements, loaded once for both."""
     wanted = {name: default for row in refinements.values() for name, default in row.networks.items()}
-    further = {
-        name: ADAPTERS[name].of(networks.get(name, default)).to(vision.device, vision.dtype)
-        for name, default in wanted.items()
-    }
+    further = {name: ADAPTERS[name](networks.get(name, default)) for name, default in wanted.items()}
+    for network in further.values():
+        if isinstance(network, nn.Module):
+            network.to(vision.device, vision.dtype)
     own = find_method(method).needs if method is not None else {}
     kept = {name: network for name, network in networks.items() if name not in wanted}
-    return {**kept, **{name: network for name, network in further.items() if name in own}}, further
+    networks = {**kept, **{name: network for name, network in further.items() if name in own}}
+    for row in refinements.values():
+        if "regions" in row.networks:  # one SAM, but each draws regions by its own settings
+            chosen = {name: value for name, value in asdict(row.settings).items() if name in _SAM_NUMBERS}
+            further["regions"] = region_source(further["regions"], SamSettings(**chosen))
+    return networks, further
 
 
 def _slid(row: Method | None, window: int | str | None) -> int | str | None:
@@ -240,7 +247,7 @@ def record(
     chosen: dict[str, Any] = {"networks": {}, "settings": {}}
     if needs:
         chosen["networks"] = {
-            name: given if isinstance(given, str) else type(given).__name__
+            name: type(given).__name__ if isinstance(given, nn.Module) else str(given)
             for name, given in {**needs, **(networks or {})}.items()
         }
     if row is not None:

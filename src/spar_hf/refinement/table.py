@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..names_spar import unknown
-from . import cluster_vote, floss, pamr, sam_prompts, tagclip, views
+from . import cluster_vote, floss, mask_vote, pamr, sam_prompts, tagclip, views
 from .scores import (
     DenoisingSettings,
     RedundancySettings,
@@ -131,6 +131,15 @@ REFINEMENTS: dict[str, Refinement] = {
         cluster_vote.Settings(),
         needs=("self-correlation of block 11",),
         looks_inside=True,
+    ),
+    "mask-vote": Refinement(
+        "one class for each region",
+        "CorrCLIP; Zhang et al., ICCV 2025",
+        "labels",
+        mask_vote.mask_vote,
+        mask_vote.Settings(),
+        needs=("regions",),
+        networks={"regions": "facebook/sam2-hiera-large"},
     ),
     "sam": Refinement(
         "regions drawn anew by SAM",
