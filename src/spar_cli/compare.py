@@ -87,10 +87,10 @@ def command_for(name: str, args: argparse.Namespace) -> list[str]:
             continue
         kept.append(word)
     refined = [network for row in find_refinements(args.refine).values() for network in row.networks]
-    needs = [*METHODS[name].needs, *refined]
-    networks = [f"{network}={where}" for network, where in args.network if network in needs]
+    taken = [*METHODS[name].networks, *refined]
+    networks = [f"{network}={where}" for network, where in args.network if network in taken]
     kept += ["--method", name, *(word for network in networks for word in ("--network", network))]
-    if args.masks_of_regions is not None and "regions" in needs:
+    if args.masks_of_regions is not None and "regions" in taken:
         kept += ["--region-masks", str(args.masks_of_regions)]
     folder = args.json_dir
     return [*kept, "--json", str(folder / f"{name}.json"), "--state", str(folder / f"{name}.safetensors")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from .output import check_outputs, table
 
@@ -33,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
     rows: list[tuple[str, ...]] = [("method", "branch", "gives", "window", "stride", "needs", "paper")]
     numbers: list[tuple[str, ...]] = [("method", *(short.get(name, name) for name in BENCHMARKS))]
     for name, method in METHODS.items():
-        needs = ", ".join(f"{name}={default}" for name, default in method.needs.items()) or "-"
+        needs = ", ".join(further(method, "=")) or "-"
         window = "native" if method.window_px is None else str(method.window_px)
         paper = f"{method.title}; {method.paper}"
         rows.append((name, method.branch, method.kind, window, str(method.stride_px), needs, paper))
@@ -45,7 +46,8 @@ def run(args: argparse.Namespace) -> None:
     print("\nbranch: clip alone, a vision foundation model beside it (vfm), or a generative one.")
     print("gives: feature, one text-aligned vector per patch; or label, score maps. Both can be teachers.")
     print("window, stride: the authors', in pixels, for a native side of 224; other networks scale them.")
-    print("needs: further networks; --network NAME=ID takes another one. Regions may also come from superpixels,")
+    print("needs: further networks; --network NAME=ID takes another one. In brackets: the authors' choice where")
+    print("the model itself does as well; it is used only where it is given. Regions may also come from superpixels,")
     print("--network regions=slic, or from masks of one's own: --masks FOLDER (spar evaluate: --region-masks).")
     print("\nRefinements, which go with any method: --refine NAME, several if need be; they run in this order.\n")
     refinements = [("refinement", "changes", "needs", "paper")]
@@ -61,6 +63,12 @@ def run(args: argparse.Namespace) -> None:
         write_json(args.json, {"methods": methods, "refinements": options})
 
 
+def further(method: Any, between: str) -> list[str]:
+    """A method's further networks and its authors' ids; in brackets what the model itself can stand in for."""
+    needed = [f"{name}{between}{default}" for name, default in method.needs.items()]
+    return [*needed, *(f"[{name}{between}{default}]" for name, default in method.takes.items())]
+
+
 def markdown() -> str:
     """The table of feature methods for the documentation."""
     from spar_hf.evaluation.evaluate import markdown_table
@@ -70,7 +78,7 @@ def markdown() -> str:
     for name, method in METHODS.items():
         where = "row" if method.recipe is not None else f"[file](../src/spar_hf/methods/{name}.py)"
         window = f"{method.window_px or 'native'} / {method.stride_px}"
-        needs = ", ".join(f"{what}: {default}" for what, default in method.needs.items()) or "nothing else"
+        needs = ", ".join(further(method, ": ")) or "nothing else"
         facts = [f"`{name}`", method.title, method.paper, where, needs, f"`{method.position_interpolation}`", window]
         rows.append(facts)
         reported = [f"{method.reported[key]:.1f}" if key in method.reported else "" for key in BENCHMARKS]

@@ -175,7 +175,7 @@ def build_segmenter(
     )
     if isinstance(encoder, Upsampled):
         for name, refinement in refinements.items():
-            if refinement.stage in ("scores", "templates"):
+            if refinement.stage in ("texts", "scores", "templates"):
                 raise ValueError(
                     f"refinement {name!r} acts on the scores of patches, and an upsampler makes others; leave one out."
                 )
@@ -194,7 +194,7 @@ def _shared(
     for network in further.values():
         if isinstance(network, nn.Module):
             network.to(vision.device, vision.dtype)
-    own = find_method(method).needs if method is not None else {}
+    own = find_method(method).networks if method is not None else {}
     kept = {name: network for name, network in networks.items() if name not in wanted}
     networks = {**kept, **{name: network for name, network in further.items() if name in own}}
     for row in refinements.values():
@@ -245,7 +245,7 @@ def record(
     of_refinements = {name: id for row in find_refinements(refine).values() for name, id in row.networks.items()}
     needs = {**({} if row is None else row.needs), **of_refinements}
     chosen: dict[str, Any] = {"networks": {}, "settings": {}}
-    if needs:
+    if needs or networks:
         chosen["networks"] = {
             name: type(given).__name__ if isinstance(given, nn.Module) else str(given)
             for name, given in {**needs, **(networks or {})}.items()
@@ -272,10 +272,10 @@ def _row_for(vision: Any, method: str | None, networks: Networks | None) -> Meth
         return None
     row = find_method(method)
     for name in networks or ():
-        if not row.needs:
+        if not row.networks:
             raise ValueError(f"method {method!r} takes no further network; leave {name!r} out.")
-        if name not in row.needs:
-            raise ValueError(f"method {method!r}: " + unknown("network", name, row.needs))
+        if name not in row.networks:
+            raise ValueError(f"method {method!r}: " + unknown("network", name, row.networks))
     if not isinstance(vision, SparVisionModel):
         raise ValueError(
             f"method {method!r} is about CLIP's blocks, and this network is a {type(vision).__name__}. Leave the "
@@ -303,8 +303,8 @@ def _tower(vision: Any, row: Method | None, settings: Mapping[str, Any] | None, 
 def _parts(row: Method, networks: Networks | None, settings: Mapping[str, Any] | None) -> dict[str, Any]:
     """What the class in a method's file takes beside the tower."""
     own = _with(row.module.Settings(), settings or {}, f"method {row.name!r}")
-    needs = {"networks": {**row.needs, **(networks or {})}} if row.needs else {}
-    return {"settings": own, "method": row.name, **needs}
+    further = {"networks": {**row.needs, **(networks or {})}} if row.networks else {}
+    return {"settings": own, "method": row.name, **further}
 
 
 def _split_settings(

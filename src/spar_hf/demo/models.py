@@ -170,9 +170,9 @@ class Models:
 
     def networks_of(self, method: str | None, refine: tuple[str, ...] = ()) -> dict[str, str]:
         """The second networks of a method and of refinements, by name."""
-        rows = [*([METHODS[method].needs] if method else []), *(REFINEMENTS[name].networks for name in refine)]
-        needs = [name for row in rows for name in row]
-        return {name: self.settings.second_networks[name] for name in needs}
+        rows = [*([METHODS[method].networks] if method else []), *(REFINEMENTS[name].networks for name in refine)]
+        taken = [name for row in rows for name in row if name in self.settings.second_networks]
+        return {name: self.settings.second_networks[name] for name in taken}
 
     def segmenter(
         self, opened: Opened, method: str | None = None, watch: Watch | None = None, refine: tuple[str, ...] = ()
