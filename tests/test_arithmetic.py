@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import spar_dinov3, spar_siglip
+from families import spar_dinov3, spar_radio, spar_siglip
 from second_networks import networks_for
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -57,13 +57,13 @@ def small_clip(make_spar: Any, clip_tokenizer: Any) -> tuple[Any, Any]:
     return model, make_processor(model.config, clip_tokenizer)
 
 
-@pytest.fixture(scope="module", params=["clip", "siglip", "dinov3"])
+@pytest.fixture(scope="module", params=["clip", "siglip", "dinov3", "radio"])
 def model(request: Any, make_spar: Any, clip_tokenizer: Any, tmp_path_factory: Any) -> Any:
     if request.param == "clip":
         return make_spar(num_hidden_layers=3, method="gem")
     if request.param == "siglip":
         return spar_siglip(clip_tokenizer, tmp_path_factory.mktemp("siglip")).eval()
-    return spar_dinov3(clip_tokenizer)
+    return {"dinov3": spar_dinov3, "radio": spar_radio}[request.param](clip_tokenizer)
 
 
 @pytest.fixture(scope="module")
