@@ -250,7 +250,7 @@ def test_the_command(texts, tmp_path, capsys):
     line += ["--heads", "3", "--output", str(tmp_path / "out")]
     assert main(line) == 0
     printed = capsys.readouterr().out
-    for text in ("c-radio_half.pth.tar (SHA-256 ", "head of clip; NVIDIA Open Model License", "_heads.clip.final.2.bias",
+    for text in ("c-radio_half.pth.tar (SHA-256 ", "head of clip; NVIDIA Open Model License", "_heads.clip.final.2",
                  "the head of another teacher", "text features", "unused or missing: none"):  # fmt: skip
         assert text in printed
     assert main([*line[:4], "--output", str(tmp_path / "x")]) == 2

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from safetensors.torch import load_file
@@ -111,12 +111,12 @@ def read_weights(path: Path) -> Any:
     if path.suffix == ".safetensors":
         with naming(path, what="file of safetensors"):
             return load_file(path)
-    return load_pickle(path, plain=(Namespace,))
+    return load_pickle(path, plain={"argparse.Namespace": SimpleNamespace})
 
 
 def args_of(content: Any, folder: Path) -> dict[str, Any]:
     """The training's arguments: in the file (timm, RADIO), or in a `config.json` beside it (RADIO on the Hub)."""
-    if isinstance(content, dict) and isinstance(content.get("args"), Namespace):
+    if isinstance(content, dict) and isinstance(content.get("args"), SimpleNamespace):
         return dict(vars(content["args"]))
     path = folder / "config.json"
     args = read_json(path).get("args") if path.is_file() else None
