@@ -13,6 +13,7 @@ from plain_clip import softmax
 from plain_families import Weights, linear, norm, plain_radio_head, plain_radio_tokens, radio_block_end, stretch
 
 import spar_hf.methods.encoder
+from spar_cli.compare import chosen
 from spar_hf import METHODS, SlidingWindow, build_encoder, build_segmenter
 from spar_hf.families import make_processor
 from spar_hf.methods.radseg import fitted
@@ -142,6 +143,12 @@ def test_it_is_a_dense_encoder_like_any_other(name, tower, pixels, monkeypatch):
     rounded = build_encoder(radio_tower().bfloat16(), name)(images.bfloat16()).patch_embeds
     plain = build_encoder(tower, name)(images).patch_embeds
     assert rounded.dtype == torch.bfloat16 and (rounded.float() - plain).norm() < 0.06 * plain.norm()
+
+
+def test_all_methods_are_those_of_the_models_family(clip_tokenizer, tmp_path):
+    spar_radio(clip_tokenizer).save_pretrained(tmp_path)
+    assert chosen("all", str(tmp_path)) == ["scra", "radseg"]
+    assert chosen("all", "tiny") == [name for name, row in METHODS.items() if row.family == "clip"]
 
 
 def test_choosing_it(tower, make_vision, clip_tokenizer):

@@ -7,7 +7,7 @@ Paper: Alama et al., arXiv 2511.19704; see scra. Changes:
 3. S = cosine of all patches of the image; A = softmax(10 (S - mean S)) over the patches with S >= mean S; the averaged
    patches become A times themselves, and only then pass the teacher's summary head.
 Deviations: the mean is each image's own (theirs is the batch's, and mixes its windows up). Not here: names under
-probability .5 everywhere are struck out (`--refine prompt_denoising`), and RADIO-SAM, which needs the head of a
+probability .5 everywhere are struck out (`--refine prompt-denoising`), and RADIO-SAM, which needs the head of a
 teacher without words and SAM-H.
 Tests: windows 336 px (low), 576 (mid; COCO-Stuff 448, Cityscapes 688), 672 (high; 896, 1344), step two thirds.
 To reach: mean IoU 6 to 30 points over other methods of base size, 3.95 times faster, as published.
