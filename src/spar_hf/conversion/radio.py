@@ -22,7 +22,7 @@ from transformers import CLIPTextConfig
 from ..checkpoint_files import load_pickle, naming, weight_files
 from ..downloads import fetch
 from ..families import WHOLE
-from ..grid_spar import unknown
+from ..names_spar import unknown
 from ..pretrained import read_config
 from .layouts import Asked, Layout, Rule, Table, count_blocks, heads_of, rename, same, third
 from .reference import ACTIVATIONS, Reference
