@@ -52,9 +52,10 @@ def slow_half(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def small_clip(make_spar: Any, clip_tokenizer: Any) -> tuple[Any, Any]:
-    model = make_spar(num_hidden_layers=12).bfloat16()
-    return model, make_processor(model.config, clip_tokenizer)
+def small(make_spar: Any, clip_tokenizer: Any) -> dict[str, tuple[Any, Any]]:
+    """A model of each family that has methods, and its processor."""
+    models = {"clip": make_spar(num_hidden_layers=12).bfloat16(), "radio": spar_radio(clip_tokenizer).bfloat16()}
+    return {name: (model, make_processor(model.config, clip_tokenizer)) for name, model in models.items()}
 
 
 @pytest.fixture(scope="module", params=["clip", "siglip", "dinov3", "radio"])
@@ -131,8 +132,8 @@ def test_methods_that_are_a_file(method: str, make_vision: Any, inputs: Any, slo
     ("method", "refine"), [*((name, ()) for name in METHODS), *((None, (name,)) for name in REFINEMENTS)]
 )
 @torch.no_grad()
-def test_every_row_of_the_tables(method: Any, refine: Any, small_clip: Any, slow_half: None) -> None:
-    model, processor = small_clip
+def test_every_row_of_the_tables(method: Any, refine: Any, small: Any, slow_half: None) -> None:
+    model, processor = small[METHODS[method].family if method else "clip"]
     networks = {name: copy.deepcopy(network).bfloat16() for name, network in networks_for(method, refine).items()}
     segmenter = build_segmenter(model, processor, method, networks=networks, refine=refine)
     image = torch.randn(1, 3, 90, 112, dtype=torch.bfloat16)

@@ -234,6 +234,10 @@ def test_what_is_wrong_is_said_in_one_line(texts, tmp_path, clip_tokenizer):
         with pytest.raises(ValueError, match=message) as caught:
             convert([path], "radio", tmp_path / "out", Asked(heads=3, adaptor=adaptor), text=text)
         assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+    with pytest.raises(
+        OSError, match=r"'siglip2-g' \(siglip2-g-384\) cannot be read. Give --text: .*siglip2-giant-opt-pa"
+    ):
+        convert([whole], "radio", tmp_path / "out", Asked(heads=3, adaptor="siglip2-g"))
     with pytest.raises(ValueError, match=r"--text and --adaptor are RADIO's; with --backbone clip leave them out"):
         convert([whole], "clip", tmp_path / "out", Asked(adaptor="clip"))
     with pytest.raises(ValueError, match=r"no patch_generator.embedder; this is no C-RADIO of NVI"):

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import SIZES_HW
+from distillation_help import SIZES, run, save_pictures
 from families import radio_tower, spar_radio
 from plain_clip import softmax
 from plain_families import Weights, linear, norm, plain_radio_head, plain_radio_tokens, radio_block_end, stretch
+from transformers import AutoModel
 
 import spar_hf.methods.encoder
 from spar_cli.compare import chosen
@@ -143,6 +145,17 @@ def test_it_is_a_dense_encoder_like_any_other(name, tower, pixels, monkeypatch):
     rounded = build_encoder(radio_tower().bfloat16(), name)(images.bfloat16()).patch_embeds
     plain = build_encoder(tower, name)(images).patch_embeds
     assert rounded.dtype == torch.bfloat16 and (rounded.float() - plain).norm() < 0.06 * plain.norm()
+
+
+def test_it_teaches_the_one_pass(tower, tmp_path):
+    tower.save_pretrained(tmp_path / "radio")
+    flags = ("--student", tmp_path / "radio", "--images", save_pictures(tmp_path / "pictures", 2), "--output",
+             tmp_path / "run", "--teacher-method", "radseg", "--workers", 0, "--tracker", "none", *SIZES,
+             "--train", "all", "--learning-rate", "1e-3", "--max-steps", 1)  # fmt: skip
+    run("distill.py", *flags)
+    student = AutoModel.from_pretrained(tmp_path / "run" / "model")
+    assert student.config.teacher["method"] == "radseg" and type(student) is type(tower)
+    assert not torch.equal(student.adaptor.fc1.weight, tower.adaptor.fc1.weight)
 
 
 def test_all_methods_are_those_of_the_models_family(clip_tokenizer, tmp_path):

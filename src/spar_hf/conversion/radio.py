@@ -146,7 +146,13 @@ def prepare_radio(source: Source, asked: Asked, text: str | None) -> tuple[Sourc
             f"the text tower of {described(teacher)} is in no file of NVIDIA's; give --text: a folder or id of that "
             "CLIP or SigLIP. open_clip's own files go through spar convert --backbone clip first."
         )
-    words, fields = read_text(text)
+    try:
+        words, fields = read_text(text)
+    except OSError as error:
+        raise OSError(
+            f"the text tower of {described(teacher)} cannot be read. Give --text: a folder or id of that teacher's "
+            f"checkpoint. ({error})"
+        ) from error
     return replace(source, weights={**weights, **words}, text=fields), text
 
 
