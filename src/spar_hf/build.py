@@ -18,10 +18,11 @@ from .encoder_spar import DenseVisionModel
 from .encoders.base import DenseEncoder
 from .encoders.sliding_window import SlidingWindow
 from .encoders.upsampled import FromUpsampled, Upsampled
-from .methods.table import Method, find_method
+from .methods.table import FAMILIES, METHODS, Method, find_method
 from .names_spar import unknown
 from .networks.masks import SamSettings, region_network, region_source
 from .networks.sam import Sam
+from .radio_spar import SparRadioVisionModel
 from .refinement import Refined, find_refinements
 from .refinement.views import ViewEnsemble
 from .segmentation_spar import FromFeatures, Segmenter
@@ -31,6 +32,8 @@ from .upsampling_spar import Upsampler
 
 WINDOWS = ("native", "paper")
 Networks = Mapping[str, Any]  # a module, an id or a folder; for `regions` also a source of them
+# The tower that a method of each family takes.
+METHOD_TOWERS: dict[str, type] = {"clip": SparVisionModel, "radio": SparRadioVisionModel}
 # What a refinement's network is taken for, by the name it has in the row.
 ADAPTERS: dict[str, Any] = {"sam": Sam.of, "regions": region_network}
 _SAM_NUMBERS = {field.name for field in fields(SamSettings)}
@@ -75,7 +78,7 @@ def build_encoder(
 
     Raises:
         ValueError: no such method, network or setting, a method that gives no features, or a tower of another family
-            than CLIP.
+            than the method's.
     """
     row = _row_for(vision, method, networks)
     if row is not None and row.kind == "label":
@@ -262,6 +265,11 @@ def record(
     return json.loads(json.dumps(chosen))  # tuples become lists, as they come back from a file
 
 
+def methods_for(tower: type) -> list[str]:
+    """The rows of `METHODS` that are for a class of vision towers."""
+    return [name for name, row in METHODS.items() if issubclass(tower, METHOD_TOWERS[row.family])]
+
+
 def _row_for(vision: Any, method: str | None, networks: Networks | None) -> Method | None:
     """The method's row, if its networks and the tower are such as it takes."""
     if method is None:
@@ -276,10 +284,10 @@ def _row_for(vision: Any, method: str | None, networks: Networks | None) -> Meth
             raise ValueError(f"method {method!r} takes no further network; leave {name!r} out.")
         if name not in row.networks:
             raise ValueError(f"method {method!r}: " + unknown("network", name, row.networks))
-    if not isinstance(vision, SparVisionModel):
+    if not isinstance(vision, METHOD_TOWERS[row.family]):
         raise ValueError(
-            f"method {method!r} is about CLIP's blocks, and this network is a {type(vision).__name__}. Leave the "
-            "method out."
+            f"method {method!r} is about {FAMILIES[row.family]}'s blocks, and this network is a "
+            f"{type(vision).__name__}. Leave the method out."
         )
     return row
 
