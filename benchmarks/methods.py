@@ -27,6 +27,7 @@ from record import origin
 from spar_hf import METHODS, SparVisionConfig, SparVisionModel, build_encoder, build_segmenter, label_map
 from spar_hf.evaluation.evaluate import markdown_table
 from spar_hf.files import write_json
+from spar_hf.networks.masks import Regions
 from spar_hf.processing_spar import LabelFeatures
 from spar_hf.prompts_spar import Labels
 
@@ -35,12 +36,32 @@ SIZES = ("448x448", "672x896", "1024x1024")
 REFERENCE = "maskclip"
 
 
-def further_network(name: str, checkpoint: str) -> torch.nn.Module:
-    """A random network of the size of its authors' checkpoint."""
-    from transformers import SamVisionConfig, SamVisionModel, ViTConfig, ViTModel
+class Squares(torch.nn.Module):
+    """A source of regions that costs nothing: 8 x 8 rectangles."""
 
+    def forward(self, pixel_values: torch.Tensor, config: Any) -> Regions:
+        rows, columns = (torch.arange(side) * 8 // side for side in pixel_values.shape[2:])
+        return Regions(ids=1 + 8 * rows[:, None] + columns)
+
+
+def further_network(name: str, checkpoint: str) -> Any:
+    """A random network of the size of its authors' checkpoint."""
+    from transformers import (
+        Dinov2WithRegistersConfig,
+        Dinov2WithRegistersModel,
+        SamVisionConfig,
+        SamVisionModel,
+        ViTConfig,
+        ViTModel,
+    )
+
+    if name == "regions":
+        return Squares()
     if name == "sam":
         return SamVisionModel(SamVisionConfig()).eval()
+    if checkpoint == "facebook/dinov2-with-registers-large":
+        large = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
+        return Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**large, image_size=518, patch_size=14)).eval()
     patch_px = int(checkpoint.removeprefix("facebook/dino-vitb"))
     return ViTModel(ViTConfig(patch_size=patch_px), add_pooling_layer=False).eval()
 
@@ -122,7 +143,8 @@ def _memory_kb(field: str) -> int:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    names = [name for name, row in METHODS.items() if row.family == "clip"]
+    parser.add_argument("--methods", nargs="+", choices=names, default=names)
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), help="height x width in pixels, such as 672x896")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

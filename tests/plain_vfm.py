@@ -27,7 +27,7 @@ def line_weights(n_in: int, n_out: int, scale: float | None = None, origin: floa
 def bilinear(image: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
     """(..., H, W) -> (..., h, w)."""
     down, across = line_weights(image.shape[-2], size_hw[0]), line_weights(image.shape[-1], size_hw[1])
-    return np.einsum("yv,...vu,xu->...yx", down, image, across)
+    return down @ image @ across.T
 
 
 def starts(length: int, window: int, stride: int) -> list[int]:

@@ -389,7 +389,10 @@ def test_command(clip_tokenizer, words, tmp_path, capsys):
     assert main(line) == 2
     assert "out is there already; give a folder that is new or empty" in capsys.readouterr().err
     for change, message in (
-        (["--backbone", "sigclip"], "there is no backbone 'sigclip'; choose one of clip, siglip2, dinov3, anyup."),
+        (
+            ["--backbone", "sigclip"],
+            "there is no backbone 'sigclip'; choose one of clip, siglip2, dinov3, radio, anyup.",
+        ),
         (["--activation", "relu"], "there is no activation 'relu'"),
         (["--heads", "0"], "give a whole number, at least 1"),
     ):

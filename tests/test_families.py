@@ -1,4 +1,4 @@
-"""SigLIP and DINOv3: features, loading, refusals, and everything built on a dense encoder, as for CLIP."""
+"""SigLIP, DINOv3 and RADIO: features, loading, refusals, and everything built on a dense encoder, as for CLIP."""
 
 from __future__ import annotations
 
@@ -15,17 +15,32 @@ import pytest
 import torch
 from conftest import SIZES_HW
 from distillation_help import SIZES, run, save_pictures
-from families import DINOV3_VISION, Family, spar_dinov3, spar_siglip, stock_dinov3, stock_siglip
-from plain_families import plain_siglip
+from families import (
+    DINOV3_VISION,
+    RADIO_VISION,
+    Family,
+    radio_text,
+    radio_tower,
+    spar_dinov3,
+    spar_radio,
+    spar_siglip,
+    stock_dinov3,
+    stock_radio,
+    stock_siglip,
+)
+from plain_families import plain_radio_head, plain_siglip
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
     AutoModelForZeroShotImageClassification,
     AutoProcessor,
+    CLIPTextModelWithProjection,
     DINOv3ViTConfig,
     DINOv3ViTModel,
+    RadioModel,
     SiglipModel,
+    SiglipTextModel,
     SiglipVisionModel,
     pipeline,
 )
@@ -36,6 +51,10 @@ from spar_hf import (
     SparDinov3Config,
     SparDinov3VisionConfig,
     SparDinov3VisionModel,
+    SparRadioConfig,
+    SparRadioModel,
+    SparRadioVisionConfig,
+    SparRadioVisionModel,
     SparSiglipConfig,
     SparSiglipModel,
     SparSiglipVisionConfig,
@@ -49,7 +68,8 @@ from spar_hf.families import make_processor
 CLEAN = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
 EXACT = {"atol": 0, "rtol": 0}
 CLOSE = {"atol": 2e-5, "rtol": 0}  # features are about 1 in magnitude
-NAMES = ("siglip", "dinov3")
+NAMES = ("siglip", "dinov3", "radio")
+HEAD = "adaptor."  # what RADIO's towers have beside the stock model's weights
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -59,8 +79,11 @@ def family(request, clip_tokenizer, tmp_path_factory) -> Family:
         stock, tower_class = stock_siglip(vocab_size=len(clip_tokenizer)), SparSiglipVisionModel
         clip_tokenizer.save_pretrained(folder)
         weights = stock.vision_model.state_dict()
-    else:
+    elif request.param == "dinov3":
         stock, tower_class = stock_dinov3(), SparDinov3VisionModel
+        weights = stock.state_dict()
+    else:  # with its head, which no stock model has
+        stock, tower_class = radio_tower(), SparRadioVisionModel
         weights = stock.state_dict()
     stock.save_pretrained(folder)
     plain = {name: weight.double().numpy() for name, weight in weights.items()}
@@ -74,7 +97,7 @@ def whole(request, clip_tokenizer, tmp_path_factory) -> tuple[Any, Any, Path]:
     if request.param == "siglip":
         model = spar_siglip(clip_tokenizer, tmp_path_factory.mktemp("stock"))
     else:
-        model = spar_dinov3(clip_tokenizer)
+        model = {"dinov3": spar_dinov3, "radio": spar_radio}[request.param](clip_tokenizer)
     processor = make_processor(model.config, clip_tokenizer)
     processor.templates = ["a photo of a {}.", "my {}"]
     model.save_pretrained(folder)
@@ -156,6 +179,67 @@ def test_dinov3_positions_stay_exact_in_half_precision(family, pixels):
     assert mine < 0.05 and mine < 1.1 * theirs
 
 
+@pytest.mark.parametrize("gated", [False, True])
+@torch.no_grad()
+def test_radios_trunk_equals_the_stock_model(gated, pixels, tmp_path):
+    """Without a head: what transformers' `RadioModel` gives, below, on and beyond the grid of its table."""
+    stock = stock_radio(use_swiglu_ffn=gated)
+    stock.save_pretrained(tmp_path)
+    ours, info = SparRadioVisionModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert info == CLEAN and ours.config.projection_dim == 0 and ours.config.image_size == 512
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (ours.config.image_mean, ours.config.image_std))
+    for size in ("native", "larger", "same_count", (96, 96), (48, 160)):
+        images = pixels(size, batch=2)
+        found, expected = ours(images), stock(images * std + mean)
+        torch.testing.assert_close(found.patch_embeds.flatten(1, 2), expected.features, **CLOSE)
+        torch.testing.assert_close(found.pooler_output, expected.summary, **CLOSE)
+        torch.testing.assert_close(found.last_hidden_state, expected.last_hidden_state, **CLOSE)
+        torch.testing.assert_close(found.image_embeds, expected.last_hidden_state[:, 0], **CLOSE)
+
+
+@torch.no_grad()
+def test_radios_image_vector_is_its_teachers_class_token_through_the_head(pixels):
+    tower, images = radio_tower(), pixels("larger", batch=2)
+    found = tower(images)
+    weights = {name: weight.double().numpy() for name, weight in tower.state_dict().items()}
+    for token, image in zip(found.last_hidden_state[:, 2], found.image_embeds, strict=True):
+        expected = plain_radio_head(weights, token.double().numpy())
+        torch.testing.assert_close(image, torch.from_numpy(expected).float(), **CLOSE)
+
+
+@pytest.mark.parametrize("kind", ["siglip", "clip"])
+@torch.no_grad()
+def test_radios_text_side_is_its_teachers(kind, clip_tokenizer, pixels, tmp_path):
+    model = spar_radio(clip_tokenizer, kind)
+    processor = make_processor(model.config, clip_tokenizer)
+    for part in (model, processor):
+        part.save_pretrained(tmp_path)
+    loaded, processor = spar_hf.load(tmp_path)
+    ids = processor(text=["A my_Dog, (sky)!"])
+    found = loaded(pixels("larger"), **ids)
+    weights = loaded.state_dict()
+    if kind == "clip":
+        assert ids["input_ids"].shape[1] < 15
+        stock = CLIPTextModelWithProjection(loaded.config.text_config).eval()
+        stock.text_model.load_state_dict(loaded.text_model.state_dict())
+        stock.text_projection.weight.copy_(weights["text_projection.weight"])
+        expected = stock(**ids).text_embeds
+        bias = 0.0
+    else:
+        words = clip_tokenizer(["a my dog sky"], padding="max_length", max_length=64, padding_side="right")
+        assert ids["input_ids"].tolist() == words["input_ids"]  # lower case, no punctuation, full length
+        stock = SiglipTextModel(loaded.config.text_config).eval()
+        stock.load_state_dict(loaded.text_model.state_dict())
+        expected = stock(**ids).pooler_output
+        bias = weights["logit_bias"]
+    torch.testing.assert_close(found.text_embeds, expected, **CLOSE)
+    cosine = torch.nn.functional.cosine_similarity(found.image_embeds, expected)[:, None]
+    torch.testing.assert_close(found.logits_per_image, weights["logit_scale"].exp() * cosine + bias, **CLOSE)
+    assert ("logit_bias" in weights) == (kind == "siglip") and ("text_projection.weight" in weights) == (
+        kind == "clip"
+    )
+
+
 @torch.no_grad()
 def test_states_maps_and_eager_attention(family, pixels):
     images = pixels("off_grid", batch=2)
@@ -234,9 +318,9 @@ def test_saved_towers_keep_the_stock_layout(family, pixels, tmp_path):
     assert again.config.to_diff_dict() == family.tower.config.to_diff_dict()
     images = pixels("off_grid")
     torch.testing.assert_close(again(images).patch_embeds, family.tower(images).patch_embeds, **EXACT)
-    stock_class = {"siglip": SiglipVisionModel, "dinov3": DINOv3ViTModel}[family.name]
+    stock_class = {"siglip": SiglipVisionModel, "dinov3": DINOv3ViTModel, "radio": RadioModel}[family.name]
     _, info = stock_class.from_pretrained(tmp_path, output_loading_info=True)
-    assert info["missing_keys"] == set() == info["unexpected_keys"]
+    assert info["missing_keys"] == set() == {key for key in info["unexpected_keys"] if not key.startswith(HEAD)}
 
 
 @torch.no_grad()
@@ -284,13 +368,25 @@ def test_what_a_family_lacks_is_refused(family, tmp_path):
         type(family.tower).from_pretrained(family.folder, size_rule="crop")
 
 
-def test_clear_refusals(family, tmp_path):
+def test_clear_refusals(family, clip_tokenizer, tmp_path):
     with pytest.raises(ValueError, match=r"position_interpolation is 'size'; DINOv3's positions are rotary"):
         SparDinov3VisionConfig(position_interpolation="size")
     with pytest.raises(ValueError, match=r"vision_use_head is False; without its attention-pooling head"):
         SparSiglipVisionConfig(vision_use_head=False)
     with pytest.raises(ValueError, match=r"the text embedding has 2048 numbers and a patch 48"):
         SparDinov3Config(vision_config={"hidden_size": 48})
+    with pytest.raises(ValueError, match=r"class_token is 3; there are 3 class tokens, counted from 0"):
+        SparRadioVisionConfig(**{**RADIO_VISION, "class_token": 3})
+    with pytest.raises(ValueError, match=r"adaptor_hidden_size 0; a head has two positive widths"):
+        SparRadioVisionConfig(**{**RADIO_VISION, "adaptor_hidden_size": 0})
+    with pytest.raises(ValueError, match=r"video_temporal_patch_size is 2: this is a trunk for videos"):
+        SparRadioVisionConfig(video_temporal_patch_size=2)
+    with pytest.raises(ValueError, match=r"text embedding has 24 numbers and a patch 30; .* teacher \(siglip2-g\)"):
+        SparRadioConfig(
+            text_config=radio_text(clip_tokenizer, "clip"), vision_config={**RADIO_VISION, "projection_dim": 30}
+        )
+    with pytest.raises(ValueError, match=r"text tower is of type 'bert'; it must be one of siglip_text_model, "):
+        SparRadioConfig(text_config={"model_type": "bert"}, vision_config=RADIO_VISION)
     naflex = {"model_type": "siglip2", "vision_config": {"model_type": "siglip2_vision_model", "num_patches": 256}}
     (tmp_path / "config.json").write_text(json.dumps(naflex))
     save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
@@ -299,8 +395,11 @@ def test_clear_refusals(family, tmp_path):
             ValueError, match=r"NaFlex checkpoint of SigLIP2 .* Give a SigLIP or SigLIP2 checkpoint of"
         ):
             load(tmp_path)
-    if family.name == "dinov3":
-        with pytest.raises(ValueError, match=r"holds a vision tower alone \(dinov3_vit\), and labels need the text"):
+    if family.name != "siglip":
+        with pytest.raises(
+            ValueError,
+            match=r"holds a vision tower alone \((dinov3_vit|spar_radio_vision)\), and labels need",
+        ):
             spar_hf.load(family.folder)
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(ValueError, match=r"type 'bert'; those that can be loaded are clip, siglip"):
@@ -325,10 +424,10 @@ def test_files_that_leave_out_stock_defaults(tmp_path):
 
 @torch.no_grad()
 def test_text_side(whole):
-    """SigLIP reads 64 tokens, padded, in lower case and without a mask; DINOv3's text gives the second half."""
+    """SigLIP reads 64 tokens, padded, in lower case and without a mask, RADIO's SigLIP2 too; DINOv3's gives a half."""
     model, processor, _ = whole
     ids = processor(text=["A Dog"])
-    if isinstance(model, SparSiglipModel):
+    if isinstance(model, SparSiglipModel | SparRadioModel):
         assert set(ids) == {"input_ids"} and ids["input_ids"].shape == (1, 64)
         assert ids["input_ids"][0, 5:].unique().tolist() == [processor.tokenizer.pad_token_id]
         return
@@ -345,7 +444,7 @@ def test_load_pipeline_window_and_evaluation(whole, tmp_path):
     model, processor, folder = whole
     loaded, loaded_processor = spar_hf.load(folder)
     assert type(loaded) is type(model)
-    for field in ("templates", "text_padding", "max_length", "lowercase"):
+    for field in ("templates", "text_padding", "max_length", "lowercase", "strip_punctuation"):
         assert getattr(loaded_processor, field) == getattr(processor, field)
     image = np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8)
     segment = pipeline("open-vocabulary-segmentation", model=str(folder))
@@ -395,13 +494,15 @@ def test_distillation(family, train, tmp_path):
     tower = getattr(student, "vision_model", student)
     before = dict(family.tower.named_parameters())
     changed = {name for name, weight in tower.named_parameters() if not torch.equal(weight, before[name])}
-    blocks = tuple(f"{prefix}.{block}." for prefix in ("encoder.layers", "model.layer") for block in (1, 2))
+    blocks = tuple(
+        f"{prefix}.{block}." for prefix in ("encoder.layers", "model.layer", "encoder.layer") for block in (1, 2)
+    )
     wanted = {
         "last:2": {name for name in before if name.startswith(blocks)},
         # The loss reaches neither the probe nor, beside weight decay, what only masked training uses.
         "all": {name for name in before if name not in ("head.probe", "embeddings.mask_token")},
         "positions": {name for name in before if "position_embedding" in name},
-        "patch-embed": {name for name in before if "patch_embedding" in name},
+        "patch-embed": {name for name in before if "patch_embedding" in name or "patch_projection" in name},
     }[train]
     assert changed == wanted
     assert tower.config.teacher["method"] == family.tower.config.method

@@ -13,15 +13,20 @@ from typing import Any
 from .parser import check_one_of
 
 # Options of this command alone, and those that differ from method to method; each takes one value.
-REPLACED = ("--methods", "--json-dir", "--network", "--json", "--state")
+REPLACED = ("--methods", "--json-dir", "--network", "--region-masks", "--json", "--state")
 SCORES = ("mean_iou", "boundary_iou")
 
 
-def chosen(text: str) -> list[str]:
-    """The methods that `--methods` names: all, or some split by commas."""
+def chosen(text: str, model: str) -> list[str]:
+    """The methods that `--methods` names: all that are for the model's family, or some split by commas."""
+    from spar_hf.build import methods_for
+    from spar_hf.checkpoints import class_of, folder_of
+    from spar_hf.families import FAMILIES, WHOLE
     from spar_hf.methods.table import METHODS
 
-    names = list(METHODS) if text == "all" else [name.strip() for name in text.split(",") if name.strip()]
+    if text == "all":
+        return methods_for(dict(FAMILIES)[class_of(folder_of(model, {}), WHOLE)])
+    names = [name.strip() for name in text.split(",") if name.strip()]
     return [check_one_of("method", name, METHODS) for name in dict.fromkeys(names)]
 
 
@@ -34,7 +39,7 @@ def run_methods(args: argparse.Namespace) -> int:
     for option in ("method", "json", "state"):
         if getattr(args, option) is not None:
             raise ValueError(f"--{option} is for one method; leave it out, or leave --methods out")
-    names = chosen(args.methods)
+    names = chosen(args.methods, args.model)
     args.json_dir.mkdir(parents=True, exist_ok=True)
     results = {name: result_of(name, args) for name in names}
     lines = table(results)
@@ -76,6 +81,7 @@ def result_of(name: str, args: argparse.Namespace) -> dict[str, Any]:
 def command_for(name: str, args: argparse.Namespace) -> list[str]:
     """The words after `spar` that evaluate one method as this command line has it."""
     from spar_hf.methods.table import METHODS
+    from spar_hf.refinement import find_refinements
 
     kept, words = [], iter(args.argv)
     for word in words:
@@ -85,9 +91,12 @@ def command_for(name: str, args: argparse.Namespace) -> list[str]:
                 next(words, None)
             continue
         kept.append(word)
-    taken = METHODS[name].networks
+    refined = [network for row in find_refinements(args.refine).values() for network in row.networks]
+    taken = [*METHODS[name].networks, *refined]
     networks = [f"{network}={where}" for network, where in args.network if network in taken]
     kept += ["--method", name, *(word for network in networks for word in ("--network", network))]
+    if args.masks_of_regions is not None and "regions" in taken:
+        kept += ["--region-masks", str(args.masks_of_regions)]
     folder = args.json_dir
     return [*kept, "--json", str(folder / f"{name}.json"), "--state", str(folder / f"{name}.safetensors")]
 

@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of --methods: results, table.md, and what is done so far; the same command goes on from there",
     )
     add_refine_option(parser)
-    add_model_options(parser)
+    add_model_options(parser, masks="--region-masks")
 
 
 def run(args: argparse.Namespace) -> int | None:
@@ -106,6 +106,7 @@ def run(args: argparse.Namespace) -> int | None:
         record=opened.facts,
         state_path=args.state,
         command=command_line(args),
+        masks=opened.masks,
     )
     print(result.table())
     if args.json is not None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from spar_hf.encoder_spar import DenseModel
+    from spar_hf.networks.masks import MaskFolder
     from spar_hf.processing_spar import SparProcessor
     from spar_hf.prompts_spar import Labels
     from spar_hf.segmentation_spar import Segmenter
@@ -33,8 +34,8 @@ def add_refine_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """The options that `segment`, `features` and `evaluate` have in common."""
+def add_model_options(parser: argparse.ArgumentParser, masks: str = "--masks") -> None:
+    """The options that `segment`, `features` and `evaluate` have in common; `masks` is what one of them is called."""
     pictures = add_picture_options(parser)
     pictures.add_argument(
         "--max-pixels", type=whole_number, metavar="N", help="refuse larger pictures (default: 100 million)"
@@ -58,6 +59,15 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=ID|FOLDER",
         help="a further network of the method, such as dino=facebook/dino-vitb8; may be given again (default: those "
         "of its authors, which 'spar methods' lists)",
+    )
+    group.add_argument(
+        masks,
+        dest="masks_of_regions",
+        type=Path,
+        metavar="FOLDER",
+        help="for a method or refinement that reads regions: NAME.png, a map of region ids, or NAME.json, COCO RLE "
+        "masks, of each picture, in the place of the network 'regions'; --network regions=slic needs neither masks "
+        "nor a network",
     )
     group.add_argument(
         "--set",
@@ -120,12 +130,14 @@ class Opened:
         choices: Arguments of `build_encoder` and `build_segmenter`: method, networks, settings, window, reach,
             upsampler.
         facts: What was opened and how, for the JSON output.
+        masks: What regions are read from, to be told of each picture; `open_image` does.
     """
 
     model: DenseModel
     processor: SparProcessor
     choices: dict[str, Any]
     facts: dict[str, Any]
+    masks: MaskFolder | None = None
 
     def encoder(self) -> Any:
         """The dense encoder that the options ask for."""
@@ -154,9 +166,10 @@ def open_model(args: argparse.Namespace, refine: Sequence[str] = ()) -> Opened:
     from spar_hf.upsampling import load_upsampler
 
     check_one_of("dtype", args.dtype, DTYPES)
+    masks = read_masks(args, refine)
     choices = {
         "method": args.method,
-        "networks": dict(args.network),
+        "networks": dict(args.network) if masks is None else {**dict(args.network), "regions": masks},
         "settings": dict(args.settings),
         "window": args.window_px,
         "stride_px": args.stride_px,
@@ -194,7 +207,30 @@ def open_model(args: argparse.Namespace, refine: Sequence[str] = ()) -> Opened:
         facts["window_px"], facts["stride_px"] = window_of(
             vision_config_of(model.vision_model, args.method), args.window_px, args.stride_px
         )
-    return Opened(model, processor, choices, facts)
+    return Opened(model, processor, choices, facts, masks)
+
+
+def read_masks(args: argparse.Namespace, refine: Sequence[str]) -> MaskFolder | None:
+    """The folder of masks that the options name.
+
+    Raises:
+        ValueError: there is no such folder, nothing reads regions, or they are to come from elsewhere too.
+    """
+    from spar_hf.methods.table import METHODS, find_method
+    from spar_hf.networks.masks import MaskFolder
+    from spar_hf.refinement import find_refinements
+
+    folder: Path | None = args.masks_of_regions
+    if folder is None:
+        return None
+    needs = [] if args.method is None else [*find_method(args.method).needs]
+    if "regions" not in [*needs, *(name for row in find_refinements(refine).values() for name in row.networks)]:
+        readers = ", ".join(name for name, row in METHODS.items() if "regions" in row.needs)
+        whose = "the model" if args.method is None else f"method {args.method!r}"
+        raise ValueError(f"{whose} reads no regions, which {folder} is for; leave it out, or take --method {readers}")
+    if "regions" in dict(args.network):
+        raise ValueError(f"regions are to come from {folder} and from --network regions; give one of them")
+    return MaskFolder(folder)
 
 
 def read_labels(text: str) -> Labels:
@@ -236,5 +272,8 @@ def check_images(paths: Sequence[Path]) -> None:
 
 
 def open_image(path: Path, opened: Opened) -> Image.Image:
-    """The picture in a file as the model will see it: upright, RGB, at its own size."""
-    return opened.processor.image_processor.open_rgb(path)
+    """The picture in a file as the model will see it: upright, RGB, at its own size; its masks come next."""
+    image: Image.Image = opened.processor.image_processor.open_rgb(path)
+    if opened.masks is not None:
+        opened.masks.select(path.name, (image.height, image.width))
+    return image

@@ -33,6 +33,8 @@ EPILOG = """examples:
       real photographs need a real checkpoint; 'tiny' knows drawings only
   spar segment street.jpg --labels "road; car; sky" --refine pamr
       edges that follow the picture; 'spar methods' lists the refinements
+  spar segment street.jpg --labels "road; car; sky" --method textregion --masks masks
+      regions from masks/street.png or masks/street.json; --network regions=slic: superpixels; else SAM 2
   spar segment street.jpg --labels car --background-threshold 0.5
       only what is surely a car; the rest has no class
   spar segment street.jpg --labels "road; car; sky" --window-px native --stride-px 24

@@ -18,9 +18,11 @@ from .encoder_spar import DenseVisionModel
 from .encoders.base import DenseEncoder
 from .encoders.sliding_window import SlidingWindow
 from .encoders.upsampled import FromUpsampled, Upsampled
-from .methods.table import Method, find_method
+from .methods.table import FAMILIES, METHODS, Method, find_method
 from .names_spar import unknown
+from .networks.masks import SamSettings, region_network, region_source
 from .networks.sam import Sam
+from .radio_spar import SparRadioVisionModel
 from .refinement import Refined, find_refinements
 from .refinement.views import ViewEnsemble
 from .segmentation_spar import FromFeatures, Segmenter
@@ -29,9 +31,12 @@ from .upsampling import load_upsampler
 from .upsampling_spar import Upsampler
 
 WINDOWS = ("native", "paper")
-Networks = Mapping[str, str | nn.Module]
+Networks = Mapping[str, Any]  # a module, an id or a folder; for `regions` also a source of them
+# The tower that a method of each family takes.
+METHOD_TOWERS: dict[str, type] = {"clip": SparVisionModel, "radio": SparRadioVisionModel}
 # What a refinement's network is taken for, by the name it has in the row.
-ADAPTERS = {"sam": Sam}
+ADAPTERS: dict[str, Any] = {"sam": Sam.of, "regions": region_network}
+_SAM_NUMBERS = {field.name for field in fields(SamSettings)}
 
 
 def build_encoder(
@@ -58,7 +63,7 @@ def build_encoder(
         vision: the tower.
         method: name of a row of `METHODS`; None is the tower itself.
         networks: the further networks of a method that needs some, by the name they have in its row: a module, an id
-            or a folder. Those left out are its authors'.
+            or a folder; for `regions` also `slic` or a `MaskFolder`. Those left out are its authors'.
         settings: numbers of the method that differ from its authors', by name; for a recipe, see `Recipe`.
         window: slide a window over the image and average the features: its side in pixels, `native` (what the tower
             was trained at) or `paper` (that of the method's authors; none around one that makes its own). None is one
@@ -73,7 +78,7 @@ def build_encoder(
 
     Raises:
         ValueError: no such method, network or setting, a method that gives no features, or a tower of another family
-            than CLIP.
+            than the method's.
     """
     row = _row_for(vision, method, networks)
     if row is not None and row.kind == "label":
@@ -188,13 +193,18 @@ def _shared(
 ) -> tuple[Networks, dict[str, Any]]:
     """The networks given for the method, and those of the refinements, loaded once for both."""
     wanted = {name: default for row in refinements.values() for name, default in row.networks.items()}
-    further = {
-        name: ADAPTERS[name].of(networks.get(name, default)).to(vision.device, vision.dtype)
-        for name, default in wanted.items()
-    }
+    further = {name: ADAPTERS[name](networks.get(name, default)) for name, default in wanted.items()}
+    for network in further.values():
+        if isinstance(network, nn.Module):
+            network.to(vision.device, vision.dtype)
     own = find_method(method).networks if method is not None else {}
     kept = {name: network for name, network in networks.items() if name not in wanted}
-    return {**kept, **{name: network for name, network in further.items() if name in own}}, further
+    networks = {**kept, **{name: network for name, network in further.items() if name in own}}
+    for row in refinements.values():
+        if "regions" in row.networks:  # one SAM, but each draws regions by its own settings
+            chosen = {name: value for name, value in asdict(row.settings).items() if name in _SAM_NUMBERS}
+            further["regions"] = region_source(further["regions"], SamSettings(**chosen))
+    return networks, further
 
 
 def _slid(row: Method | None, window: int | str | None) -> int | str | None:
@@ -240,7 +250,7 @@ def record(
     chosen: dict[str, Any] = {"networks": {}, "settings": {}}
     if needs or networks:
         chosen["networks"] = {
-            name: given if isinstance(given, str) else type(given).__name__
+            name: type(given).__name__ if isinstance(given, nn.Module) else str(given)
             for name, given in {**needs, **(networks or {})}.items()
         }
     if row is not None:
@@ -253,6 +263,11 @@ def record(
         for name, row in find_refinements(refine).items()
     }
     return json.loads(json.dumps(chosen))  # tuples become lists, as they come back from a file
+
+
+def methods_for(tower: type) -> list[str]:
+    """The rows of `METHODS` that are for a class of vision towers."""
+    return [name for name, row in METHODS.items() if issubclass(tower, METHOD_TOWERS[row.family])]
 
 
 def _row_for(vision: Any, method: str | None, networks: Networks | None) -> Method | None:
@@ -269,10 +284,10 @@ def _row_for(vision: Any, method: str | None, networks: Networks | None) -> Meth
             raise ValueError(f"method {method!r} takes no further network; leave {name!r} out.")
         if name not in row.networks:
             raise ValueError(f"method {method!r}: " + unknown("network", name, row.networks))
-    if not isinstance(vision, SparVisionModel):
+    if not isinstance(vision, METHOD_TOWERS[row.family]):
         raise ValueError(
-            f"method {method!r} is about CLIP's blocks, and this network is a {type(vision).__name__}. Leave the "
-            "method out."
+            f"method {method!r} is about {FAMILIES[row.family]}'s blocks, and this network is a "
+            f"{type(vision).__name__}. Leave the method out."
         )
     return row
 

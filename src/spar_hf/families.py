@@ -9,6 +9,7 @@ from .configuration_spar import DenseConfig
 from .dinov3_spar import SparDinov3Model, SparDinov3VisionModel
 from .image_processing_spar import SparImageProcessor
 from .processing_spar import SparProcessor
+from .radio_spar import SparRadioModel, SparRadioVisionModel
 from .siglip_spar import SparSiglipModel, SparSiglipVisionModel
 
 # Whole model and vision tower. Nothing else in the code lists them.
@@ -16,6 +17,7 @@ FAMILIES: tuple[tuple[Any, Any], ...] = (
     (SparModel, SparVisionModel),
     (SparSiglipModel, SparSiglipVisionModel),
     (SparDinov3Model, SparDinov3VisionModel),
+    (SparRadioModel, SparRadioVisionModel),
 )
 WHOLE = {
     model_type: whole

@@ -26,6 +26,7 @@ TILE_NUMBERS = {"cpu": 2**19, "cuda": 2**26}
 MAP_NUMBERS = {"cpu": 2**20, "cuda": 2**27}
 # Names that `_max_over_names` reduces together: the fast reduction first, the slow one with indices on what is left.
 GROUP_NAMES = 8
+AREA_PIXELS = 2**18  # of a label map that are counted at a time
 
 Tile = tuple[slice, slice]
 Chunks = Iterable[tuple[slice, Tensor]]  # some names, their scores (k, height, width) in a tile
@@ -502,7 +503,10 @@ def _group_logits(logits: Tensor, columns: Tensor, count: int) -> Tensor:
 
 def _foreground_left(labels: Tensor, class_ids: Tensor, background: int, area_threshold: float) -> Tensor:
     """Which names (K) are in the running after foreground classes of too small an area are masked out."""
-    area = torch.bincount(labels.flatten().long().add_(1), minlength=max(int(class_ids.max()), background) + 2)[1:]
+    area = torch.zeros(max(int(class_ids.max()), background) + 2, dtype=torch.int64, device=labels.device)
+    for rows in labels.split(max(AREA_PIXELS // labels.shape[1], 1)):  # bincount takes 8 bytes a pixel
+        area += torch.bincount(rows.flatten().long().add_(1), minlength=len(area))
+    area = area[1:]
     is_foreground = torch.arange(len(area), device=area.device) != background
     masked_out = is_foreground & (area <= area_threshold * area[is_foreground].sum())
     return ~masked_out[class_ids.clamp(min=0)] | (class_ids == NO_CLASS)

@@ -87,8 +87,6 @@ class SparSiglipConfig(DenseConfig, SiglipConfig):
     model_type = "spar_siglip"
     stock_type = "siglip"
     vision_class = SparSiglipVisionConfig
-    # Trained on lower-case texts at full length, padding read along with the words.
-    text_inputs = {"text_padding": "max_length", "max_length": 64, "lowercase": True}
     sub_configs_defaults = {
         "vision_config": SubConfigSpec(config_class=SparSiglipVisionConfig),
         "text_config": SubConfigSpec(config_class=SiglipTextConfig),
@@ -96,6 +94,11 @@ class SparSiglipConfig(DenseConfig, SiglipConfig):
 
     text_config: dict | SiglipTextConfig | None = None
     vision_config: dict | SparSiglipVisionConfig | None = None
+
+    @property
+    def text_inputs(self) -> dict[str, Any]:
+        """Trained on lower-case texts at full length, padding read along with the words."""
+        return {"text_padding": "max_length", "max_length": 64, "lowercase": True}
 
 
 class SparSiglipVisionEmbeddings(SiglipVisionEmbeddings):  # differs from SigLIP only in how positions are resized

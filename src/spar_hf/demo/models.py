@@ -16,7 +16,7 @@ from ..build import build_encoder, build_segmenter, window_of
 from ..checkpoints import SHIPPED, load
 from ..encoders.base import EncoderWrapper
 from ..encoders.sliding_window import SlidingWindow, window_starts
-from ..methods.table import METHODS
+from ..methods.table import FAMILIES, METHODS
 from ..names_spar import unknown
 from ..prompts_spar import Labels
 from ..refinement.table import REFINEMENTS
@@ -153,9 +153,10 @@ class Models:
                 except Exception as error:
                     logger.warning("%s cannot be built on %s: %s", key, opened.name, error)
                     asked = " with ".join([*([METHODS[method].title] if method else []), *refine])
+                    family = FAMILIES[METHODS[method].family if method else "clip"]
                     needs = " and needs a second network, which must load" if networks else ""
                     raise DemoError(
-                        f"{asked} does not run on {opened.name}: it is for CLIP models{needs}. "
+                        f"{asked} does not run on {opened.name}: it is for {family} models{needs}. "
                         f"Choose {'other refinements' if refine else 'another method'}."
                     ) from error
                 if len(opened.built) > KEPT_BUILDS:

@@ -77,8 +77,8 @@ def resample(
     features: torch.Tensor,
     extent_hw: tuple[int, int],
     grid_hw: tuple[int, int],
-    new_extent_hw: tuple[int, int],
-    origin: tuple[int, int] = (0, 0),
+    new_extent_hw: tuple[float, float],
+    origin: tuple[float, float] = (0, 0),
 ) -> torch.Tensor:
     """Bilinear features at the centres of another grid's patches; those beyond the border take the border's.
 

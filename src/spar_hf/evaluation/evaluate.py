@@ -26,6 +26,7 @@ from safetensors.numpy import save
 from tqdm.auto import tqdm
 
 from ..files import digest, weights_digest, write_atomically
+from ..networks.masks import MaskFolder
 from ..segmentation_spar import Segmenter, label_map
 from ..segmenters import sliding_scores
 from .benchmarks import BenchmarkData
@@ -118,6 +119,7 @@ def evaluate(
     state_path: str | Path | None = None,
     save_every: int = 20,
     command: str | None = None,
+    masks: MaskFolder | None = None,
 ) -> EvaluationResult:
     """Runs the benchmark, one image at a time.
 
@@ -133,6 +135,7 @@ def evaluate(
         state_path: Saves counts and position in this file, and goes on from there if it exists.
         save_every: Images between two saves.
         command: Kept in the result; the command line of this process when None.
+        masks: What the segmenter reads its regions from, to be told of each image.
 
     Raises:
         ValueError: If the protocol is not defined for the benchmark, the limit is not positive, or the state belongs
@@ -156,6 +159,8 @@ def evaluate(
 
     def read(number: int) -> tuple[torch.Tensor, Sample]:
         sample = benchmark.read(number * len(benchmark) // count)
+        if masks is not None:
+            masks.select(sample.name, (sample.image.height, sample.image.width))
         # The protocol alone decides the size, whatever the checkpoint's image processor is set to.
         inputs = processor(images=protocol.resize(sample.image), do_resize=False, return_tensors="pt")
         return inputs["pixel_values"], sample

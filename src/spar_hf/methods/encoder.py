@@ -11,17 +11,18 @@ import torch
 from torch import nn
 
 from ..arithmetic_spar import in_fast_arithmetic
-from ..clip_spar import SparVisionModel
+from ..clip_spar import SparVisionModel, run_recipe
 from ..dense_spar import class_token_attention, merge_heads, project_heads
-from ..encoder_spar import SparVisionOutput, check_pixels
+from ..encoder_spar import DenseVisionModel, SparVisionOutput, check_pixels
 from ..grid_spar import fit_to_patches
+from ..methods_spar import find_recipe
 
 # Numbers of a similarity matrix that are held at once, 16 MB in fp32; a window's whole matrix is far smaller.
 ROW_NUMBERS = 2**22
 
 
 class MethodEncoder(nn.Module):
-    """A dense encoder around a CLIP vision tower; its `forward` is the method.
+    """A dense encoder around a vision tower, mostly CLIP's; its `forward` is the method.
 
     It computes no gradients: a method is a teacher or a baseline. The tower's weights are shared, never changed.
 
@@ -34,11 +35,11 @@ class MethodEncoder(nn.Module):
         ValueError: the tower has a single block.
     """
 
-    def __init__(self, vision: SparVisionModel, method: str, settings: Any):
+    def __init__(self, vision: DenseVisionModel, method: str, settings: Any):
         super().__init__()
         if len(vision.blocks) < 2:
             raise ValueError(f"the network has 1 block; method {method!r} needs at least 2. Take a row of the table.")
-        self.vision = vision
+        self.vision: Any = vision
         self.settings = settings
         self.config: Any = copy.deepcopy(vision.config)
         self.config.method = method
@@ -80,6 +81,12 @@ class MethodEncoder(nn.Module):
         layer = self.last_layer
         values = merge_heads(project_heads(layer.self_attn, layer.layer_norm1(x), "v")["v"])
         return self.vision.project(layer.feed_forward(x + layer.self_attn.out_proj(values)))["patch_embeds"]
+
+    def by_recipe(self, name: str, x: torch.Tensor, grid_hw: tuple[int, int]) -> torch.Tensor:
+        """The last block's input (B, 1 + N, C) -> patches in the text space (B, N, D), by a recipe of that block."""
+        reach = self.vision.reach(grid_hw, x.device)
+        tokens, _, _ = run_recipe(self.vision.blocks[-1:], x, find_recipe(name).recipe, grid_hw, reach=reach)
+        return self.vision.project(tokens)["patch_embeds"]
 
     def output(
         self,

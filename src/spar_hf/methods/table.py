@@ -1,8 +1,9 @@
-"""The table of methods: training-free ways to get one text-aligned vector per patch out of CLIP, one row each.
+"""The table of methods: training-free ways to get one text-aligned vector per patch out of a network, a row each.
 
 Adding a method is adding a row, and beside it a recipe (`methods_spar.RECIPES`) or a file of `spar_hf.methods`. The
 command line, the tests, the docs and the menus read this table; nothing else in the code knows a method's name.
-`reported` holds the authors' mean IoU in per cent with CLIP ViT-B/16, each under its own protocol.
+`reported` holds the authors' mean IoU in per cent with CLIP ViT-B/16, each under its own protocol. Most rows are about
+CLIP's blocks; `family` says which network a row is for.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from ..names_spar import unknown
 BENCHMARKS = ("voc21", "context60", "coco_object", "voc20", "context59", "coco_stuff", "cityscapes", "ade20k")
 
 
-# The network that the methods' windows, strides and block numbers were chosen for: CLIP ViT-B/16.
-AUTHORS_NATIVE_PX, AUTHORS_PATCH_PX = 224, 16
+# The networks that the methods' windows, strides and block numbers were chosen for: CLIP ViT-B/16, C-RADIOv3-B.
+AUTHORS_NATIVE_PX, AUTHORS_PATCH_PX = {"clip": 224, "radio": 512}, 16
+FAMILIES = {"clip": "CLIP", "radio": "RADIO"}
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Method:
             `window_for`.
         whole_image: it makes its own windows and its features or scores have a grid of their own, so it runs on whole
             images: `window="paper"` slides none around it, and a teacher's grid is brought to the student's.
+        family: whose blocks it is about, a key of `FAMILIES`.
         branch: branch of the field (arXiv 2505.22209): "clip", "vfm" or "generative".
         needs: the further networks it takes: what each is called -> the id of the one its authors used.
         takes: those that it takes where they are given, and else does with the model: likewise.
@@ -51,6 +54,7 @@ class Method:
     window_px: int | None = None
     stride_px: int = 112
     whole_image: bool = False
+    family: str = "clip"
     branch: str = "clip"
     needs: dict[str, str] = field(default_factory=dict)
     takes: dict[str, str] = field(default_factory=dict)
@@ -100,7 +104,7 @@ class Method:
         def scaled(length_px: int) -> int:
             if length_px % AUTHORS_PATCH_PX:
                 return length_px
-            return max(round(length_px * native_px / AUTHORS_NATIVE_PX / patch_px), 1) * patch_px
+            return max(round(length_px * native_px / AUTHORS_NATIVE_PX[self.family] / patch_px), 1) * patch_px
 
         window_px = native_px if self.window_px is None else scaled(self.window_px)
         return window_px, min(scaled(self.stride_px), window_px)
@@ -255,6 +259,49 @@ _ROWS = (
         note="with OpenCLIP ViT-B/16 of LAION-2B",
     ),
     Method(
+        "textregion",
+        "TextRegion",
+        "Xiao et al., TMLR 2025",
+        window_px=336,
+        stride_px=336,
+        whole_image=True,
+        branch="vfm",
+        needs={"regions": "facebook/sam2.1-hiera-large"},
+        licence="MIT",
+    ),
+    Method(
+        "corrclip",
+        "CorrCLIP",
+        "Zhang et al., ICCV 2025",
+        window_px=336,
+        whole_image=True,
+        branch="vfm",
+        needs={"dino": "facebook/dino-vitb8", "regions": "facebook/sam2-hiera-large"},
+        reported=_reported(74.8, 44.2, 43.7, 88.8, 48.8, 31.6, 49.4, 26.9),
+        note="with MetaCLIP ViT-B/16 and the vote of regions on the label map",
+    ),
+    Method(
+        "corrclip_v2",
+        "CorrCLIP v2, without its memory bank",
+        "Zhang et al., extension of ICCV 2025",
+        window_px=336,
+        whole_image=True,
+        branch="vfm",
+        needs={"dino": "facebook/dinov2-with-registers-large", "regions": "facebook/sam2-hiera-large"},
+        reported=_reported(82.2, 50.8, 54.6, 93.6, 56.3, 38.5, 58.7, 33.2),
+        note="with MetaCLIP ViT-B/16, C-RADIOv3-L, retrieval from regions of COCO and the vote of regions",
+    ),
+    Method(
+        "lavg",
+        "LaVG",
+        "Kang and Cho, ECCV 2024",
+        whole_image=True,
+        branch="vfm",
+        needs={"dino": "facebook/dino-vitb8"},
+        extra="vfm",
+        reported=_reported(62.1, 31.6, 34.2, 82.5, 34.7, 23.2, 26.2, 15.8),
+    ),
+    Method(
         "cliper_labels",
         "CLIPer's labels, without windows and diffusion",
         "Sun et al., ICCV 2025",
@@ -281,6 +328,29 @@ _ROWS = (
         licence="Apache-2.0",
         reported=_reported(67.6, 30.5, 36.6, 91.4, 39.5, None, None, 17.7),
         note="with CLIP ViT-L/14 as the judge, settings and words of the background chosen for each data set",
+    ),
+    Method(
+        "scra",
+        "RADSeg's last block alone",
+        "Alama et al., arXiv 2511.19704",
+        positions="square",
+        window_px=336,
+        stride_px=224,
+        family="radio",
+        branch="vfm",
+        licence="MIT",
+    ),
+    Method(
+        "radseg",
+        "RADSeg, without RADIO-SAM",
+        "Alama et al., arXiv 2511.19704",
+        positions="square",
+        window_px=336,
+        stride_px=224,
+        whole_image=True,
+        family="radio",
+        branch="vfm",
+        licence="MIT",
     ),
 )
 

@@ -103,6 +103,7 @@ class Sam(SecondNetwork):
         self.image_px: int = getattr(config, "prompt_encoder_config", config).image_size
         self.stretches = isinstance(self.network, Sam2Model)
         self._last: tuple[Tensor, Any, Tensor | None] | None = None  # pixels, embeddings, last projections
+        self.kept: tuple[Any, Any] | None = None  # what was drawn last, and what it depends on; see `SamRegions`
 
     def resized_hw(self, image_hw: tuple[int, int], long_px: int | None = None) -> tuple[int, int]:
         """Height and width at which the network sees an image; `long_px` is the longer side, or the network's own."""

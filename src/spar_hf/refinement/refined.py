@@ -70,7 +70,8 @@ class Refined(SegmenterWrapper):
 
     @property
     def networks(self) -> tuple[torch.nn.Module, ...]:
-        return (*self.segmenter.networks, *self.further.values())
+        modules = (part for part in self.further.values() if isinstance(part, torch.nn.Module))
+        return (*self.segmenter.networks, *modules)
 
     def __repr__(self) -> str:
         chosen = {name: refinement.settings for name, refinement in self.refinements.items()}

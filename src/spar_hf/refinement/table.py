@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..names_spar import unknown
-from . import closing, cluster_vote, definitions, floss, pamr, sam_prompts, tagclip, views
+from . import closing, cluster_vote, definitions, floss, mask_vote, pamr, sam_prompts, tagclip, views
 from .scores import (
     DenoisingSettings,
     RedundancySettings,
@@ -141,6 +141,15 @@ REFINEMENTS: dict[str, Refinement] = {
         cluster_vote.Settings(),
         needs=("self-correlation of block 11",),
         looks_inside=True,
+    ),
+    "mask-vote": Refinement(
+        "one class for each region",
+        "CorrCLIP; Zhang et al., ICCV 2025",
+        "labels",
+        mask_vote.mask_vote,
+        mask_vote.Settings(),
+        needs=("regions",),
+        networks={"regions": "facebook/sam2-hiera-large"},
     ),
     "closing": Refinement(
         "closing of the class ids",
