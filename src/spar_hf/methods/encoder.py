@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..arithmetic_spar import in_fast_arithmetic
-from ..clip_spar import SparVisionModel, run_recipe
+from ..clip_spar import run_recipe
 from ..dense_spar import class_token_attention, merge_heads, project_heads
 from ..encoder_spar import DenseVisionModel, SparVisionOutput, check_pixels
 from ..grid_spar import fit_to_patches
