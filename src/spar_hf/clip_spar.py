@@ -90,7 +90,7 @@ class SparVisionEmbeddings(CLIPVisionEmbeddings):  # differs from CLIP only in h
         patches, grid_hw = embed_patches(self.patch_embedding, pixel_values)
         table = position_table(self.position_embedding, self.num_positions, patches.device)
         positions = resize_positions(table[1:], grid_hw, self.config.position_interpolation)
-        class_token = (self.class_embedding + table[0]).expand(len(patches), 1, -1)
+        class_token = (self.class_embedding + table[0]).expand(patches.shape[0], 1, -1)
         return torch.cat([class_token, patches + positions], dim=1), grid_hw
 
 

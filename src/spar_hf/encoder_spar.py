@@ -112,7 +112,9 @@ class DenseVisionModel(OffloadedModel):
         """How far attention reaches on a grid of patches, by `attention_reach`; None is everywhere."""
         config = self.config
         window = config.image_size // config.patch_size
-        if config.attention_reach == "image" or max(grid_hw) <= window:
+        if config.attention_reach == "image":
+            return None
+        if not torch.compiler.is_exporting() and max(grid_hw) <= window:  # an exported graph has one path
             return None
         return WindowReach(grid_hw, window, device)
 
@@ -350,7 +352,7 @@ def check_pixels(pixel_values: torch.Tensor | None, num_channels: int) -> None:
             f"pixel_values is of type {pixel_values.dtype}; it must hold floats, normalised with the model's mean and "
             "std. Use SparImageProcessor."
         )
-    if not len(pixel_values):
+    if pixel_values.shape[0] == 0:
         raise ValueError(f"pixel_values is {tuple(pixel_values.shape)}: there is no image in the batch; give one.")
 
 

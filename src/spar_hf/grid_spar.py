@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -67,14 +68,19 @@ def resize_positions(table: torch.Tensor, grid_hw: tuple[int, int], rule: str) -
     """
     side = math.isqrt(table.shape[0])
     rows, columns = grid_hw
-    # The grid decides, not the number of tokens: 7 x 28 is not 14 x 14.
-    if rows == side and columns == side:
+    # The grid decides, not the number of tokens: 7 x 28 is not 14 x 14. An exported graph has one path for all grids.
+    exporting = torch.compiler.is_exporting()
+    if not exporting and rows == side and columns == side:
         return table
     image = table.float().view(1, side, side, -1).permute(0, 3, 1, 2)  # (n * n, C) -> (1, C, n, n)
     if rule == "offset":
         # The scale only sets the sampling points, (i + 0.5) * n / (rows + 0.1), here from -1 to 1 along the table. As
         # points they compile for any grid; interpolate takes a scale as a constant and compiles anew for each size.
-        y, x = ((2 * torch.arange(n, device=table.device) + 1) / (n + 0.1) - 1 for n in grid_hw)
+        more: Any = 0.1
+        if exporting:  # the native grid keeps the table
+            sides = [torch.scalar_tensor(n, device=table.device) for n in grid_hw]
+            more = 0.1 * ((sides[0] - side).abs() + (sides[1] - side).abs()).clamp(max=1)
+        y, x = ((2 * torch.arange(n, device=table.device) + 1) / (n + more) - 1 for n in grid_hw)
         points = torch.stack([x.expand(rows, -1), y[:, None].expand(-1, columns)], dim=-1)  # (h, w, 2), x first
         image = nn.functional.grid_sample(
             image, points[None], mode="bicubic", padding_mode="border", align_corners=False

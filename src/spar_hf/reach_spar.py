@@ -108,7 +108,7 @@ class WindowReach:
 
 def _log_share(length: int, window: int, device: torch.device) -> torch.Tensor:
     """log of the share of the windows over patch i that are over patch k too, along one side: (length, length)."""
-    last = max(length - window, 0)  # windows begin at 0 .. last; a shorter side is taken whole
+    last = torch.sym_max(length - window, 0)  # windows begin at 0 .. last; a shorter side is taken whole
     place = torch.arange(length, device=device)
     # Windows over both: from the first that reaches the farther patch to the last that begins at the nearer.
     nearer, farther = torch.minimum(place[:, None], place), torch.maximum(place[:, None], place)
