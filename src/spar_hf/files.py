@@ -12,12 +12,13 @@ import socket
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import nn
+
+if TYPE_CHECKING:  # PyTorch is imported where there are tensors: what writes files alone starts without it
+    import torch
+    from torch import nn
 
 DRAFT = re.compile(r"\..+\.(?:(?P<host>[^.]+)-)?(?P<process>\d+)\.tmp")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -171,6 +172,7 @@ def digest(parts: Iterable[bytes]) -> str:
 
 def weights_digest(*modules: nn.Module) -> str:
     """`digest` of the names, types, shapes and numbers of all weights."""
+    import torch
 
     def parts() -> Iterator[bytes]:
         for module in modules:
@@ -190,6 +192,7 @@ def check_finite(what: str, tensors: Mapping[str, torch.Tensor]) -> None:
 
 def tensors_digest(record: str, tensors: Mapping[str, torch.Tensor]) -> str:
     """`digest` of a record and of the names, types, shapes and numbers of tensors."""
+    import torch
 
     def parts() -> Iterator[bytes]:
         yield record.encode()
@@ -207,6 +210,8 @@ def write_state(path: Path, tensors: Mapping[str, torch.Tensor], record: Mapping
         OSError: the disk is full; what was there is intact.
         ValueError: a tensor holds NaN or infinity; what was there is intact.
     """
+    from safetensors.torch import save_file
+
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     check_finite(f"training has failed, {path.name} is not written", tensors)
     text = json.dumps(record)

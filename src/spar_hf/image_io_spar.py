@@ -1,13 +1,13 @@
 """One reader of pictures, for inference, training and evaluation: any source to upright 8-bit RGB."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image, ImageFile
 
 from .image_file_spar import (
@@ -65,7 +65,7 @@ def read_image(
         InvalidImageError: It cannot be read, is over a limit or holds values outside the range of a picture.
     """
     name = name or name_of(source)
-    if isinstance(source, (np.ndarray, torch.Tensor)):
+    if isinstance(source, np.ndarray) or _is_tensor(source):
         return _array_to_rgb(source, options, name, input_data_format)
     with _opened(source, options, name) as stored:
         return _guarded(stored.to_rgb, name)
@@ -347,12 +347,16 @@ def _stored_bands(file: ImageReader, bands: TiffBands, options: ReadOptions, nam
 # Arrays
 
 
-def _array_to_rgb(
-    array: np.ndarray | torch.Tensor, options: ReadOptions, name: str, input_data_format: str | None
-) -> Image.Image:
+def _is_tensor(source: Any) -> bool:
+    """Whether it is PyTorch's, which nobody who has one has yet to import: reading files takes no PyTorch."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(source, torch.Tensor)
+
+
+def _array_to_rgb(array: Any, options: ReadOptions, name: str, input_data_format: str | None) -> Image.Image:
     height, width, channels_first = _layout(array, options, name, input_data_format)
     _check_size(height, width, options, name)
-    if isinstance(array, torch.Tensor):
+    if _is_tensor(array):
         array = array.detach().cpu()
         array = (array.float() if array.is_floating_point() else array).numpy()  # NumPy has no bfloat16
     if channels_first:
@@ -371,9 +375,7 @@ def _array_to_rgb(
     return values_to_rgb(lambda top, bottom: values[top:bottom][..., wanted], size, chosen, composes, options, name)
 
 
-def _layout(
-    array: np.ndarray | torch.Tensor, options: ReadOptions, name: str, input_data_format: str | None
-) -> tuple[int, int, bool]:
+def _layout(array: Any, options: ReadOptions, name: str, input_data_format: str | None) -> tuple[int, int, bool]:
     """Height, width, and whether the channels come first; where both could be, only a tensor's do."""
     if input_data_format not in (None, "channels_first", "channels_last"):
         raise ValueError(
@@ -390,6 +392,6 @@ def _layout(
             f"{name} has shape {shape}; allowed are (H, W), (H, W, C) and (C, H, W) with 1 to 4 channels, or more of "
             "which bands chooses."
         )
-    if first and (not last or isinstance(array, torch.Tensor)):
+    if first and (not last or _is_tensor(array)):
         return shape[1], shape[2], True
     return shape[0], shape[1], False

@@ -1,7 +1,6 @@
 """Any image, from any source and of any size, to pixel values: upright, RGB, ratio kept, normalised."""
 
 import inspect
-import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -14,8 +13,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from .image_file_spar import MAX_FILE_BYTES, InvalidImageError
 from .image_io_spar import name_of, read_image
 from .image_values_spar import MAX_IMAGE_PIXELS, MAX_RATIO, ReadOptions
-
-SIZE_KEYS = ("shortest_edge", "longest_edge", "max_pixels")
+from .input_pixels_spar import InputPixels, check_size, positive
 
 
 class SparImageProcessor(BaseImageProcessor):
@@ -64,7 +62,7 @@ class SparImageProcessor(BaseImageProcessor):
                 f"SparImageProcessor does not know {', '.join(unknown)}; allowed are {', '.join(_FIELDS)}."
             )
         super().__init__(**kwargs)
-        self.size = _check_size(size)
+        self.size = check_size(size)
         self.do_resize = bool(do_resize)
         if resample not in list(Image.Resampling):
             filters = ", ".join(f"{filter.value} ({filter.name.lower()})" for filter in Image.Resampling)
@@ -72,14 +70,14 @@ class SparImageProcessor(BaseImageProcessor):
         self.resample = int(resample)
         self.image_mean = [float(value) for value in image_mean]
         self.image_std = [float(value) for value in image_std]
-        self.min_side_px = _positive("min_side_px", min_side_px)
+        self.min_side_px = positive("min_side_px", min_side_px)
         self.bands = None if bands is None else list(bands)
         self.alpha = alpha
         self.value_range = value_range if value_range is None or isinstance(value_range, str) else list(value_range)
-        self.max_image_pixels = _positive("max_image_pixels", max_image_pixels)
-        self.max_image_ratio = _positive("max_image_ratio", max_image_ratio)
-        self.max_file_bytes = _positive("max_file_bytes", max_file_bytes)
-        self.max_input_pixels = _positive("max_input_pixels", max_input_pixels)
+        self.max_image_pixels = positive("max_image_pixels", max_image_pixels)
+        self.max_image_ratio = positive("max_image_ratio", max_image_ratio)
+        self.max_file_bytes = positive("max_file_bytes", max_file_bytes)
+        self.max_input_pixels = positive("max_input_pixels", max_input_pixels)
         if len(self.image_mean) != 3 or len(self.image_std) != 3 or min(self.image_std) <= 0:
             raise ValueError(
                 f"image_mean is {self.image_mean} and image_std {self.image_std}; each needs three numbers, "
@@ -135,7 +133,7 @@ class SparImageProcessor(BaseImageProcessor):
         for image, name in _one_by_one(images):
             rgb = read_image(image, self.read_options, name, input_data_format)
             original_sizes.append((rgb.height, rgb.width))
-            pixel_values.append(self._to_values(self._resize(rgb, name)))
+            pixel_values.append(self.input_pixels.values(rgb, name))
         agree = len({values.shape for values in pixel_values}) == 1
         if return_tensors == "np":
             arrays = np.stack(pixel_values) if agree else pixel_values
@@ -164,64 +162,27 @@ class SparImageProcessor(BaseImageProcessor):
             max_file_bytes=self.max_file_bytes,
         )
 
+    @property
+    def input_pixels(self) -> InputPixels:
+        """How pictures become pixels."""
+        return InputPixels(
+            size=self.size,
+            do_resize=self.do_resize,
+            resample=self.resample,
+            image_mean=self.image_mean,
+            image_std=self.image_std,
+            min_side_px=self.min_side_px,
+            max_input_pixels=self.max_input_pixels,
+        )
+
     def input_size_hw(self, height_px: int, width_px: int) -> tuple[int, int]:
         """The size (height, width) that an image of this size is resized to."""
-        height, width = self._wanted_size_hw(height_px, width_px) if self.do_resize else (height_px, width_px)
-        return max(height, self.min_side_px), max(width, self.min_side_px)
-
-    def _wanted_size_hw(self, height_px: int, width_px: int) -> tuple[int, int]:
-        if self.size is None:
-            return height_px, width_px
-        (rule, value), *_ = self.size.items()
-        if rule == "max_pixels":
-            scale = min(1.0, math.sqrt(value / (height_px * width_px)))
-            return max(1, int(height_px * scale)), max(1, int(width_px * scale))
-        ruling_px = (min if rule == "shortest_edge" else max)(height_px, width_px)
-        # The ruling side is exact and the other rounded down, as in CLIP's processor.
-        return max(1, value * height_px // ruling_px), max(1, value * width_px // ruling_px)
-
-    def _resize(self, rgb: Image.Image, name: str) -> Image.Image:
-        height, width = self.input_size_hw(rgb.height, rgb.width)
-        if height * width > self.max_input_pixels:
-            raise InvalidImageError(
-                f"{name} would be {height}x{width} pixels ({height * width / 1e6:.4g} million) for the model; at most "
-                f"{self.max_input_pixels / 1e6:.4g} million are allowed. Pass a smaller size, "
-                "or raise max_input_pixels."
-            )
-        if (height, width) == (rgb.height, rgb.width):
-            return rgb
-        return rgb.resize((width, height), resample=Image.Resampling(self.resample))
-
-    def _to_values(self, rgb: Image.Image) -> np.ndarray:
-        """8-bit RGB to normalised float32 (3, H, W)."""
-        values = np.asarray(rgb, dtype=np.float32)
-        values /= 255
-        values -= np.asarray(self.image_mean, dtype=np.float32)
-        values /= np.asarray(self.image_std, dtype=np.float32)
-        return np.ascontiguousarray(values.transpose(2, 0, 1))  # (H, W, 3) -> (3, H, W)
+        return self.input_pixels.size_hw(height_px, width_px)
 
 
 _FIELDS = tuple(name for name in inspect.signature(SparImageProcessor).parameters if name != "kwargs")
 # What transformers writes into the same file.
 _STORED_BESIDE = {"image_processor_type", "processor_class", "auto_map"}
-
-
-def _check_size(size: int | dict[str, int] | None) -> dict[str, int] | None:
-    if size is None:
-        return None
-    size = {"shortest_edge": size} if isinstance(size, int) else dict(size)
-    if len(size) != 1 or next(iter(size)) not in SIZE_KEYS:
-        raise ValueError(
-            f"size is {size}; allowed are None, a number, or one of "
-            f"{', '.join(f'{{{rule!r}: n}}' for rule in SIZE_KEYS)}. The ratio is always kept."
-        )
-    return {rule: _positive(f"size[{rule!r}]", value) for rule, value in size.items()}
-
-
-def _positive(name: str, value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} is {value!r}; it must be a whole number, 1 or more.")
-    return value
 
 
 def _one_by_one(images: Any) -> Iterator[tuple[Any, str]]:

@@ -1,16 +1,16 @@
 """Values of any type, range and number of bands to 8-bit RGB."""
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 from PIL import Image
-from transformers.utils import logging
 
 from .image_file_spar import MAX_FILE_BYTES, InvalidImageError
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 MAX_IMAGE_PIXELS = 100_000_000  # 300 MB as RGB
 MAX_RATIO = 10_000  # of the longer to the shorter side; a line of 65,535 pixels is no picture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any, ClassVar
@@ -17,26 +17,10 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 from .processing_spar import SparProcessor
 from .prompts_spar import EVERYDAY_WORDS, Labels
-from .segmentation_spar import (
-    NO_CLASS,
-    FromFeatures,
-    ScoreMaps,
-    Segmenter,
-    check_thresholds,
-    class_probabilities,
-    segment,
-)
+from .results_spar import POST_PROCESSING, SegmentationResult, check_thresholds, segments_of
+from .segmentation_spar import FromFeatures, ScoreMaps, Segmenter, class_probabilities, segment
 
 TASK = "open-vocabulary-segmentation"
-POST_PROCESSING = (
-    "logit_scale",
-    "background_threshold",
-    "background_class",
-    "score_threshold",
-    "area_threshold",
-    "synonyms",
-)
-BAND_PIXELS = 2**20  # counted at a time
 MAX_PROBABILITIES = 10**9  # numbers that `return_probabilities` may return, 2 GB
 
 
@@ -58,20 +42,6 @@ class PreparedImage:
     pixel_values: Tensor
     maps: ScoreMaps | None = None
     labels: Labels | None = None
-
-
-class SegmentationResult(dict[str, Any]):
-    """What the pipeline gives for an image, a dictionary; `to_dict` is its JSON form."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON: numbers, words and lists; the label map and the scores, which are arrays, stay out."""
-        return {
-            "segments": [dict(segment) for segment in self["segments"]],
-            "labels": list(self["labels"].class_names),
-            "size_hw": list(self["segmentation"].shape),
-            "input_hw": list(self["size_hw"]),
-            "grid_hw": list(self["grid_hw"]),
-        }
 
 
 class OpenVocabularySegmentationPipeline(Pipeline):
@@ -309,37 +279,6 @@ def all_probabilities(maps: ScoreMaps, class_ids: Tensor, num_classes: int, logi
     for (rows, columns), tile in class_probabilities(maps, class_ids, logit_scale):
         probabilities[:, rows, columns] = tile.cpu().numpy()
     return probabilities
-
-
-def segments_of(
-    segmentation: np.ndarray, class_names: Sequence[str], scores: np.ndarray | None = None
-) -> list[dict[str, Any]]:
-    """The classes that occur, largest first, each with its fraction of the image, and its mean score if there are any.
-
-    An id outside the vocabulary is the background's, -1 is no class.
-    """
-    first, last = int(segmentation.min()), int(segmentation.max())
-    counts, sums = np.zeros(last - first + 1), np.zeros(last - first + 1)
-    step = max(1, BAND_PIXELS // segmentation.shape[1])  # a whole label map as 64-bit numbers may be a gigabyte
-    for top in range(0, len(segmentation), step):
-        places = segmentation[top : top + step].ravel() - first
-        counts += np.bincount(places, minlength=len(counts))
-        if scores is not None:
-            sums += np.bincount(places, scores[top : top + step].ravel(), minlength=len(sums))
-    segments = []
-    occurring = counts.nonzero()[0]
-    for place in occurring[np.lexsort((occurring, counts[occurring]))[::-1]]:
-        index = first + int(place)
-        name = "no class" if index == NO_CLASS else "background"
-        segment: dict[str, Any] = {
-            "id": index,
-            "label": class_names[index] if 0 <= index < len(class_names) else name,
-            "area_fraction": float(counts[place] / segmentation.size),
-        }
-        if scores is not None:
-            segment["score"] = float(sums[place] / counts[place])
-        segments.append(segment)
-    return segments
 
 
 def _given(parameters: dict[str, Any]) -> dict[str, Any]:

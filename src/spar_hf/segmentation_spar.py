@@ -15,10 +15,7 @@ from torch.nn import functional as F
 
 from .grid_spar import axis_block, coverage, upsample
 from .names_spar import one_of
-
-NO_CLASS = -1  # of a pixel that no class is sure enough of, and of names that only compete
-SYNONYMS = ("sum", "max")
-COSINE_SCALE = 40.0  # factor on cosines before the soft-max (SPAR, SCLIP)
+from .results_spar import COSINE_SCALE, NO_CLASS, SYNONYMS, check_thresholds
 
 # Numbers (names x pixels) of a tile: 2 MB of fp32 stay in a CPU's cache, 256 MB fill a GPU.
 TILE_NUMBERS = {"cpu": 2**19, "cuda": 2**26}
@@ -427,17 +424,6 @@ def scale_of(maps: ScoreMaps, logit_scale: float | None) -> float:
     if maps.logit_scale is not None:
         return maps.logit_scale
     return COSINE_SCALE if logit_scale is None else logit_scale
-
-
-def check_thresholds(
-    logit_scale: float | None, background_threshold: float | None, area_threshold: float | None
-) -> None:
-    """Raises a `ValueError` that names the value, the rule and the remedy."""
-    for name, threshold in (("background_threshold", background_threshold), ("area_threshold", area_threshold)):
-        if threshold is not None and not 0 <= threshold <= 1:
-            raise ValueError(f"{name} is {threshold}; it must be from 0 to 1, or None for no threshold.")
-    if logit_scale is not None and not logit_scale > 0:
-        raise ValueError(f"logit_scale is {logit_scale}; it must be above 0.")
 
 
 class _Best(NamedTuple):

@@ -6,13 +6,15 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
-from .grid_spar import upsample
 from .prompts_spar import Labels
+
+if TYPE_CHECKING:  # only `pca_picture` needs PyTorch; the others serve without it
+    import torch
 
 MIN_SIDE_PX = 480  # smaller pictures are enlarged by a whole factor, so that outlines and legend can be read
 MIN_LEGEND_PX = 240
@@ -359,6 +361,10 @@ def pca_picture(
     Raises:
         ValueError: not three-dimensional, or values that are not finite.
     """
+    import torch
+
+    from .grid_spar import upsample
+
     if patch_embeds.ndim != 3 or not patch_embeds.isfinite().all():
         raise ValueError(f"patch_embeds has shape {tuple(patch_embeds.shape)}; give (h, w, D) finite features.")
     height, width, dim = patch_embeds.shape

@@ -28,7 +28,8 @@ from ..grid_spar import coverage, upsample
 from ..methods.table import METHODS
 from ..names_spar import unknown
 from ..prompts_spar import EVERYDAY_WORDS, Labels
-from ..segmentation_spar import NO_CLASS, GridScores, ScoreMaps, label_map
+from ..results_spar import NO_CLASS
+from ..segmentation_spar import GridScores, ScoreMaps, label_map
 from ..visualize import pca_picture
 from .models import Models, Watch, is_label_method
 from .pictures import DemoError, Picture, Pictures, resized_ids, sentence

@@ -31,7 +31,8 @@ from torch.nn import functional as F
 from ..arithmetic_spar import with_fast_products
 from ..encoders.sliding_window import window_starts
 from ..networks.vit import ViT
-from ..segmentation_spar import COSINE_SCALE, NO_CLASS, FromFeatures, FullScores, ScoreMaps
+from ..results_spar import COSINE_SCALE, NO_CLASS
+from ..segmentation_spar import FromFeatures, FullScores, ScoreMaps
 from .encoder import MethodEncoder, needed
 from .propagation import nearest_neighbours
 

@@ -20,7 +20,8 @@ from torch.nn import functional as F
 
 from ..extras import extra_package
 from ..grid_spar import upsample
-from ..segmentation_spar import NO_CLASS, ScoreMaps, scale_of
+from ..results_spar import NO_CLASS
+from ..segmentation_spar import ScoreMaps, scale_of
 from .clip_internals import ClipInternals
 
 # Numbers of the masks that are at full size at a time, 64 MB in fp32; and of the score maps.
