@@ -27,6 +27,7 @@ LAYERS = (
     ("spar_hf.hub",),
     ("spar_hf.distillation",),
     ("spar_hf.demo",),
+    ("spar_hf.exporting",),
     ("spar_hf.build",),
     ("spar_hf.evaluation",),
     ("spar_hf.methods",),
@@ -37,10 +38,10 @@ LAYERS = (
     ("spar_hf.upsampling",),
     ("spar_hf.checkpoints",),
     ("spar_hf.conversion",),
-    ("spar_hf.export",),
     ("spar_hf.picture_book",),
     ("spar_hf.pretrained", "spar_hf.checkpoint_files", "spar_hf.downloads"),
     ("spar_hf.files", "spar_hf.extras", "spar_hf.visualize", "spar_hf.families"),
+    ("spar_onnx",),
     tuple(f"spar_hf.{path.stem}" for path in REMOTE_CODE),
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

@@ -21,6 +21,7 @@ from .encoder_spar import SparOutput, SparVisionOutput
 from .encoders.base import DenseEncoder
 from .encoders.sliding_window import SlidingWindow
 from .encoders.upsampled import Upsampled
+from .exporting import export
 from .families import FAMILIES
 from .image_file_spar import InvalidImageError
 from .image_processing_spar import SparImageProcessor
@@ -78,6 +79,7 @@ __all__ = [
     "Upsampled",
     "build_encoder",
     "build_segmenter",
+    "export",
     "floss_templates",
     "label_map",
     "load",

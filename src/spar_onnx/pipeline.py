@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +60,6 @@ class OnnxPipeline:
     def __init__(self, exported: Exported, dtype: str, threads: int | None = None) -> None:
         self.exported, self.dtype = exported, dtype
         self._sessions = {graph: exported.session(graph, dtype, threads) for graph in (VISION, TEXT, LABEL_MAP)}
-        self._words: WordReader | None = None
         stored = read_json(exported.folder / "processor_config.json")
         self.templates: list[str] | None = stored.get("templates")
         image = stored.get("image_processor", {})
@@ -152,10 +152,12 @@ class OnnxPipeline:
         prompts = library("prompts_spar")
         labels = prompts.Labels.parse(labels)
         common = prompts.check_templates(templates or self.templates or prompts.IMAGENET_TEMPLATES)
-        if self._words is None:
-            side = TextSide(**self.exported.record["text"])
-            self._words = WordReader(self.exported.folder / "tokenizer.json", side)
-        return LabelEmbeds(labels, encode_names(labels, common, self._words, self._sessions[TEXT]))
+        return LabelEmbeds(labels, encode_names(labels, common, self.words, self._sessions[TEXT]))
+
+    @cached_property
+    def words(self) -> WordReader:
+        """The tokenizer."""
+        return WordReader(self.exported.folder / "tokenizer.json", TextSide(**self.exported.record["text"]))
 
     def features(self, pixel_values: np.ndarray) -> np.ndarray:
         """Patch features (B, h, w, D) of normalised pixels (B, 3, H, W).
