@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 
-from . import convert, demo, evaluate, features, methods, publish, segment
+from . import convert, demo, evaluate, export, features, methods, publish, segment
 from .errors import MISTAKE, clean, exit_status, fail
 from .parser import Parser, check_one_of, with_flags
 from .picture_options import PICTURE_FLAGS
@@ -20,6 +20,7 @@ COMMANDS = {
     "methods": methods,
     "evaluate": evaluate,
     "convert": convert,
+    "export": export,
     "publish": publish,
     "demo": demo,
 }
@@ -94,8 +95,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         return fail("spar", " ".join(str(error).split()), MISTAKE)
 
+    with_pytorch = args.command != "segment" or not segment.on_onnx(args)
+    if not with_pytorch:
+        from spar_onnx.library import without_pytorch
+
+        without_pytorch()
+
     def run() -> int | None:
-        with _loudness(verbose):
+        with _loudness(verbose, with_pytorch):
             return COMMANDS[args.command].run(args)
 
     remedy = "give a smaller --short-side, or --dtype bfloat16"
@@ -110,15 +117,16 @@ class _Notes(logging.Handler):
 
 
 @contextmanager
-def _loudness(verbose: bool) -> Iterator[None]:
+def _loudness(verbose: bool, with_pytorch: bool) -> Iterator[None]:
     """Keeps the libraries quiet, and lets the package's own warnings through."""
-    from transformers.utils import logging as transformers_logging
+    if with_pytorch:
+        from transformers.utils import logging as transformers_logging
 
-    if verbose:
-        transformers_logging.set_verbosity_info()
-    else:
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
+        if verbose:
+            transformers_logging.set_verbosity_info()
+        else:
+            transformers_logging.set_verbosity_error()
+            transformers_logging.disable_progress_bar()
     notes, ours = _Notes(logging.WARNING), logging.getLogger("spar_hf")
     ours.addHandler(notes)
     try:

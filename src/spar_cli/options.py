@@ -110,7 +110,7 @@ def add_model_options(parser: argparse.ArgumentParser, masks: str = "--masks") -
     group.add_argument(
         "--short-side", type=whole_number, metavar="N", help="resize the image to this shorter side, keeping its ratio"
     )
-    group.add_argument("--dtype", default="float32", metavar="NAME", help=f"{', '.join(DTYPES)} (default: float32)")
+    group.add_argument("--dtype", metavar="NAME", help=f"{', '.join(DTYPES)} (default: float32)")
     group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto takes an accelerator if any")
 
 
@@ -165,7 +165,8 @@ def open_model(args: argparse.Namespace, refine: Sequence[str] = ()) -> Opened:
     from spar_hf.checkpoints import load
     from spar_hf.upsampling import load_upsampler
 
-    check_one_of("dtype", args.dtype, DTYPES)
+    dtype = args.dtype or DTYPES[0]
+    check_one_of("dtype", dtype, DTYPES)
     masks = read_masks(args, refine)
     choices = {
         "method": args.method,
@@ -179,7 +180,7 @@ def open_model(args: argparse.Namespace, refine: Sequence[str] = ()) -> Opened:
     }
     chosen = record(args.method, choices["networks"], choices["settings"], refine)  # mistakes are told before loading
     device = _device(args.device)
-    model, processor = load(args.model, dtype=getattr(torch, args.dtype))
+    model, processor = load(args.model, dtype=getattr(torch, dtype))
     model.to(device)
     image_processor = processor.image_processor
     if args.short_side is not None:
@@ -196,7 +197,7 @@ def open_model(args: argparse.Namespace, refine: Sequence[str] = ()) -> Opened:
         "model": args.model,
         "method": args.method or vision.method,
         "attention_reach": args.attention_reach or vision.attention_reach,
-        "dtype": args.dtype,
+        "dtype": dtype,
         "device": str(device),
         **chosen,
         **pictures,

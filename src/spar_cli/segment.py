@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +20,17 @@ from .options import (
 )
 from .output import Batch, check_outputs, command_line, say, shorten, table
 from .parser import check_one_of, fraction
+from .picture_options import asked_of_pictures
 
 if TYPE_CHECKING:
     from spar_hf.prompts_spar import Labels
 
+BACKENDS = ("pytorch", "onnx")
+EXPORTED = "export.json"  # spar_onnx.folder.RECORD, which takes a moment to import
+# Options that an exported folder has settled.
+FIXED_BY_EXPORT = (
+    "method", "network", "attention_reach", "window_px", "stride_px", "upsample", "upsample_factor", "refine"
+)  # fmt: skip
 HELP = "Segment pictures into classes that you name; writes an overlay and a label map for each."
 EPILOG = """examples:
   spar segment street.jpg --labels "road; car, automobile; sky"
@@ -85,12 +92,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_refine_option(parser)
     add_model_options(parser)
+    parser.add_argument(
+        "--backend",
+        metavar="pytorch|onnx",
+        help="what runs the model (default: onnx, without PyTorch, where --model is a folder of 'spar export', whose "
+        "--dtype may be int8; else pytorch)",
+    )
+
+
+def on_onnx(args: argparse.Namespace) -> bool:
+    """Whether onnxruntime runs, and PyTorch is not imported."""
+    return args.backend == "onnx" or (args.backend is None and (Path(args.model) / EXPORTED).is_file())
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What segments pictures, in PyTorch or without it.
+
+    Attributes:
+        open: a file to its picture, upright RGB.
+        segment: a picture to the pipeline's result.
+        facts: what runs and how, for the JSON output.
+    """
+
+    open: Callable[[Path], Any]
+    segment: Callable[[Any], dict[str, Any]]
+    facts: dict[str, Any]
 
 
 def run(args: argparse.Namespace) -> int:
     from spar_hf.files import write_json
-    from spar_hf.pipeline_spar import OpenVocabularySegmentationPipeline
 
+    if args.backend is not None:
+        check_one_of("backend", args.backend, BACKENDS)
     labels = read_labels(args.labels)
     thresholds = {name: getattr(args, name) for name in ("background_threshold", "score_threshold", "area_threshold")}
     options: dict[str, Any] = {name: value for name, value in thresholds.items() if value is not None}
@@ -98,15 +132,36 @@ def run(args: argparse.Namespace) -> int:
         check_one_of("class", args.background, labels.class_names)
         options["background_class"] = labels.class_names.index(args.background)
         labels = replace(labels, background=options["background_class"])
+    if args.scores:
+        options["return_scores"] = True
     check_outputs(args)
     check_images(args.images)
+    batch, results = Batch(args.images), []
+    ready = (_on_onnx if on_onnx(args) else _on_pytorch)(args, competing(labels, args), batch, options)
+    for path, stem in batch:
+        with batch.may_fail(path):
+            image = ready.open(path)
+            started = time.perf_counter()
+            found = ready.segment(image)
+            seconds = time.perf_counter() - started
+            results.append(write_result(path, stem, args, image, found, seconds))
+            say(report(results[-1]))
+    if args.json is not None:
+        facts = {"command": command_line(args), **ready.facts, **thresholds}
+        write_json(args.json, {**facts, "images": results, "failed": batch.as_json()})
+    return batch.status()
+
+
+def _on_pytorch(args: argparse.Namespace, labels: Labels, batch: Batch, options: dict[str, Any]) -> Ready:
+    from spar_hf.pipeline_spar import OpenVocabularySegmentationPipeline
+
+    if (Path(args.model) / EXPORTED).is_file():
+        raise ValueError(f"{args.model} is an exported model, which PyTorch does not run; leave --backend out")
     opened = open_model(args, args.refine)
     segmenter = opened.segmenter(args.refine)
-    segment = OpenVocabularySegmentationPipeline(
+    pipeline = OpenVocabularySegmentationPipeline(
         model=opened.model, processor=opened.processor, device=opened.model.device
     )
-    labels = competing(labels, args)
-    batch, results = Batch(args.images), []
 
     def unlabelled() -> Iterator[Any]:
         for path in args.images:
@@ -114,20 +169,38 @@ def run(args: argparse.Namespace) -> int:
                 yield opened.processor(images=open_image(path, opened), return_tensors="pt")["pixel_values"]
 
     encoded = segmenter.encode_labels(labels, unlabelled=unlabelled())  # once, for all pictures
-    for path, stem in batch:
-        with batch.may_fail(path):
-            image = open_image(path, opened)
-            started = time.perf_counter()
-            found = segment(
-                image, candidate_labels=encoded, segmenter=segmenter, return_scores=args.scores or None, **options
-            )
-            seconds = time.perf_counter() - started
-            results.append(write_result(path, stem, args, image, found, seconds))
-            say(report(results[-1]))
-    if args.json is not None:
-        facts = {"command": command_line(args), **opened.facts, **thresholds}
-        write_json(args.json, {**facts, "images": results, "failed": batch.as_json()})
-    return batch.status()
+
+    def segment(image: Any) -> dict[str, Any]:
+        return pipeline(image, candidate_labels=encoded, segmenter=segmenter, **options)
+
+    return Ready(lambda path: open_image(path, opened), segment, opened.facts)
+
+
+def _on_onnx(args: argparse.Namespace, labels: Labels, batch: Batch, options: dict[str, Any]) -> Ready:
+    import spar_onnx
+
+    fixed = {f"--{name.replace('_', '-')}": getattr(args, name) for name in FIXED_BY_EXPORT}
+    fixed["--set"] = args.settings
+    for flag, value in fixed.items():
+        if value:
+            raise ValueError(f"{flag} is for PyTorch, and an exported model is fixed; leave it out, or export another")
+    if args.device not in ("auto", "cpu"):
+        raise ValueError(f"--device is {args.device!r}; exported models run on the CPU; leave it out")
+    pipeline = spar_onnx.load(args.model, args.dtype)
+    pictures = asked_of_pictures(args)
+    limits = {} if args.max_pixels is None else {"max_pixels": args.max_pixels}
+    pipeline.reading = replace(pipeline.reading, **pictures, **limits)
+    if args.max_pixels is not None:
+        pipeline.pixels = replace(pipeline.pixels, max_input_pixels=args.max_pixels)
+    encoded = pipeline.encode_labels(labels)  # once, for all pictures
+    facts = {
+        "model": args.model,
+        "backend": "onnx",
+        **{name: pipeline.exported.record.get(name) for name in ("method", "attention_reach")},
+        "dtype": pipeline.dtype,
+        **pictures,
+    }
+    return Ready(pipeline.open_rgb, lambda image: pipeline(image, encoded, size=args.short_side, **options), facts)
 
 
 def competing(labels: Labels, args: argparse.Namespace) -> Labels:

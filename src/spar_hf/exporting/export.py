@@ -168,7 +168,9 @@ def _write_onnx(
     exact = {graph: draft / graph_file(graph, "float32") for graph in (VISION, TEXT, LABEL_MAP)}
     to_onnx(vision_program(vision), exact[VISION], "pixel_values", VISION_OUTPUTS, opset)
     to_onnx(text_program(model), exact[TEXT], "input_ids", TEXT_OUTPUTS, opset)
-    exact[LABEL_MAP].write_bytes(label_graph(vision.config.size_rule, vision.config.patch_size, opset).SerializeToString())
+    exact[LABEL_MAP].write_bytes(
+        label_graph(vision.config.size_rule, vision.config.patch_size, opset).SerializeToString()
+    )
     write_config(draft, model, vision, processor)
 
     side = text_side(model, processor)
@@ -241,7 +243,9 @@ def _write_programs(
         if name == VISION:
             differences |= vision_differences(vision, lambda x, run=run: [y.numpy() for y in run(torch.from_numpy(x))])
         else:
-            differences["text"] = text_difference(model, processor, lambda x, run=run: run(torch.from_numpy(x)).numpy())
+            differences["text"] = text_difference(
+                model, processor, lambda x, run=run: run(torch.from_numpy(x)).numpy()
+            )
     worst = max(differences, key=lambda kind: differences[kind])
     if differences[worst] > TOLERANCE:
         raise ValueError(

@@ -82,7 +82,9 @@ def _program(module: nn.Module, name: str, example: torch.Tensor, axes: tuple[in
             ) from error
 
 
-def to_onnx(program: torch.export.ExportedProgram, path: Path, name: str, outputs: tuple[str, ...], opset: int) -> None:
+def to_onnx(
+    program: torch.export.ExportedProgram, path: Path, name: str, outputs: tuple[str, ...], opset: int
+) -> None:
     """Writes a program as an ONNX file.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The third graph: patch features and text features to a label map, as ONNX text.
+"""A label map of patch and text features: the third graph, as ONNX text.
 
 Written in ONNX's own notation and not traced from PyTorch, since it must run row by row: `Scan` holds the scores of one
 row of pixels, (width x names) numbers, where a picture's are (names x height x width). What is computed is
