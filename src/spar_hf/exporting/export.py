@@ -187,7 +187,7 @@ def _write_onnx(
         write_json(draft / RECORD, record)  # for the pipeline, which is what is checked
         sessions = {graph: open_session(draft / graph_file(graph, dtype)) for graph in (VISION, TEXT)}
         differences = vision_differences(vision, partial(_run, sessions[VISION], "pixel_values"))
-        words = text_difference(model, processor, lambda ids, run=sessions[TEXT]: _run(run, "input_ids", ids)[0])
+        words = text_difference(model, processor, partial(_first, sessions[TEXT], "input_ids"))
         pipeline = load_exported(draft, dtype)
         check_tokens(processor, pipeline.words)
         measured[dtype] |= {
@@ -206,6 +206,10 @@ def _write_onnx(
 
 def _run(session: Any, name: str, values: np.ndarray) -> list[np.ndarray]:
     return session.run(None, {name: values})
+
+
+def _first(session: Any, name: str, values: np.ndarray) -> np.ndarray:
+    return _run(session, name, values)[0]
 
 
 def _refuse_differences(dtype: str, measured: dict[str, Any]) -> None:
@@ -240,12 +244,16 @@ def _write_programs(
         torch.export.save(program, path)
         files[path.name] = file_digest(path)
         run = torch.export.load(path).module(check_guards=False)
+
+        def of(values: np.ndarray, run: Any = run) -> Any:
+            with torch.no_grad():
+                found = run(torch.from_numpy(values))
+            return [part.numpy() for part in found] if isinstance(found, tuple) else found.numpy()
+
         if name == VISION:
-            differences |= vision_differences(vision, lambda x, run=run: [y.numpy() for y in run(torch.from_numpy(x))])
+            differences |= vision_differences(vision, of)
         else:
-            differences["text"] = text_difference(
-                model, processor, lambda x, run=run: run(torch.from_numpy(x)).numpy()
-            )
+            differences["text"] = text_difference(model, processor, of)
     worst = max(differences, key=lambda kind: differences[kind])
     if differences[worst] > TOLERANCE:
         raise ValueError(
