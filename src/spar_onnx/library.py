@@ -32,7 +32,7 @@ def without_pytorch() -> None:
 
 
 def _put_empty(package: str) -> None:
-    """A package of that name with spar_hf's files, whose `__init__` does not run. They import each other relatively."""
+    """A package of that name with spar_hf's files, which import each other relatively; its `__init__` does not run."""
     spec = find_spec("spar_hf")
     if spec is None or spec.origin is None:
         raise ValueError('spar_hf is not installed; run: pip install "spar-hf[onnx]"')

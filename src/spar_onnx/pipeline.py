@@ -71,9 +71,8 @@ class OnnxPipeline:
         try:
             self.pixels: InputPixels = pixels(**{field.name: image[field.name] for field in fields(pixels)})
         except KeyError as error:
-            raise ValueError(
-                f"{exported.folder / 'processor_config.json'} lacks {error}; export the model again with 'spar export'."
-            ) from None
+            path = exported.folder / "processor_config.json"
+            raise ValueError(f"{path} lacks {error}; export the model again with 'spar export'.") from None
 
     def __repr__(self) -> str:
         return f"OnnxPipeline({str(self.exported.folder)!r}, dtype={self.dtype!r})"
@@ -169,8 +168,8 @@ class OnnxPipeline:
         height, width = pixel_values.shape[2:]
         if min(height, width) < patch_px:
             raise ValueError(
-                f"the image is {height}x{width} px (height x width) and the graph reads patches of {patch_px} px; both "
-                "sides must be at least one patch. Resize it."
+                f"the image is {height}x{width} px (height x width) and the graph reads patches of {patch_px} px; "
+                "both sides must be at least one patch. Resize it."
             )
         (embeds,) = self._sessions[VISION].run(["patch_embeds"], {"pixel_values": pixel_values})
         return embeds

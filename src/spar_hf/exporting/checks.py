@@ -32,7 +32,7 @@ def sizes_to_check(patch_px: int, native_px: int) -> dict[str, tuple[int, int]]:
 
 def relative_difference(ours: np.ndarray, theirs: np.ndarray) -> float:
     """‖ours − theirs‖ / ‖theirs‖; infinite where ours holds NaN."""
-    difference = float(np.linalg.norm(ours - theirs) / max(np.linalg.norm(theirs), 1e-30))
+    difference = float(np.linalg.norm(ours - theirs)) / max(float(np.linalg.norm(theirs)), 1e-30)
     return difference if np.isfinite(difference) else float("inf")
 
 

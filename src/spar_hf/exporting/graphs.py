@@ -37,7 +37,8 @@ class VisionGraph(nn.Module):
         self.vision = vision
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        outputs = self.vision(pixel_values)
+        vision: Any = self.vision
+        outputs = vision(pixel_values)
         return outputs.patch_embeds, outputs.image_embeds
 
 
@@ -53,7 +54,8 @@ class TextGraph(nn.Module):
         self.model = model
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return self.model.get_text_features(input_ids=input_ids).pooler_output
+        model: Any = self.model
+        return model.get_text_features(input_ids=input_ids).pooler_output
 
 
 def vision_program(vision: Any) -> torch.export.ExportedProgram:

@@ -1,7 +1,7 @@
 """A label map of patch and text features: the third graph, as ONNX text.
 
-Written in ONNX's own notation and not traced from PyTorch, since it must run row by row: `Scan` holds the scores of one
-row of pixels, (width x names) numbers, where a picture's are (names x height x width). What is computed is
+Written in ONNX's own notation and not traced from PyTorch, since it must run row by row: `Scan` holds the scores of
+one row of pixels, (width x names) numbers, where a picture's are (names x height x width). What is computed is
 `segmentation_spar.segment` without its thresholds: bilinear cosines at the image's size, arg-max over names, and the
 probability of the winner's class, synonyms added up.
 """

@@ -28,7 +28,8 @@ from ..encoder_spar import check_pixels
 from ..grid_spar import coverage, upsample
 from ..processing_spar import LabelFeatures
 from ..prompts_spar import Labels
-from ..segmentation_spar import COSINE_SCALE, FromFeatures, FullScores, ScoreMaps
+from ..results_spar import COSINE_SCALE
+from ..segmentation_spar import FromFeatures, FullScores, ScoreMaps
 from .car import BACKGROUND
 from .cliper import HEAD_NUMBERS, Balanced, look_through, sum_of_maps
 from .encoder import MethodEncoder

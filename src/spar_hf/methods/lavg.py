@@ -37,7 +37,8 @@ from ..extras import extra_package
 from ..grid_spar import axis_block
 from ..networks.vit import ViT
 from ..refinement.dense_crf import Lattice
-from ..segmentation_spar import NO_CLASS, FromFeatures, FullScores, ScoreMaps
+from ..results_spar import NO_CLASS
+from ..segmentation_spar import FromFeatures, FullScores, ScoreMaps
 from .encoder import ROW_NUMBERS, MethodEncoder, needed
 from .lposs import resize
 

@@ -27,7 +27,8 @@ from ..encoder_spar import SparVisionOutput, check_pixels
 from ..grid_spar import fit_to_patches, whole_patches
 from ..methods_spar import block_index
 from ..refinement import pamr
-from ..segmentation_spar import COSINE_SCALE, MAP_NUMBERS, FromFeatures, ScoreMaps, feature_scores
+from ..results_spar import COSINE_SCALE
+from ..segmentation_spar import MAP_NUMBERS, FromFeatures, ScoreMaps, feature_scores
 from .encoder import ROW_NUMBERS, MethodEncoder
 
 

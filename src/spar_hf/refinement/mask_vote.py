@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..segmentation_spar import NO_CLASS, ScoreMaps
+from ..results_spar import NO_CLASS
+from ..segmentation_spar import ScoreMaps
 from .clip_internals import ClipInternals
 
 
