@@ -24,16 +24,19 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils._validators import validate_repo_id
 
+from spar_onnx.folder import is_exported
+
 from ..checkpoint_files import read_json
 from ..checkpoints import load_tower
 from ..files import draft_folder
+from .exported import prepare_exported
 from .model_card import model_card, read_records, without_path
 
 HTTPError: Any = HfHubHTTPError.__bases__[0]  # httpx's or httpx2's, whichever this huggingface_hub speaks with
 ATTEMPTS, WAIT_S = 3, 2.0  # for an upload that is cut off, beside the client's own retries of single requests
 
 # A published file that the folder no longer has would be loaded all the same, or mislead.
-OURS = re.compile(r"model.*\.safetensors(\.index\.json)?|pytorch_model.*\.bin|\w+_spar\.py")
+OURS = re.compile(r"model.*\.safetensors(\.index\.json)?|pytorch_model.*\.bin|\w+_spar\.py|onnx/\w+\.onnx")
 SECRET = re.compile(r"\bhf_[A-Za-z0-9]{8,}|\b(?:sk|ghp|github_pat)[-_][A-Za-z0-9_]{16,}")
 LOCAL_PATH = re.compile(
     r"(?:file://|[A-Za-z]:\\|(?<![\w.:/])/)(?:home|Users|root|tmp|var|mnt|data|scratch|workspace)[/\\][\w.-]+"
@@ -76,7 +79,7 @@ def publish(
     license: str | None = None,
     token: str | None = None,
 ) -> Published:
-    """Publishes a model that `save_pretrained`, `spar convert` or `training/distill.py` wrote.
+    """Publishes a model that `save_pretrained`, `spar convert`, `spar export` or `training/distill.py` wrote.
 
     Args:
         folder: The model's folder. Results beside it (metrics.json of a distillation, `spar evaluate --json` files
@@ -94,8 +97,9 @@ def publish(
     _check_repo_id(repo_id)
     with _draft(repo_id) as draft:
         prepare(folder, draft, repo_id, license)
-        files = {path.name: path for path in sorted(draft.iterdir())}
-        left_out = tuple(sorted(path.name for path in Path(folder).iterdir() if path.name not in files))
+        files = {path.relative_to(draft).as_posix(): path for path in sorted(draft.rglob("*")) if path.is_file()}
+        ours = {name.partition("/")[0] for name in files}
+        left_out = tuple(sorted(path.name for path in Path(folder).iterdir() if path.name not in ours))
         api = _api(token)
         before = _open_repository(api, repo_id, private, create_pr)
         message = f"Publish {repo_id.partition('/')[2]}"
@@ -118,6 +122,13 @@ def prepare(folder: str | Path, draft: Path, repo_id: str, license: str | None =
             f"{folder} holds pickled weights (*.bin) only, and these can run code when they are loaded; load the "
             "model and save it with save_pretrained, which writes safetensors."
         )
+    if is_exported(folder):
+        try:
+            prepare_exported(folder, draft, repo_id, license)
+        except (ValueError, OSError) as error:
+            raise PublishError(f"{folder} cannot be published: {error}") from error
+        _check_all_leaks(draft)
+        return
     try:
         model, vision, processor = load_tower(str(folder))
     except (ValueError, OSError) as error:
@@ -129,8 +140,12 @@ def prepare(folder: str | Path, draft: Path, repo_id: str, license: str | None =
     if processor is not None:
         processor.save_pretrained(draft)
     model_card(repo_id, model, records, processor is not None, license).save(draft / "README.md")
+    _check_all_leaks(draft)
+
+
+def _check_all_leaks(draft: Path) -> None:
     for path in draft.iterdir():
-        if path.suffix != ".safetensors" and path.name not in NOT_SCANNED:
+        if path.is_file() and path.suffix != ".safetensors" and path.name not in NOT_SCANNED:
             _check_leaks(path.name, path.read_text(encoding="utf-8"))
 
 
