@@ -6,25 +6,23 @@ import json
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 import torch
 from conftest import ROWS
 from families import spar_dinov3, spar_siglip
 from PIL import Image
 
-pytest.importorskip("onnx")
-pytest.importorskip("onnxscript")
-ort = pytest.importorskip("onnxruntime")
-
 import spar_onnx
 from spar_cli.main import main
 from spar_hf import METHODS, FromFeatures, Labels, OpenVocabularySegmentationPipeline, build_encoder, export, load
 from spar_hf.checkpoints import ASSETS
 from spar_hf.exporting.checks import sizes_to_check, vision_differences
-from spar_hf.exporting.graphs import VISION_OUTPUTS, to_onnx, vision_program
+from spar_hf.exporting.graphs import VISION_OUTPUTS, FusedAttention, to_onnx, vision_program
 from spar_hf.exporting.label_graph import label_graph
 from spar_hf.families import make_processor
 from spar_hf.hub.publish import PublishError, prepare
@@ -113,8 +111,10 @@ def test_label_graph_without_the_optional_inputs_gives_classes():
 # --- the towers ------------------------------------------------------------------------------------------------
 
 
-def check_vision(vision, tmp_path: Path) -> None:
-    to_onnx(vision_program(vision), tmp_path / "vision_model.onnx", "pixel_values", VISION_OUTPUTS, 20)
+def check_vision(vision, tmp_path: Path, fused: bool = True) -> None:
+    with FusedAttention() if fused else nullcontext():
+        program = vision_program(vision)
+    to_onnx(program, tmp_path / "vision_model.onnx", "pixel_values", VISION_OUTPUTS, 20)
     session = open_session(tmp_path / "vision_model.onnx")
     found = vision_differences(vision, lambda pixels: session.run(None, {"pixel_values": pixels}))
     assert set(found) == {"native", "larger", "oblong", "off-grid"} and max(found.values()) < 2e-5
@@ -131,7 +131,7 @@ def check_vision(vision, tmp_path: Path) -> None:
     ids=("window", "gem"),
 )
 def test_vision_graph_equals_pytorch(config, make_vision, tmp_path):
-    check_vision(make_vision(num_hidden_layers=2, **config), tmp_path)
+    check_vision(make_vision(num_hidden_layers=2, **config), tmp_path, fused=config["method"] == "naclip")
 
 
 @pytest.mark.slow
@@ -222,8 +222,8 @@ def test_a_list_of_pictures_gives_a_list_and_words_are_encoded_once(exported):
 def test_the_command_runs_without_pytorch(exported, tmp_path):
     code = (
         "import sys\nfrom spar_cli.main import main\n"
-        f"status = main(['segment', {str(PICTURE)!r}, '--labels', {LABELS!r}, '--model', {str(exported)!r}, '--output', "
-        f"{str(tmp_path)!r}, '--short-side', '64', '--scores'])\n"
+        f"status = main(['segment', {str(PICTURE)!r}, '--labels', {LABELS!r}, '--model', {str(exported)!r}, "
+        f"'--output', {str(tmp_path)!r}, '--short-side', '64', '--scores'])\n"
         "loaded = [name for name in ('torch', 'transformers', 'datasets') if name in sys.modules]\n"
         "assert status == 0 and not loaded, (status, loaded)"
     )
@@ -251,7 +251,7 @@ def test_methods_that_a_graph_does_not_hold(model, spar_processor, tmp_path):
     second = next(name for name, row in METHODS.items() if row.needs)
     with pytest.raises(ValueError, match=r"has a second network .*, which a graph does not hold; export one of clip"):
         export(model, spar_processor, tmp_path / "out", method=second)
-    with pytest.raises(ValueError, match="'sc_clip' decides by the values .*; export one of clip"):
+    with pytest.raises(ValueError, match=r"'sc_clip' decides by the values .*; export one of clip"):
         export(model, spar_processor, tmp_path / "out", method="sc_clip")
     assert not (tmp_path / "out").exists()
 
@@ -289,8 +289,8 @@ def test_an_operator_that_the_opset_lacks(tmp_path):
     with pytest.raises(ValueError) as error:
         to_onnx(program, tmp_path / "vision_model.onnx", "pixel_values", VISION_OUTPUTS, 20)
     assert str(error.value) == (
-        "vision_model uses the operator spar_tests.unknown, which ONNX opset 20 lacks; merge or remove the module that "
-        "uses it, or export with format torch-export."
+        "vision_model uses the operator spar_tests.unknown, which ONNX opset 20 lacks; merge or remove the module "
+        "that uses it, or export with format torch-export."
     )
 
 
@@ -305,7 +305,7 @@ def test_nothing_is_kept_when_the_check_fails(model, spar_processor, tmp_path, m
 
 def test_a_graph_asked_for_a_size_under_a_patch(exported):
     with pytest.raises(
-        ValueError, match="the image is 12x80 px .* reads patches of 16 px; both sides must be at least"
+        ValueError, match=r"the image is 12x80 px .* reads patches of 16 px; both sides must be at least"
     ):
         spar_onnx.load(exported).features(np.zeros((1, 3, 12, 80), np.float32))
 
@@ -323,7 +323,7 @@ def test_broken_folders_are_refused_in_one_line(copy, tmp_path, capfd):
     refused(r"text_model.onnx is corrupt or of another export: its check sum differs; export the model again")
     assert main(["segment", str(PICTURE), "--labels", "sky", "--model", str(copy)]) == 2
     assert capfd.readouterr().err.count("\n") == 1
-    with pytest.raises(PublishError, match="text_model.onnx is missing or not what was exported"):
+    with pytest.raises(PublishError, match=r"text_model.onnx is missing or not what was exported"):
         prepare(copy, tmp_path, "you/spar")
     graph.unlink()
     refused("text_model.onnx is missing; export the model again")

@@ -38,6 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--attention-reach", metavar="image|window", help="default: the checkpoint's")
     parser.add_argument("--size-rule", metavar="floor|pad|stretch", help="default: the checkpoint's")
+    parser.add_argument(
+        "--plain", action="store_true", help="ONNX's own operators only, for other runtimes than onnxruntime; slower"
+    )
     parser.add_argument("--opset", type=whole_number, default=20, metavar="N", help="of ONNX (default: 20)")
 
 
@@ -60,6 +63,7 @@ def run(args: argparse.Namespace) -> None:
         settings=dict(args.settings),
         reach=args.attention_reach,
         opset=args.opset,
+        fused=not args.plain,
     )
     rows = [("arithmetic", "features", "words", "equal labels", "picture book, mIoU", "in PyTorch")]
     for dtype, measured in done.record["dtypes"].items():

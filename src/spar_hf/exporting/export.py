@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
@@ -41,7 +42,16 @@ from .checks import (
     text_difference,
     vision_differences,
 )
-from .graphs import MIN_OPSET, OPSET, TEXT_OUTPUTS, VISION_OUTPUTS, text_program, to_onnx, vision_program
+from .graphs import (
+    MIN_OPSET,
+    OPSET,
+    TEXT_OUTPUTS,
+    VISION_OUTPUTS,
+    FusedAttention,
+    text_program,
+    to_onnx,
+    vision_program,
+)
 from .label_graph import label_graph
 
 FORMATS = ("onnx", "torch-export")
@@ -75,6 +85,7 @@ def export(
     settings: Mapping[str, Any] | None = None,
     reach: str | None = None,
     opset: int = OPSET,
+    fused: bool = True,
     scenes: int = SCENES,
 ) -> Export:
     """Exports a model for one forward pass at any size, and checks it against PyTorch.
@@ -91,6 +102,8 @@ def export(
         dtypes: some of `float32`, `float16` and `int8`; int8 is about weights, and products with them.
         method, settings, reach: of one pass; see `build_encoder`.
         opset: version of ONNX's operators.
+        fused: attention of the vision tower is onnxruntime's own operator (`com.microsoft`), which is faster and takes
+            less memory; False keeps to ONNX's operators, for other runtimes.
         scenes: pictures of the picture book on which the arithmetic is compared.
 
     Raises:
@@ -128,7 +141,7 @@ def export(
             "dim": vision.config.projection_dim or vision.config.hidden_size,
         }
         write = _write_onnx if format == "onnx" else _write_programs
-        record |= write(draft, record, model, vision, processor, dtypes, opset, scenes)
+        record |= write(draft, record, model, vision, processor, dtypes, opset, fused, scenes)
         write_json(draft / RECORD, record)
     return Export(folder, record)
 
@@ -161,12 +174,15 @@ def _write_onnx(
     processor: Any,
     dtypes: list[str],
     opset: int,
+    fused: bool,
     scenes: int,
 ) -> dict[str, Any]:
     """Writes the graphs and what goes with them; returns the rest of the record."""
     (draft / "onnx").mkdir()
     exact = {graph: draft / graph_file(graph, "float32") for graph in (VISION, TEXT, LABEL_MAP)}
-    to_onnx(vision_program(vision), exact[VISION], "pixel_values", VISION_OUTPUTS, opset)
+    with FusedAttention() if fused else nullcontext():
+        program = vision_program(vision)
+    to_onnx(program, exact[VISION], "pixel_values", VISION_OUTPUTS, opset)
     to_onnx(text_program(model), exact[TEXT], "input_ids", TEXT_OUTPUTS, opset)
     exact[LABEL_MAP].write_bytes(
         label_graph(vision.config.size_rule, vision.config.patch_size, opset).SerializeToString()
@@ -174,7 +190,7 @@ def _write_onnx(
     write_config(draft, model, vision, processor)
 
     side = text_side(model, processor)
-    record = {**record, "opset": opset, "text": side, "dtypes": {}, "files": {}}
+    record = {**record, "opset": opset, "fused": fused, "text": side, "dtypes": {}, "files": {}}
     book = PictureBookCheck(model, vision, processor, scenes)
     measured: dict[str, Any] = {}
     for dtype in ("float32", *(dtype for dtype in dtypes if dtype != "float32")):
@@ -234,6 +250,7 @@ def _write_programs(
     processor: Any,
     dtypes: list[str],
     opset: int,
+    fused: bool,
     scenes: int,
 ) -> dict[str, Any]:
     """Writes programs of torch.export; returns the rest of the record."""

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from ..extras import extra_package
 
@@ -56,6 +58,33 @@ class TextGraph(nn.Module):
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         model: Any = self.model
         return model.get_text_features(input_ids=input_ids).pooler_output
+
+
+class FusedAttention(TorchFunctionMode):
+    """Inside, attention is exported as onnxruntime's `MultiHeadAttention`, which never holds an N x N map.
+
+    Nearly all of the time that onnxruntime loses against PyTorch, and of the memory, is in such maps. Programs made so
+    are for ONNX alone: PyTorch knows no kernel of that operator.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention or len(args) != 3 or kwargs.keys() - {"attn_mask"}:
+            return func(*args, **kwargs)
+        heads = args[0].shape[1]
+        tokens = [part.transpose(1, 2).flatten(2) for part in args]  # (B, H, N, d) -> (B, N, H * d)
+        mask = kwargs.get("attn_mask")
+        if mask is not None:
+            tokens += [None, None, mask if mask.ndim == 4 else mask[None, None]]
+        out = torch.onnx.ops.symbolic(
+            "com.microsoft::MultiHeadAttention",
+            tokens,
+            {"num_heads": heads},
+            dtype=tokens[0].dtype,
+            shape=tokens[0].shape,
+            version=1,
+        )
+        return out.unflatten(2, (heads, -1)).transpose(1, 2)
 
 
 def vision_program(vision: Any) -> torch.export.ExportedProgram:

@@ -1,0 +1,172 @@
+"""Times one forward pass and the picture book in PyTorch, torch.compile and onnxruntime, on this machine.
+
+    python benchmarks/backends.py                            # ViT-B/16 of random weights at 672x896; tiny's mIoU
+    python benchmarks/backends.py --size 448x448 --rounds 5 --threads 2 --scenes 50
+
+For each backend: CPU seconds of a pass (median of the rounds), the ratio to PyTorch in fp32 of the same run, and the
+memory that passes add to the loaded model; backends take turns in every round, each in a process of its own, so that a
+noisy machine disturbs all alike. Then mIoU of the shipped `tiny` on the picture book. Writes
+benchmarks/results/backends.json with the command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing as mp
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from record import origin
+
+from spar_hf import FromFeatures, SparVisionConfig, SparVisionModel, SparVisionOutput, export, load
+from spar_hf.evaluation import evaluate, load_benchmark
+from spar_hf.exporting.arithmetic import to_int8
+from spar_hf.exporting.graphs import VISION_OUTPUTS, FusedAttention, to_onnx, vision_program
+from spar_hf.files import write_json
+from spar_hf.grid_spar import fit_to_patches
+from spar_onnx.folder import open_session
+
+RESULTS = Path(__file__).parent / "results" / "backends.json"
+BACKENDS = ("pytorch fp32", "pytorch bf16", "torch.compile fp32", "onnxruntime fp32", "onnxruntime int8")
+
+
+def vit_b16() -> SparVisionModel:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
+    return SparVisionModel(SparVisionConfig(**sizes, hidden_act="quick_gelu")).eval()
+
+
+def one_pass(backend: str, folder: Path, threads: int) -> Callable[[torch.Tensor], Any]:
+    """Pixels (1, 3, H, W) -> patch features, by one of `BACKENDS`."""
+    where, dtype = backend.split(" ")
+    if where == "onnxruntime":
+        session = open_session(folder / f"{dtype}.onnx", threads)
+        return lambda pixels: session.run(["patch_embeds"], {"pixel_values": pixels.numpy()})
+    model = vit_b16().to(torch.bfloat16 if dtype == "bf16" else torch.float32)
+    run = torch.compile(model) if where == "torch.compile" else model
+    return lambda pixels: run(pixels.to(model.dtype)).patch_embeds
+
+
+def worker(backend: str, folder: Path, size_hw: tuple[int, int], threads: int, pipe: Any) -> None:
+    """Answers each message with the CPU seconds of a pass and the peak memory added so far, in MB."""
+    torch.set_num_threads(threads)
+    pixels = torch.randn(1, 3, *size_hw, generator=torch.Generator().manual_seed(0)) * 0.5
+    with torch.inference_mode():
+        run = one_pass(backend, folder, threads)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        run(pixels)
+        while pipe.recv():
+            started = time.process_time()
+            run(pixels)
+            seconds = time.process_time() - started
+            pipe.send((seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024))
+
+
+def speed(size_hw: tuple[int, int], rounds: int, threads: int, backends: list[str]) -> dict[str, dict[str, float]]:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        with FusedAttention():
+            program = vision_program(vit_b16())
+        to_onnx(program, folder / "fp32.onnx", "pixel_values", VISION_OUTPUTS, 20)
+        to_int8(folder / "fp32.onnx", folder / "int8.onnx")
+        context = mp.get_context("spawn")
+        running = {}
+        for backend in backends:
+            ours, theirs = context.Pipe()
+            process = context.Process(target=worker, args=(backend, folder, size_hw, threads, theirs))
+            process.start()
+            theirs.close()
+            running[backend] = (process, ours)
+        measured: dict[str, list[tuple[float, float]]] = {backend: [] for backend in backends}
+        for _ in range(rounds):
+            for backend, (_, pipe) in running.items():
+                pipe.send(True)
+                measured[backend].append(pipe.recv())
+        for process, pipe in running.values():
+            pipe.send(False)
+            process.join()
+    seconds = {backend: statistics.median(pass_[0] for pass_ in found) for backend, found in measured.items()}
+    return {
+        backend: {
+            "cpu_seconds": round(seconds[backend], 3),
+            "times_pytorch_fp32": round(seconds[backend] / seconds[backends[0]], 3),
+            "memory_mb": round(measured[backend][-1][1], 1),
+        }
+        for backend in backends
+    }
+
+
+class OnnxEncoder:
+    """A dense encoder whose vision tower runs in onnxruntime."""
+
+    def __init__(self, vision: Any, session: Any) -> None:
+        self.config, self.dtype, self.device = vision.config, vision.dtype, vision.device
+        self.session = session
+
+    def __call__(self, pixel_values: torch.Tensor) -> SparVisionOutput:
+        _, extent_hw = fit_to_patches(pixel_values, self.config.patch_size, self.config.size_rule)
+        (patches,) = self.session.run(["patch_embeds"], {"pixel_values": pixel_values.numpy()})
+        image_hw = (pixel_values.shape[2], pixel_values.shape[3])
+        return SparVisionOutput(patch_embeds=torch.from_numpy(patches), image_hw=image_hw, extent_hw=extent_hw)
+
+
+def quality(scenes: int, scale: float, threads: int) -> dict[str, float]:
+    """mIoU of tiny on the picture book, per cent, by backend; words by PyTorch, so that the vision tower decides."""
+    model, processor = load("tiny")
+    half, _ = load("tiny", dtype=torch.bfloat16)
+    book = load_benchmark("picturebook", scale=scale, native_px=model.config.vision_config.image_size)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "tiny"
+        export(model, processor, folder, dtypes=("float32", "int8"), scenes=1)
+        encoders: dict[str, Any] = {"pytorch fp32": model.vision_model, "pytorch bf16": half.vision_model}
+        for backend, ending in (("onnxruntime fp32", ""), ("onnxruntime int8", "_int8")):
+            session = open_session(folder / "onnx" / f"vision_model{ending}.onnx", threads)
+            encoders[backend] = OnnxEncoder(model.vision_model, session)
+        found = {}
+        for backend, encoder in encoders.items():
+            segmenter = FromFeatures(encoder, model, processor)
+            result = evaluate(segmenter, processor, book, limit=scenes, progress=False)
+            found[backend] = round(100 * float(np.nan_to_num(result.mean_iou)), 2)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="672x896", help="height x width in pixels")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--backends", nargs="+", default=list(BACKENDS), choices=BACKENDS)
+    parser.add_argument("--scenes", type=int, default=50, help="of the picture book")
+    parser.add_argument("--scale", type=float, default=4, help="of the scenes, times the native side")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    height, width = (int(side) for side in args.size.split("x"))
+    torch.set_num_threads(args.threads)
+    result = {
+        **origin("onnxruntime", threads=args.threads),
+        "size_hw": [height, width],
+        "speed": speed((height, width), args.rounds, args.threads, args.backends),
+        "picture_book": {
+            "scenes": args.scenes,
+            "scale": args.scale,
+            "miou": quality(args.scenes, args.scale, args.threads),
+        },
+    }
+    write_json(args.output, result)
+    for backend, row in result["speed"].items():
+        miou = result["picture_book"]["miou"].get(backend)
+        print(
+            f"{backend:20} {row['cpu_seconds']:8.2f} s  {row['times_pytorch_fp32']:5.2f} x  {row['memory_mb']:8.0f} MB",
+            miou,
+        )
+
+
+if __name__ == "__main__":
+    main()
