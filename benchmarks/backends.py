@@ -162,10 +162,8 @@ def main() -> None:
     write_json(args.output, result)
     for backend, row in result["speed"].items():
         miou = result["picture_book"]["miou"].get(backend)
-        print(
-            f"{backend:20} {row['cpu_seconds']:8.2f} s  {row['times_pytorch_fp32']:5.2f} x  {row['memory_mb']:8.0f} MB",
-            miou,
-        )
+        seconds, ratio, memory = row["cpu_seconds"], row["times_pytorch_fp32"], row["memory_mb"]
+        print(f"{backend:20} {seconds:8.2f} s  {ratio:5.2f} x  {memory:8.0f} MB  mIoU {miou}")
 
 
 if __name__ == "__main__":
