@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import string
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,14 +12,13 @@ from torch.nn import functional as F
 from transformers import BatchFeature, ProcessorMixin
 from transformers.utils import logging
 
-from .prompts_spar import IMAGENET_TEMPLATES, Labels, check_templates, fill_template
+from .prompts_spar import IMAGENET_TEMPLATES, Labels, as_read, check_templates, fill_template
 from .segmentation_spar import feature_scores, label_map
 
 __all__ = ["LabelFeatures", "Labels", "SparProcessor"]
 
 logger = logging.get_logger(__name__)
 
-NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 QUIET_BATCHES = 8  # encoding that takes more batches than this shows a progress bar
 
 
@@ -204,9 +202,7 @@ class SparProcessor(ProcessorMixin):
 
     def _written(self, text: str) -> str:
         """A text as the text tower learned to read it."""
-        if self.strip_punctuation:
-            text = " ".join(text.replace("_", " ").translate(NO_PUNCTUATION).split())
-        return text.lower() if self.lowercase else text
+        return as_read(text, self.strip_punctuation, self.lowercase)
 
     def _token_limit(self) -> int:
         # transformers writes 1e30 where a tokenizer has no limit.

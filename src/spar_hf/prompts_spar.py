@@ -6,6 +6,7 @@ import csv
 import json
 import logging
 import re
+import string
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,6 +24,8 @@ MAX_LABELS = 10_000
 MAX_CHARACTERS = 2_000
 
 FIELDS = ("name", "names", "templates", "definition")  # of a class in a file of labels
+
+NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 # What pictures mostly show. Names that compete with a single class, which has nothing else to lose against.
 EVERYDAY_WORDS = (
@@ -353,3 +356,10 @@ def check_templates(templates: str | Iterable[str]) -> tuple[str, ...]:
 def fill_template(template: str, name: str) -> str:
     """The prompt of one name; a brace inside a name or a template stays as it is."""
     return template.replace("{}", name)
+
+
+def as_read(text: str, strip_punctuation: bool, lowercase: bool) -> str:
+    """A text as a text tower learned to read it; see `SparProcessor`."""
+    if strip_punctuation:
+        text = " ".join(text.replace("_", " ").translate(NO_PUNCTUATION).split())
+    return text.lower() if lowercase else text

@@ -24,13 +24,14 @@ class TextSide:
         max_tokens: of a text; more is cut off.
         pad_id, pad_token: what fills up shorter texts, right of the words.
         fills: texts are filled up to `max_tokens`, which the tower was trained with, and not to the longest.
-        lowercase: the text's case is lowered first.
+        strip_punctuation, lowercase: what becomes of the text first.
     """
 
     max_tokens: int
     pad_id: int
     pad_token: str
     fills: bool
+    strip_punctuation: bool
     lowercase: bool
 
 
@@ -65,16 +66,19 @@ class WordReader:
         ids = [encoding.ids for encoding in self._encode(prompts, False)]
         too_long = [index for index, tokens in enumerate(ids) if len(tokens) > room]
         for index in too_long[:3]:
+            # `</w>` ends a word of CLIP's; transformers' decoder makes spaces of it.
+            lost = self.tokenizer.decode(ids[index][room:]).replace("</w>", " ").strip()
             logger.warning(
                 f"label {_short(names[index])!r} is {len(ids[index])} tokens long in its prompt and the text tower "
-                f"reads {room}; cut off: {_short(self.tokenizer.decode(ids[index][room:]))!r}."
+                f"reads {room}; cut off: {_short(lost)!r}."
             )
         if len(too_long) > 3:
             logger.warning(f"{len(too_long) - 3} more labels are too long and were cut off.")
 
     def _encode(self, texts: Sequence[str], special: bool) -> list[Any]:
-        cased = [text.lower() for text in texts] if self.side.lowercase else list(texts)
-        return self.tokenizer.encode_batch(cased, add_special_tokens=special)
+        as_read, side = library("prompts_spar").as_read, self.side
+        written = [as_read(text, side.strip_punctuation, side.lowercase) for text in texts]
+        return self.tokenizer.encode_batch(written, add_special_tokens=special)
 
 
 def encode_names(labels: Any, templates: tuple[str, ...], reader: WordReader, session: Any) -> np.ndarray:

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -291,6 +292,7 @@ def text_side(model: Any, processor: Any) -> dict[str, Any]:
         "pad_id": tokenizer.pad_token_id,
         "pad_token": tokenizer.pad_token,
         "fills": processor.text_padding == "max_length",
+        "strip_punctuation": processor.strip_punctuation,
         "lowercase": processor.lowercase,
     }
 
@@ -304,7 +306,8 @@ def write_config(draft: Path, model: Any, vision: Any, processor: Any) -> None:
     processor.tokenizer.save_pretrained(draft)
     image = processor.image_processor
     own = {name: value for name, value in image.to_dict().items() if name not in ("auto_map", "processor_class")}
-    words = {name: getattr(processor, name) for name in ("templates", "text_padding", "max_length", "lowercase")}
+    parts = ("image_processor", "tokenizer")
+    words = {name: getattr(processor, name) for name in signature(type(processor)).parameters if name not in parts}
     write_json(
         draft / "processor_config.json",
         {"processor_class": type(processor).__name__, **words, "image_processor": own},
