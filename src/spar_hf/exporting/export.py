@@ -49,6 +49,7 @@ from .graphs import (
     TEXT_OUTPUTS,
     VISION_OUTPUTS,
     FusedAttention,
+    first_line,
     text_program,
     to_onnx,
     vision_program,
@@ -222,7 +223,13 @@ def _write_onnx(
 
 
 def _run(session: Any, name: str, values: np.ndarray) -> list[np.ndarray]:
-    return session.run(None, {name: values})
+    try:
+        return session.run(None, {name: values})
+    except Exception as error:  # onnxruntime's errors have no class of their own
+        raise ValueError(
+            f"the graph does not run at {tuple(values.shape)} ({first_line(error)}); nothing was written. This model "
+            "can't be exported to ONNX."
+        ) from error
 
 
 def _first(session: Any, name: str, values: np.ndarray) -> np.ndarray:
