@@ -24,6 +24,7 @@ from .encoders.upsampled import Upsampled
 from .families import FAMILIES
 from .image_file_spar import InvalidImageError
 from .image_processing_spar import SparImageProcessor
+from .metaclip_spar import SparMetaclipConfig, SparMetaclipModel
 from .methods.table import METHODS, Method
 from .pipeline_spar import OpenVocabularySegmentationPipeline, register_pipeline
 from .processing_spar import LabelFeatures, Labels, SparProcessor
@@ -31,6 +32,7 @@ from .refinement import REFINEMENTS, Refined, Refinement, floss_templates
 from .segmentation_spar import FromFeatures, ScoreMaps, Segmenter, label_map
 from .segmenters import SlidingScores
 from .siglip_spar import SparSiglipConfig, SparSiglipModel, SparSiglipVisionConfig, SparSiglipVisionModel
+from .tips_spar import SparTipsConfig, SparTipsModel, SparTipsVisionConfig, SparTipsVisionModel
 from .upsampling import UPSAMPLERS, load_upsampler
 
 __version__ = "0.1.0"
@@ -60,6 +62,8 @@ __all__ = [
     "SparDinov3VisionConfig",
     "SparDinov3VisionModel",
     "SparImageProcessor",
+    "SparMetaclipConfig",
+    "SparMetaclipModel",
     "SparModel",
     "SparOutput",
     "SparProcessor",
@@ -67,6 +71,10 @@ __all__ = [
     "SparSiglipModel",
     "SparSiglipVisionConfig",
     "SparSiglipVisionModel",
+    "SparTipsConfig",
+    "SparTipsModel",
+    "SparTipsVisionConfig",
+    "SparTipsVisionModel",
     "SparVisionConfig",
     "SparVisionModel",
     "SparVisionOutput",

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-POSITION_RULES = ("size", "offset", "antialias", "bilinear")
+POSITION_RULES = ("size", "offset", "antialias", "bilinear", "bilinear_antialias")
 SIZE_RULES = ("floor", "pad", "stretch")
 
 
@@ -59,7 +59,8 @@ def resize_positions(table: torch.Tensor, grid_hw: tuple[int, int], rule: str) -
         grid_hw: rows and columns wanted.
         rule: `size`: bicubic to the grid (transformers' rule). `offset`: bicubic with the scale (rows + 0.1) / n
             of the old DINO code, which most training-free methods and SPAR's CLIP were run with. `antialias`:
-            `size` with an antialiasing filter (GEM). `bilinear`: CLIP Surgery, CLIPer.
+            `size` with an antialiasing filter (GEM). `bilinear`: CLIP Surgery, CLIPer. `bilinear_antialias`: the same
+            with the filter (TIPSv2, SigLIP2 NaFlex).
 
     Returns:
         (rows * columns, C) in the table's dtype; the table itself on its native grid.
@@ -79,9 +80,9 @@ def resize_positions(table: torch.Tensor, grid_hw: tuple[int, int], rule: str) -
             image, points[None], mode="bicubic", padding_mode="border", align_corners=False
         )
     else:
-        mode = "bilinear" if rule == "bilinear" else "bicubic"
+        mode = "bilinear" if rule.startswith("bilinear") else "bicubic"
         image = nn.functional.interpolate(
-            image, size=(rows, columns), mode=mode, align_corners=False, antialias=rule == "antialias"
+            image, size=(rows, columns), mode=mode, align_corners=False, antialias=rule.endswith("antialias")
         )
     return image.flatten(2).squeeze(0).T.to(table.dtype)  # (1, C, h, w) -> (h * w, C)
 
