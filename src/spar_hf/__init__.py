@@ -21,6 +21,7 @@ from .encoder_spar import SparOutput, SparVisionOutput
 from .encoders.base import DenseEncoder
 from .encoders.sliding_window import SlidingWindow
 from .encoders.upsampled import Upsampled
+from .eva_spar import SparEvaConfig, SparEvaModel, SparEvaVisionConfig, SparEvaVisionModel
 from .families import FAMILIES
 from .image_file_spar import InvalidImageError
 from .image_processing_spar import SparImageProcessor
@@ -61,6 +62,10 @@ __all__ = [
     "SparDinov3Model",
     "SparDinov3VisionConfig",
     "SparDinov3VisionModel",
+    "SparEvaConfig",
+    "SparEvaModel",
+    "SparEvaVisionConfig",
+    "SparEvaVisionModel",
     "SparImageProcessor",
     "SparMetaclipConfig",
     "SparMetaclipModel",

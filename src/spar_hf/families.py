@@ -7,6 +7,7 @@ from typing import Any
 from .clip_spar import SparModel, SparVisionModel
 from .configuration_spar import DenseConfig
 from .dinov3_spar import SparDinov3Model, SparDinov3VisionModel
+from .eva_spar import SparEvaModel, SparEvaVisionModel
 from .image_processing_spar import SparImageProcessor
 from .metaclip_spar import SparMetaclipModel
 from .processing_spar import SparProcessor
@@ -20,6 +21,7 @@ FAMILIES: tuple[tuple[Any, Any], ...] = (
     (SparDinov3Model, SparDinov3VisionModel),
     (SparMetaclipModel, SparVisionModel),
     (SparTipsModel, SparTipsVisionModel),
+    (SparEvaModel, SparEvaVisionModel),
 )
 WHOLE = {
     model_type: whole

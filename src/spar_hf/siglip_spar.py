@@ -128,15 +128,16 @@ class SparSiglipVisionEmbeddings(SiglipVisionEmbeddings):  # differs in how posi
             self.patch_embedding = nn.Linear(config.num_channels * config.patch_size**2, config.hidden_size)
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
-        embed = embed_patches if self.config.num_patches is None else embed_flat_patches
-        patches, grid_hw = embed(self.patch_embedding, pixel_values)
+        if self.config.num_patches is None:
+            patches, grid_hw = embed_patches(self.patch_embedding, pixel_values)
+        else:
+            patches, grid_hw = embed_flat_patches(self.patch_embedding, pixel_values, self.config.patch_size)
         table = position_table(self.position_embedding, self.num_positions, patches.device)
         return patches + resize_positions(table, grid_hw, self.config.position_interpolation), grid_hw
 
 
-def embed_flat_patches(linear: nn.Linear, pixels: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
+def embed_flat_patches(linear: nn.Linear, pixels: torch.Tensor, patch_px: int) -> tuple[torch.Tensor, tuple[int, int]]:
     """(B, 3, H, W) -> (B, h * w, C) and (h, w), by a layer that takes a patch as a row: y, then x, then channel."""
-    patch_px = math.isqrt(linear.in_features // pixels.shape[1])
     grid_hw = (pixels.shape[2] // patch_px, pixels.shape[3] // patch_px)
     pixels = pixels[:, :, : grid_hw[0] * patch_px, : grid_hw[1] * patch_px].to(linear.weight.dtype)
     patches = pixels.unflatten(3, (grid_hw[1], patch_px)).unflatten(2, (grid_hw[0], patch_px))  # (B, 3, h, p, w, p)
@@ -200,8 +201,8 @@ class SparSiglipVisionModel(DenseVisionModel, SiglipVisionModel):
     """SigLIP's vision tower, run once at any resolution, with one text-aligned vector per patch.
 
     Plain SigLIP and SigLIP2 checkpoints, NaFlex among them, load straight into it, whole or vision tower alone, and
-    what it saves has their layout. A NaFlex takes one image's patches at the image's own ratio, as here, or several
-    images packed to as many; images of one size need no packing. Any height and width, any batch size, fp32, bf16 and fp16.
+    what it saves has their layout. NaFlex takes each image at its own ratio; here a batch is of one size, so that
+    nothing is packed or masked. Any height and width, any batch size, fp32, bf16 and fp16.
     Source: SPAR (Kombol et al., CVPR 2026), section 3, and the behaviour of its released code.
     """
 
