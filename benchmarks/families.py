@@ -1,23 +1,26 @@
-"""Times one pass of SigLIP's and DINOv3's ViT-B/16 (random weights) against the stock classes, on this machine.
+"""Times one pass of each family's ViT-B (random weights) against the source's own class, on this machine.
 
     python benchmarks/families.py
 
-`stock` is the vision model of transformers: for SigLIP it gives one vector per image and none of the text space per
-patch. `stock+head` is the same and the pooling head's value, projection and MLP on each patch, written plainly: what
-`ours` gives. Models take turns in every round, every other round in reverse. Figures are CPU seconds of the process,
-which other work on the machine changes little, the least of the rounds. On Linux the heap keeps what it has, for all
-models alike: left alone, glibc gives a model's largest buffers back after each block or not, as the heap happens to
-lie, and taking them again costs up to 6 % of a pass. Writes benchmarks/results/families.json with the command.
+`stock` is the vision model of transformers, or of timm for EVA-02 and PE-Core (left out where timm is not installed):
+for SigLIP and PE-Core it gives one vector per image and none of the text space per patch. `stock+head` is the same and
+the pooling head's value, projection and MLP on each patch, written plainly: what `ours` gives. Models take turns in
+every round, every other round in reverse. Figures are CPU seconds of the process, which other work on the machine
+changes little, the least of the rounds. On Linux the heap keeps what it has, for all models alike: left alone, glibc
+gives a model's largest buffers back after each block or not, as the heap happens to lie, and taking them again costs
+up to 6 % of a pass. Writes benchmarks/results/families.json with the command.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import importlib.util
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from record import origin
@@ -29,6 +32,14 @@ RESULTS = Path(__file__).parent / "results" / "families.json"
 SIZES = ("512x512", "1024x1024")
 SIGLIP = {"image_size": 512, "patch_size": 16}
 VIT_B = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+PE_CORE = {
+    "design": "pe_core",
+    "intermediate_size": 3072,
+    "projection_dim": 512,
+    "layer_norm_eps": 1e-5,
+    "rope_grid": 14,
+    "rope_offset": 1.0,
+}
 DINOV3 = {**VIT_B, "num_register_tokens": 4, "image_size": 512}
 
 
@@ -74,10 +85,77 @@ def stock_dinov3(height_px: int, width_px: int, dtype: torch.dtype) -> Callable:
     return lambda pixels: model(pixels).last_hidden_state
 
 
+def naflex(height_px: int, width_px: int, dtype: torch.dtype) -> Callable:
+    from spar_hf import SparSiglipVisionConfig, SparSiglipVisionModel
+
+    config = SparSiglipVisionConfig(image_size=256, patch_size=16, num_patches=256, size_rule="stretch")
+    model = SparSiglipVisionModel(config).eval().to(dtype)
+    return lambda pixels: model(pixels).patch_embeds
+
+
+def stock_naflex(height_px: int, width_px: int, dtype: torch.dtype) -> Callable:
+    from transformers import Siglip2VisionConfig, Siglip2VisionModel
+
+    model = Siglip2VisionModel(Siglip2VisionConfig()).eval().to(dtype)
+    grid_hw = (height_px // 16, width_px // 16)
+    mask, shapes = torch.ones(1, grid_hw[0] * grid_hw[1], dtype=torch.long), torch.tensor([grid_hw])
+
+    def run(pixels: torch.Tensor) -> torch.Tensor:
+        patches = pixels.unflatten(3, (-1, 16)).unflatten(2, (-1, 16)).permute(0, 2, 4, 3, 5, 1)
+        return model(patches.flatten(3).flatten(1, 2), mask, shapes).pooler_output
+
+    return run
+
+
+def tips(height_px: int, width_px: int, dtype: torch.dtype) -> Callable:
+    from spar_hf import SparTipsVisionConfig, SparTipsVisionModel
+
+    model = SparTipsVisionModel(SparTipsVisionConfig()).eval().to(dtype)
+    return lambda pixels: model(pixels).patch_embeds
+
+
+def stock_tips(height_px: int, width_px: int, dtype: torch.dtype) -> Callable:
+    from transformers import Tipsv2VisionConfig, Tipsv2VisionModel
+
+    model = Tipsv2VisionModel(Tipsv2VisionConfig()).eval().to(dtype)
+    return lambda pixels: model(pixels).last_hidden_state
+
+
+def eva(height_px: int, width_px: int, dtype: torch.dtype, **design: Any) -> Callable:
+    from spar_hf import SparEvaVisionConfig, SparEvaVisionModel
+
+    model = SparEvaVisionModel(SparEvaVisionConfig(**design)).eval().to(dtype)
+    return lambda pixels: model(pixels).patch_embeds
+
+
+def pe_core(height_px: int, width_px: int, dtype: torch.dtype) -> Callable:
+    return eva(height_px, width_px, dtype, **PE_CORE)
+
+
+def stock_eva(
+    height_px: int, width_px: int, dtype: torch.dtype, name: str = "eva02_base_patch16_clip_224"
+) -> Callable:
+    import timm
+
+    model = timm.create_model(name, dynamic_img_size=True, num_classes=PE_CORE["projection_dim"]).eval().to(dtype)
+    return lambda pixels: model(pixels)
+
+
+def stock_pe_core(height_px: int, width_px: int, dtype: torch.dtype) -> Callable:
+    return stock_eva(height_px, width_px, dtype, "vit_pe_core_base_patch16_224")
+
+
 FAMILIES = {
     "siglip": {"ours": siglip, "stock": stock_siglip, "stock+head": stock_siglip_head},
     "dinov3": {"ours": dinov3, "stock": stock_dinov3},
+    "naflex": {"ours": naflex, "stock": stock_naflex},
+    "tips": {"ours": tips, "stock": stock_tips},
 }
+if importlib.util.find_spec("timm") is not None:
+    FAMILIES |= {
+        "eva02": {"ours": eva, "stock": stock_eva},
+        "pe_core": {"ours": pe_core, "stock": stock_pe_core},
+    }
 
 
 def keep_heap() -> None:
@@ -108,6 +186,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), help="height x width in pixels, such as 512x768")
     parser.add_argument("--dtypes", nargs="+", default=["float32"])
+    parser.add_argument("--families", nargs="+", default=list(FAMILIES), metavar="NAME", help=", ".join(FAMILIES))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -119,9 +198,9 @@ def main() -> None:
     print(f"{'size':>10} {'type':>9} {'family':>8} {'model':>11} {'CPU s':>8} {'vs ours':>8}")
     for size in args.sizes:
         for dtype in args.dtypes:
-            for family, models in FAMILIES.items():
+            for family in args.families:
                 with torch.inference_mode():
-                    seconds = compare(models, size, getattr(torch, dtype), args.rounds)
+                    seconds = compare(FAMILIES[family], size, getattr(torch, dtype), args.rounds)
                 for name, value in seconds.items():
                     ratio = value / seconds["ours"]
                     row = {"size": size, "dtype": dtype, "family": family, "model": name}

@@ -52,6 +52,7 @@ from spar_hf import (
     SparVisionModel,
 )
 from spar_hf.build import reconfigured
+from spar_hf.checkpoints import load_tower
 from spar_hf.evaluation import load_benchmark, load_protocol
 from spar_hf.evaluation.evaluate import evaluate
 from spar_hf.families import TOWERS, WHOLE, make_processor
@@ -377,6 +378,28 @@ def test_saved_models_come_back(whole, pixels, tmp_path):
     changed = type(model).from_pretrained(folder, size_rule="floor", stride_px=40)
     assert (changed.config.vision_config.size_rule, changed.vision_model.config.stride_px) == ("floor", 40)
     assert changed.vision_model(pixels("off_grid")).patch_embeds.shape[1:3] == (5, 4)
+
+
+@torch.no_grad()
+def test_a_folder_with_a_pickle_alone(family, pixels, tmp_path):
+    """As many old checkpoints are: read as tensors and nothing else, saved as safetensors."""
+    for file in family.folder.iterdir():
+        if file.suffix in (".json", ".txt"):
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = load_file(family.folder / "model.safetensors")
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    model, tower, _ = load_tower(tmp_path)
+    expected = family.tower(pixels("off_grid")).patch_embeds
+    torch.testing.assert_close(tower(pixels("off_grid")).patch_embeds, expected, **EXACT)
+    model.save_pretrained(tmp_path / "again")
+    assert {file.name for file in (tmp_path / "again").glob("*model*")} == {"model.safetensors"}
+    _, tower, _ = load_tower(saved(tower, tmp_path / "tower"))
+    torch.testing.assert_close(tower(pixels("off_grid")).patch_embeds, expected, **EXACT)
+    torch.save({**weights, "more": open}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(
+        ValueError, match=r"holds more than tensors and cannot be read safely .*save its tensors alone"
+    ):
+        load_tower(tmp_path)
 
 
 def test_missing_weights_are_refused(family, tmp_path):
