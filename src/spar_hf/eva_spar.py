@@ -145,8 +145,8 @@ def grid_turns(
         (torch.arange(n, dtype=torch.float32, device=device) + config.rope_offset) / n * config.rope_grid
         for n in grid_hw
     )
-    places = [rows[:, None].expand(grid_hw), columns[None, :].expand(grid_hw)]
-    places = torch.stack(places if config.design == "eva02" else places[::-1], dim=-1)  # (h, w, 2)
+    axes = [rows[:, None].expand(grid_hw), columns[None, :].expand(grid_hw)]
+    places = torch.stack(axes if config.design == "eva02" else axes[::-1], dim=-1)  # (h, w, 2)
     angles = (places[..., None] * frequencies).reshape(-1, 2 * quarter)  # (h * w, d / 2)
     return turns(angles, int(config.class_token))
 

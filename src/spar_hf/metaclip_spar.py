@@ -38,7 +38,7 @@ class SparMetaclipModel(SparModel):
     """
 
     config: SparMetaclipConfig
-    config_class = SparMetaclipConfig
+    config_class = SparMetaclipConfig  # type: ignore[assignment]
     weights_needed = "a MetaCLIP 2 checkpoint, such as facebook/metaclip-2-worldwide-huge-quickgelu"
     _no_split_modules = ["MetaClip2TextEmbeddings", "MetaClip2EncoderLayer", *SparVisionModel._no_split_modules]
 

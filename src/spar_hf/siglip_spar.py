@@ -58,6 +58,8 @@ class SparSiglipVisionConfig(DenseVisionConfig, SiglipVisionConfig):
     stock_class = SiglipVisionConfig
     vision_types = ("siglip_vision_model", "spar_siglip_vision", "siglip2_vision_model")
 
+    image_size: int = 224
+    patch_size: int = 16
     num_patches: int | None = None
     method: str = "attention_pool"
     size_rule: str = "pad"
@@ -79,10 +81,11 @@ class SparSiglipVisionConfig(DenseVisionConfig, SiglipVisionConfig):
                 "vision_use_head is False; without its attention-pooling head a SigLIP's patches are not in the text "
                 f"space. Give {WEIGHTS_NEEDED}."
             )
-        if self.num_patches not in (None, (self.image_size // self.patch_size) ** 2):
+        whole = (self.image_size // self.patch_size) ** 2
+        if self.num_patches not in (None, whole):
             raise ValueError(
                 f"num_patches is {self.num_patches}; it must be the patches of a square of image_size "
-                f"{self.image_size} px, {(self.image_size // self.patch_size) ** 2}, or None for fixed resolution."
+                f"{self.image_size} px, {whole}, or None for fixed resolution."
             )
 
     @classmethod
@@ -125,7 +128,8 @@ class SparSiglipVisionEmbeddings(SiglipVisionEmbeddings):  # differs in how posi
     def __init__(self, config: SparSiglipVisionConfig):
         super().__init__(config)
         if config.num_patches is not None:
-            self.patch_embedding = nn.Linear(config.num_channels * config.patch_size**2, config.hidden_size)
+            inputs = config.num_channels * config.patch_size**2
+            self.patch_embedding = nn.Linear(inputs, config.hidden_size)  # type: ignore[assignment]
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
         if self.config.num_patches is None:

@@ -104,7 +104,7 @@ class SparTipsVisionModel(DenseVisionModel, Tipsv2VisionModel):
     config_class = SparTipsVisionConfig
     weights_needed = "a TIPSv2 checkpoint, such as google/tipsv2-b14"
     _no_split_modules = ["SparTipsEmbeddings", "SparTipsLayer"]
-    _keys_to_ignore_on_load_unexpected = [r"^text_(model|encoder)\.", r"^temperature$"]
+    _keys_to_ignore_on_load_unexpected = {r"^text_(model|encoder)\.", r"^temperature$"}
 
     def __init__(self, config: SparTipsVisionConfig):
         super().__init__(config)

@@ -84,7 +84,7 @@ class Layout:
 
     Attributes:
         name: what it is, in words.
-        family: the whole model's class and the vision tower's.
+        family: the classes of the whole model and of the vision tower.
         vision, text: fields of the two configurations; no text for a vision tower alone.
         table: our names for the weights.
         left_out: weights that are known and not needed, and why.
