@@ -33,7 +33,8 @@ from .configuration_spar import DenseConfig, DenseVisionConfig
 from .dense_spar import attend, attention_map, class_token_attention, merge_heads, project_heads
 from .dinov3_spar import rotate, turns
 from .encoder_spar import DenseModel, DenseVisionModel, embed_patches
-from .grid_spar import one_of, resize_positions
+from .grid_spar import resize_positions
+from .names_spar import one_of
 from .reach_spar import WindowReach
 from .siglip_spar import SparSiglipHead
 
