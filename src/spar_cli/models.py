@@ -114,7 +114,7 @@ def facts(row: Row) -> dict[str, str]:
         "class": row.model,
         "text tower": type(model.text_model).__name__,
         "native px": row.native,
-        "methods": f"{len(METHODS)} of the table" if vision.method in METHODS else vision.method,
+        "methods": "all of spar methods" if vision.method in METHODS else vision.method,
         "sides": vision.size_rule,
         "positions": ", ".join(filter(None, positions)),
         "mean / std": MEANS[vision.image_mean[0]],
