@@ -3,12 +3,13 @@
     python benchmarks/families.py
 
 `stock` is the vision model of transformers, or of timm for EVA-02 and PE-Core (left out where timm is not installed):
-for SigLIP and PE-Core it gives one vector per image and none of the text space per patch. `stock+head` is the same and
-the pooling head's value, projection and MLP on each patch, written plainly: what `ours` gives. Models take turns in
-every round, every other round in reverse. Figures are CPU seconds of the process, which other work on the machine
-changes little, the least of the rounds. On Linux the heap keeps what it has, for all models alike: left alone, glibc
-gives a model's largest buffers back after each block or not, as the heap happens to lie, and taking them again costs
-up to 6 % of a pass. Writes benchmarks/results/families.json with the command.
+for SigLIP and PE-Core it gives one vector per image and none of the text space per patch, for RADIO the trunk without
+a head. `stock+head` is the same and the head on each patch, written plainly (SigLIP's pooling head's value, projection
+and MLP; a head of RADIO's, on the class token too): what `ours` gives. Models take turns in every round, every other
+round in reverse. Figures are CPU seconds of the process, which other work on the machine changes little, the least of
+the rounds. On Linux the heap keeps what it has, for all models alike: left alone, glibc gives a model's largest
+buffers back after each block or not, as the heap happens to lie, and taking them again costs up to 6 % of a pass.
+Writes benchmarks/results/families.json with the command.
 """
 
 from __future__ import annotations
@@ -41,6 +42,14 @@ PE_CORE = {
     "rope_offset": 1.0,
 }
 DINOV3 = {**VIT_B, "num_register_tokens": 4, "image_size": 512}
+RADIO = {
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_cls_tokens": 4,
+    "num_registers": 4,
+}
+RADIO_HEAD = {"adaptor_hidden_size": 1536, "adaptor_num_blocks": 2, "projection_dim": 1536}
 
 
 def siglip(height_px: int, width_px: int, dtype: torch.dtype) -> Callable:
@@ -145,11 +154,43 @@ def stock_pe_core(height_px: int, width_px: int, dtype: torch.dtype) -> Callable
     return stock_eva(height_px, width_px, dtype, "vit_pe_core_base_patch16_224")
 
 
+def radio(height_px: int, width_px: int, dtype: torch.dtype) -> Callable:
+    from spar_hf import SparRadioVisionConfig, SparRadioVisionModel
+
+    model = SparRadioVisionModel(SparRadioVisionConfig(**RADIO, **RADIO_HEAD)).eval().to(dtype)
+    return lambda pixels: model(pixels).patch_embeds
+
+
+def stock_radio(height_px: int, width_px: int, dtype: torch.dtype, head: bool = False) -> Callable:
+    from transformers import RadioConfig, RadioModel
+
+    model = RadioModel(RadioConfig(**RADIO)).eval().to(dtype)
+    if not head:
+        return lambda pixels: model(pixels).features
+    width = RADIO_HEAD["adaptor_hidden_size"]
+    first = nn.Linear(model.config.hidden_size, width).to(dtype)
+    steps = [nn.Sequential(nn.LayerNorm(width), nn.GELU(), nn.Linear(width, width)).to(dtype) for _ in range(3)]
+
+    def run(pixels: torch.Tensor) -> torch.Tensor:
+        output = model(pixels)
+        x = first(torch.cat([output.summary[:, None, : model.config.hidden_size], output.features], dim=1))
+        for step in steps[:-1]:
+            x = x + step(x)
+        return steps[-1](x)
+
+    return run
+
+
+def stock_radio_head(height_px: int, width_px: int, dtype: torch.dtype) -> Callable:
+    return stock_radio(height_px, width_px, dtype, head=True)
+
+
 FAMILIES = {
     "siglip": {"ours": siglip, "stock": stock_siglip, "stock+head": stock_siglip_head},
     "dinov3": {"ours": dinov3, "stock": stock_dinov3},
     "naflex": {"ours": naflex, "stock": stock_naflex},
     "tips": {"ours": tips, "stock": stock_tips},
+    "radio": {"ours": radio, "stock": stock_radio, "stock+head": stock_radio_head},
 }
 if importlib.util.find_spec("timm") is not None:
     FAMILIES |= {
@@ -185,8 +226,8 @@ def compare(models: dict[str, Callable], size: str, dtype: torch.dtype, rounds: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), help="height x width in pixels, such as 512x768")
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--dtypes", nargs="+", default=["float32"])
-    parser.add_argument("--families", nargs="+", default=list(FAMILIES), metavar="NAME", help=", ".join(FAMILIES))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", type=Path, default=RESULTS)

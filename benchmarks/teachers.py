@@ -47,7 +47,7 @@ from spar_hf.segmentation_spar import FromFeatures
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "teachers.json"
 CHECKPOINT = "tiny"  # who learns
-NAMES = [name for name, row in METHODS.items() if row.kind == "feature"]
+NAMES = [name for name, row in METHODS.items() if (row.kind, row.family) == ("feature", "clip")]
 # Up to four times the native side, the largest scale that is measured by default.
 DATA = (
     f"--student {CHECKPOINT} --long-side-px 512 --short-side-px 512 --scale-range 0.25 1 --scale-law log-uniform "

@@ -67,7 +67,7 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
                 weight.fill_(0.1)
             elif "norm" in name or "layrnorm" in name:
                 weight.copy_(0.3 * noise + name.endswith("weight"))
-            elif weight.ndim == 1 or ("embedding.weight" in name and "patch" not in name):
+            elif weight.ndim < 2 or ("embedding.weight" in name and "patch" not in name):
                 weight.copy_(0.5 * noise)
             else:
                 weight.copy_(noise * weight[0].numel() ** -0.5)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from conftest import VISION, randomise
 from plain_clip import PlainClip, plain_method
-from plain_families import plain_dinov3, plain_eva, plain_siglip, plain_tips
+from plain_families import plain_dinov3, plain_eva, plain_radio, plain_siglip, plain_tips
 from transformers import (
     CLIPVisionConfig,
     DINOv3ViTConfig,
@@ -20,6 +20,8 @@ from transformers import (
     MetaClip2Config,
     MetaClip2Model,
     MetaClip2VisionModel,
+    RadioConfig,
+    RadioModel,
     Siglip2Config,
     Siglip2Model,
     Siglip2VisionModel,
@@ -31,7 +33,17 @@ from transformers import (
     Tipsv2VisionModel,
 )
 
-from spar_hf import SparDinov3Config, SparDinov3Model, SparEvaConfig, SparEvaModel, SparSiglipModel
+from spar_hf import (
+    SparDinov3Config,
+    SparDinov3Model,
+    SparEvaConfig,
+    SparEvaModel,
+    SparRadioConfig,
+    SparRadioModel,
+    SparRadioVisionConfig,
+    SparRadioVisionModel,
+    SparSiglipModel,
+)
 from spar_hf.families import make_processor
 
 # All widths differ, so that a transposed or mixed-up axis cannot fit by chance.
@@ -47,6 +59,19 @@ NAFLEX_VISION = {**{k: v for k, v in SIGLIP_VISION.items() if k != "image_size"}
 DINOV3_VISION = {**SIGLIP_VISION, "num_register_tokens": 4}
 TIPS_VISION = {**{k: v for k, v in SIGLIP_VISION.items() if k != "intermediate_size"}, "mlp_ratio": 2}
 METACLIP_VISION = {**VISION, "num_hidden_layers": 3}
+RADIO_TRUNK = {
+    "hidden_size": 48,
+    "mlp_ratio": 1.5,
+    "num_attention_heads": 3,
+    "num_hidden_layers": 3,
+    "patch_size": 16,
+    "max_img_size": 96,  # a table of 6 x 6: the native grid is not its own
+    "num_cls_tokens": 3,
+    "num_registers": 2,
+    "summary_idxs": [0, 2],
+}
+RADIO_HEAD = {"projection_dim": 24, "adaptor_hidden_size": 40, "adaptor_num_blocks": 2, "class_token": 2}
+RADIO_VISION = {**RADIO_TRUNK, **RADIO_HEAD, "image_size": 64, "adaptor": "siglip2-g"}
 TEXT = {"hidden_size": 32, "intermediate_size": 40, "num_attention_heads": 2, "num_hidden_layers": 2}
 
 
@@ -153,6 +178,41 @@ def spar_siglip(tokenizer: Any, folder: Path) -> SparSiglipModel:
     return SparSiglipModel.from_pretrained(folder)
 
 
+def stock_radio(**vision: Any) -> RadioModel:
+    model = RadioModel(RadioConfig(**{**RADIO_TRUNK, **vision})).eval()
+    randomise(model, seed=4)
+    spread_tokens(model)
+    return model
+
+
+def radio_tower(**vision: Any) -> SparRadioVisionModel:
+    model = SparRadioVisionModel(SparRadioVisionConfig(**{**RADIO_VISION, **vision})).eval()
+    randomise(model, seed=5)
+    spread_tokens(model)
+    return model
+
+
+def spread_tokens(radio: RadioModel) -> None:
+    """Positions and first tokens of about the patches' size."""
+    generator = torch.Generator().manual_seed(6)
+    with torch.no_grad():
+        for weight in (radio.embeddings.position_embedding, radio.embeddings.cls_register_token):
+            weight.copy_(0.7 * torch.randn(weight.shape, generator=generator))
+
+
+def radio_text(tokenizer: Any, kind: str) -> dict[str, Any]:
+    """Fields of a teacher's text configuration, `siglip` or `clip`."""
+    width = {"siglip": "projection_size", "clip": "projection_dim"}[kind]
+    return {**TEXT, **ends_of(tokenizer), "model_type": f"{kind}_text_model", width: 24}
+
+
+def spar_radio(tokenizer: Any, kind: str = "siglip") -> SparRadioModel:
+    model = SparRadioModel(SparRadioConfig(text_config=radio_text(tokenizer, kind), vision_config=RADIO_VISION)).eval()
+    randomise(model, seed=7)
+    spread_tokens(model.vision_model)
+    return model
+
+
 KINDS: dict[str, Kind] = {
     "siglip": Kind(
         save_siglip,
@@ -202,6 +262,13 @@ KINDS: dict[str, Kind] = {
         lambda weights, image, window: plain_eva(weights, image, 16, 3, 3, True, window),
         "floor",
         still=("head.probe",),
+    ),
+    "radio": Kind(
+        lambda tokenizer, folder: radio_tower().save_pretrained(folder),
+        lambda weights, image, window: plain_radio(weights, image, 16, 3, 3, 5, window),
+        "stretch",
+        RadioModel,
+        whole=spar_radio,
     ),
 }
 

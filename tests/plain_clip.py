@@ -54,6 +54,10 @@ def plain_positions(table: np.ndarray, rows: int, columns: int, rule: str) -> np
     if (rows, columns) == (side, side):
         return table
     grid = table.reshape(side, side, -1)
+    if rule == "square":
+        longer = max(rows, columns)
+        whole = plain_positions(table, longer, longer, "bilinear").reshape(longer, longer, -1)
+        return whole[:rows, :columns].reshape(rows * columns, -1)
     down, across = sampling_matrix(side, rows, rule), sampling_matrix(side, columns, rule)
     return np.einsum("yv,vuc,xu->yxc", down, grid, across, optimize=True).reshape(rows * columns, -1)
 

@@ -250,3 +250,65 @@ def plain_eva(
         z = ACTIVATIONS["gelu"](linear(weights, "head.mlp.fc1", norm(weights, "head.layernorm", y, eps)))
         x = y + linear(weights, "head.mlp.fc2", z)
     return linear(weights, "visual_projection", x).reshape(*grid_hw, -1)
+
+
+def plain_radio_tokens(
+    weights: Weights,
+    pixels: np.ndarray,
+    patch_px: int,
+    num_layers: int,
+    num_heads: int,
+    window: int | None = None,
+) -> tuple[np.ndarray, tuple[int, int]]:
+    """Tokens (P + h * w, C) of one image (3, H, W) before the last `blocks - num_layers` blocks, and (h, w).
+
+    From the weights of a stock `RadioModel`; the image comes normalised and in whole patches.
+    """
+    name = "embeddings"
+    kernel = weights[f"{name}.patch_projection.weight"].reshape(-1, 3, patch_px, patch_px)
+    as_convolution = {"patch.weight": kernel, "patch.bias": np.zeros(len(kernel))}
+    patches, grid_hw = patch_tokens(as_convolution, "patch", pixels, patch_px)
+    patches = patches + plain_positions(weights[f"{name}.position_embedding"][0], *grid_hw, "square")
+    prefix = weights[f"{name}.cls_register_token"]
+    x = np.vstack([prefix, patches])
+    reach = 0.0 if window is None else mean_window(grid_hw, window, others=len(prefix))
+    for block in range(num_layers):
+        name = f"encoder.layer.{block}"
+        y = norm(weights, f"{name}.norm1", x, 1e-6)
+        q, k, v = (np.split(linear(weights, f"{name}.attention.{part}_proj", y), num_heads, axis=-1) for part in "qkv")
+        mixed = [softmax(q[h] @ k[h].T / math.sqrt(q[h].shape[-1]) + reach) @ v[h] for h in range(num_heads)]
+        x = radio_block_end(weights, name, x, linear(weights, f"{name}.attention.o_proj", np.hstack(mixed)))
+    return x, grid_hw
+
+
+def radio_block_end(weights: Weights, name: str, x: np.ndarray, attended: np.ndarray) -> np.ndarray:
+    """What a block of RADIO does with what its attention gave."""
+    x = x + attended * weights[f"{name}.layer_scale1.lambda1"]
+    y = ACTIVATIONS["gelu"](linear(weights, f"{name}.mlp.fc1", norm(weights, f"{name}.norm2", x, 1e-6)))
+    return x + linear(weights, f"{name}.mlp.fc2", y) * weights[f"{name}.layer_scale2.lambda1"]
+
+
+def plain_radio_head(weights: Weights, x: np.ndarray) -> np.ndarray:
+    """The head of a text teacher on tokens (..., C), two residual blocks."""
+
+    def normed_linear(name: str, x: np.ndarray) -> np.ndarray:
+        return linear(weights, f"{name}.linear", ACTIVATIONS["gelu"](norm(weights, f"{name}.norm", x, 1e-5)))
+
+    x = linear(weights, "adaptor.fc1", x)
+    for block in range(2):
+        x = x + normed_linear(f"adaptor.blocks.{block}", x)
+    return normed_linear("adaptor.final", x)
+
+
+def plain_radio(
+    weights: Weights,
+    pixels: np.ndarray,
+    patch_px: int,
+    num_layers: int,
+    num_heads: int,
+    num_prefix: int,
+    window: int | None = None,
+) -> np.ndarray:
+    """Patch features (h, w, D) of one image (3, H, W): the trunk's patches through the head."""
+    x, grid_hw = plain_radio_tokens(weights, stretch(pixels, patch_px), patch_px, num_layers, num_heads, window)
+    return plain_radio_head(weights, x[num_prefix:]).reshape(*grid_hw, -1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -79,3 +80,12 @@ def sam2_model() -> torch.nn.Module:
     decoder = {"hidden_size": 16, "mlp_dim": 16, "num_attention_heads": 2, "iou_head_hidden_dim": 16}
     config = Sam2Config(vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=decoder)
     return Sam2Model(config).eval()
+
+
+def folders_for(method: str, parent: Path, flag: str) -> list[str]:
+    """The words of a command line that give a method the small networks it needs, saved as folders."""
+    words = []
+    for name, network in networks_for(method).items():
+        network.save_pretrained(parent / name)
+        words += [flag, f"{name}={parent / name}"]
+    return words

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import Tensor
 
@@ -213,3 +215,73 @@ def dinotxt_rest(vocab_size: int, prefix: str = "") -> Weights:
     draw.linear("text_model.head.linear_projection", 32, 96, bias=False)
     draw.weights["logit_scale"] = torch.tensor([2.6])
     return {prefix + name: weight for name, weight in draw.weights.items()}
+
+
+RADIO_TEACHERS = [
+    {"name": "clip", "type": "open_clip", "model": "ViT-H-14-378-quickgelu", "pretrained": "dfn5b"},
+    {"name": "dino_v2", "type": "dino_v2", "use_summary": False},
+    {"name": "siglip2-g", "type": "siglip2", "model": "siglip2-g-384"},
+    {"name": "siglip2-g", "type": "siglip2", "model": "siglip2-g-384", "fd_upsample_factor": 2},  # another size of it
+]
+
+
+def radio_trunk(spectral: bool = False) -> Weights:
+    """NVIDIA's C-RADIO: 3 blocks, 48 wide (3 heads), 3 class tokens and 2 registers, a table of 6 x 6."""
+    draw = Draw(5)
+    generator = "base_model.patch_generator"
+    draw.add(f"{generator}.embedder.weight", 48, 768)
+    draw.add(f"{generator}.pos_embed", 1, 36, 48, scale=0.7)
+    draw.add(f"{generator}.cls_token.token", 5, 48, scale=0.7)
+    for n in range(3):
+        name = f"base_model.blocks.{n}"
+        draw.norm(f"{name}.norm1", 48)
+        draw.linear(f"{name}.attn.qkv", 48, 144)
+        draw.linear(f"{name}.attn.proj", 48, 48)
+        draw.norm(f"{name}.norm2", 48)
+        draw.linear(f"{name}.mlp.fc1", 48, 81)
+        draw.linear(f"{name}.mlp.fc2", 81, 48)
+        if spectral:
+            spectrally(draw.weights, f"{name}.attn.qkv", parts=(3, 2)[n > 1])  # the last one's values as they are
+            spectrally(draw.weights, f"{name}.mlp.fc1", version=n + 1)
+    draw.weights["input_conditioner.norm_mean"] = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
+    draw.weights["input_conditioner.norm_std"] = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+    return draw.weights
+
+
+def spectrally(weights: Weights, name: str, parts: int = 0, version: int = 2) -> None:
+    """Stores a weight as training with a spectral norm does; the first form (1) has no softplus and no version."""
+    original = weights.pop(f"{name}.weight")
+    stored = f"{name}.parametrizations.weight"
+    weights[f"{stored}.original"] = original
+    pieces = original.chunk(3)[:parts] if parts else [original]
+    for index, piece in enumerate(pieces):
+        left, _, right = torch.linalg.svd(piece)
+        at = f"{stored}.0.parts.{index}" if parts else f"{stored}.0"
+        weights |= {f"{at}._u": left[:, 0].clone(), f"{at}._v": right[0].clone()}
+        weights[f"{at}.scale"] = torch.tensor([[1.5 + index]])
+        if version == 2:
+            weights[f"{at}._sn_version"] = torch.tensor(2)
+
+
+def radio_heads(names: tuple[str, ...] = ("clip", "dino_v2", "siglip2-g")) -> Weights:
+    """The teachers' heads: 40 wide, two blocks, 24 numbers; those for patches with them."""
+    draw = Draw(6)
+    for name in names:
+        for start in ("_heads", "_feature_projections"):
+            draw.linear(f"{start}.{name}.fc1", 48, 40)
+            for block in ("blocks.0", "blocks.1", "final"):
+                draw.norm(f"{start}.{name}.{block}.0", 40)
+                draw.linear(f"{start}.{name}.{block}.2", 40, 24 if block == "final" else 40)
+    draw.add("_intermediate_feature_normalizer.means", 3, 48)
+    return draw.weights
+
+
+def on_the_hub(weights: Weights) -> Weights:
+    """The same as NVIDIA's `save_pretrained` names it."""
+    renamed = {}
+    for name, weight in weights.items():
+        name = re.sub(r"^_heads\.([^.]+)", r"adaptors.\1.head_mlp", name)
+        name = re.sub(r"^_feature_projections\.([^.]+)", r"adaptors.\1.feat_mlp", name)
+        name = name.replace("base_model.", "model.").replace("_intermediate_", "inter_")
+        renamed[f"radio_model.{name}"] = weight
+    return {**renamed, "radio_model.summary_idxs": torch.tensor([0, 2])}

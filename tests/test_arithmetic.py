@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import spar_dinov3, spar_siglip
+from families import spar_dinov3, spar_radio, spar_siglip
 from second_networks import networks_for
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -52,18 +52,19 @@ def slow_half(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def small_clip(make_spar: Any, clip_tokenizer: Any) -> tuple[Any, Any]:
-    model = make_spar(num_hidden_layers=12).bfloat16()
-    return model, make_processor(model.config, clip_tokenizer)
+def small(make_spar: Any, clip_tokenizer: Any) -> dict[str, tuple[Any, Any]]:
+    """A model of each family that has methods, and its processor."""
+    models = {"clip": make_spar(num_hidden_layers=12).bfloat16(), "radio": spar_radio(clip_tokenizer).bfloat16()}
+    return {name: (model, make_processor(model.config, clip_tokenizer)) for name, model in models.items()}
 
 
-@pytest.fixture(scope="module", params=["clip", "siglip", "dinov3"])
+@pytest.fixture(scope="module", params=["clip", "siglip", "dinov3", "radio"])
 def model(request: Any, make_spar: Any, clip_tokenizer: Any, tmp_path_factory: Any) -> Any:
     if request.param == "clip":
         return make_spar(num_hidden_layers=3, method="gem")
     if request.param == "siglip":
         return spar_siglip(clip_tokenizer, tmp_path_factory.mktemp("siglip")).eval()
-    return spar_dinov3(clip_tokenizer)
+    return {"dinov3": spar_dinov3, "radio": spar_radio}[request.param](clip_tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -131,8 +132,8 @@ def test_methods_that_are_a_file(method: str, make_vision: Any, inputs: Any, slo
     ("method", "refine"), [*((name, ()) for name in METHODS), *((None, (name,)) for name in REFINEMENTS)]
 )
 @torch.no_grad()
-def test_every_row_of_the_tables(method: Any, refine: Any, small_clip: Any, slow_half: None) -> None:
-    model, processor = small_clip
+def test_every_row_of_the_tables(method: Any, refine: Any, small: Any, slow_half: None) -> None:
+    model, processor = small[METHODS[method].family if method else "clip"]
     networks = {name: copy.deepcopy(network).bfloat16() for name, network in networks_for(method, refine).items()}
     segmenter = build_segmenter(model, processor, method, networks=networks, refine=refine)
     image = torch.randn(1, 3, 90, 112, dtype=torch.bfloat16)

@@ -16,7 +16,7 @@ from spar_hf import METHODS, SlidingWindow, SparVisionModel, build_encoder
 from spar_hf.distillation.specs import StudentSpec, TeacherSpec
 from spar_hf.distillation.teacher import build_teacher, teacher_features
 
-FEATURES = [name for name, method in METHODS.items() if method.kind == "feature"]
+FEATURES = [name for name, method in METHODS.items() if (method.kind, method.family) == ("feature", "clip")]
 FILES = [name for name in FEATURES if METHODS[name].recipe is None]
 
 

@@ -507,7 +507,7 @@ def test_command(clip_tokenizer, words, tmp_path, capsys):
     for change, message in (
         (
             ["--backbone", "sigclip"],
-            "there is no backbone 'sigclip'; choose one of clip, metaclip2, siglip2, eva, dinov3, anyup.",
+            "there is no backbone 'sigclip'; choose one of clip, metaclip2, siglip2, eva, dinov3, radio, anyup.",
         ),
         (["--activation", "relu"], "there is no activation 'relu'"),
         (["--heads", "0"], "give a whole number, at least 1"),

@@ -18,22 +18,29 @@ from distillation_help import SIZES, run, save_pictures
 from families import (
     DINOV3_VISION,
     KINDS,
+    RADIO_VISION,
     Family,
+    radio_text,
+    radio_tower,
+    spar_radio,
     stock_metaclip,
     stock_naflex,
+    stock_radio,
     stock_siglip,
     stock_tips,
 )
-from plain_families import plain_siglip
+from plain_families import plain_radio_head, plain_siglip
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
     AutoModelForZeroShotImageClassification,
     AutoProcessor,
+    CLIPTextModelWithProjection,
     DINOv3ViTConfig,
     DINOv3ViTModel,
     SiglipModel,
+    SiglipTextModel,
     SiglipVisionModel,
     pipeline,
 )
@@ -45,6 +52,10 @@ from spar_hf import (
     SparDinov3Model,
     SparDinov3VisionConfig,
     SparDinov3VisionModel,
+    SparRadioConfig,
+    SparRadioModel,
+    SparRadioVisionConfig,
+    SparRadioVisionModel,
     SparSiglipConfig,
     SparSiglipModel,
     SparSiglipVisionConfig,
@@ -60,6 +71,8 @@ from spar_hf.families import TOWERS, WHOLE, make_processor
 CLEAN = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
 EXACT = {"atol": 0, "rtol": 0}
 CLOSE = {"atol": 2e-5, "rtol": 0}  # features are about 1 in magnitude
+# What compiles or starts another Python: for two kinds, and for the rest when asked.
+FEW = [pytest.param(kind, marks=[] if kind in ("tips", "eva02") else pytest.mark.slow) for kind in KINDS]
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -270,6 +283,67 @@ def test_dinov3_positions_stay_exact_in_half_precision(family, pixels):
     assert mine < 0.05 and mine < 1.1 * theirs
 
 
+@pytest.mark.parametrize("gated", [False, True])
+@torch.no_grad()
+def test_radios_trunk_equals_the_stock_model(gated, pixels, tmp_path):
+    """Without a head: what transformers' `RadioModel` gives, below, on and beyond the grid of its table."""
+    stock = stock_radio(use_swiglu_ffn=gated)
+    stock.save_pretrained(tmp_path)
+    ours, info = SparRadioVisionModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert info == CLEAN and ours.config.projection_dim == 0 and ours.config.image_size == 512
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (ours.config.image_mean, ours.config.image_std))
+    for size in ("native", "larger", "same_count", (96, 96), (48, 160)):
+        images = pixels(size, batch=2)
+        found, expected = ours(images), stock(images * std + mean)
+        torch.testing.assert_close(found.patch_embeds.flatten(1, 2), expected.features, **CLOSE)
+        torch.testing.assert_close(found.pooler_output, expected.summary, **CLOSE)
+        torch.testing.assert_close(found.last_hidden_state, expected.last_hidden_state, **CLOSE)
+        torch.testing.assert_close(found.image_embeds, expected.last_hidden_state[:, 0], **CLOSE)
+
+
+@torch.no_grad()
+def test_radios_image_vector_is_its_teachers_class_token_through_the_head(pixels):
+    tower, images = radio_tower(), pixels("larger", batch=2)
+    found = tower(images)
+    weights = {name: weight.double().numpy() for name, weight in tower.state_dict().items()}
+    for token, image in zip(found.last_hidden_state[:, 2], found.image_embeds, strict=True):
+        expected = plain_radio_head(weights, token.double().numpy())
+        torch.testing.assert_close(image, torch.from_numpy(expected).float(), **CLOSE)
+
+
+@pytest.mark.parametrize("kind", ["siglip", "clip"])
+@torch.no_grad()
+def test_radios_text_side_is_its_teachers(kind, clip_tokenizer, pixels, tmp_path):
+    model = spar_radio(clip_tokenizer, kind)
+    processor = make_processor(model.config, clip_tokenizer)
+    for part in (model, processor):
+        part.save_pretrained(tmp_path)
+    loaded, processor = spar_hf.load(tmp_path)
+    ids = processor(text=["A my_Dog, (sky)!"])
+    found = loaded(pixels("larger"), **ids)
+    weights = loaded.state_dict()
+    if kind == "clip":
+        assert ids["input_ids"].shape[1] < 15
+        stock = CLIPTextModelWithProjection(loaded.config.text_config).eval()
+        stock.text_model.load_state_dict(loaded.text_model.state_dict())
+        stock.text_projection.weight.copy_(weights["text_projection.weight"])
+        expected = stock(**ids).text_embeds
+        bias = 0.0
+    else:
+        words = clip_tokenizer(["a my dog sky"], padding="max_length", max_length=64, padding_side="right")
+        assert ids["input_ids"].tolist() == words["input_ids"]  # lower case, no punctuation, full length
+        stock = SiglipTextModel(loaded.config.text_config).eval()
+        stock.load_state_dict(loaded.text_model.state_dict())
+        expected = stock(**ids).pooler_output
+        bias = weights["logit_bias"]
+    torch.testing.assert_close(found.text_embeds, expected, **CLOSE)
+    cosine = torch.nn.functional.cosine_similarity(found.image_embeds, expected)[:, None]
+    torch.testing.assert_close(found.logits_per_image, weights["logit_scale"].exp() * cosine + bias, **CLOSE)
+    assert ("logit_bias" in weights) == (kind == "siglip") and ("text_projection.weight" in weights) == (
+        kind == "clip"
+    )
+
+
 @torch.no_grad()
 def test_states_maps_and_eager_attention(family, pixels):
     images = pixels("off_grid", batch=2)
@@ -352,8 +426,8 @@ def test_saved_towers_keep_the_stock_layout(family, pixels, tmp_path):
     torch.testing.assert_close(again(images).patch_embeds, family.tower(images).patch_embeds, **EXACT)
     if family.kind.stock_tower is not None:
         _, info = family.kind.stock_tower.from_pretrained(tmp_path, output_loading_info=True)
-        projection = {name for name in info["unexpected_keys"] if name.startswith("visual_projection")}
-        assert info["missing_keys"] == set() == info["unexpected_keys"] - projection
+        ours = {name for name in info["unexpected_keys"] if name.startswith(("visual_projection.", "adaptor."))}
+        assert info["missing_keys"] == set() == info["unexpected_keys"] - ours
 
 
 @torch.no_grad()
@@ -425,7 +499,7 @@ def test_what_a_family_lacks_is_refused(family, tmp_path):
         type(family.tower).from_pretrained(family.folder, size_rule="crop")
 
 
-def test_clear_refusals(family, tmp_path):
+def test_clear_refusals(family, clip_tokenizer, tmp_path):
     with pytest.raises(ValueError, match=r"position_interpolation is 'size'; DINOv3's positions are rotary"):
         SparDinov3VisionConfig(position_interpolation="size")
     with pytest.raises(ValueError, match=r"vision_use_head is False; without its attention-pooling head"):
@@ -434,9 +508,24 @@ def test_clear_refusals(family, tmp_path):
         SparDinov3Config(vision_config={"hidden_size": 48})
     with pytest.raises(ValueError, match=r"num_patches is 200; it must be the patches of a square .* 196, or None"):
         SparSiglipVisionConfig(num_patches=200)
+    with pytest.raises(ValueError, match=r"class_token is 3; there are 3 class tokens, counted from 0"):
+        SparRadioVisionConfig(**{**RADIO_VISION, "class_token": 3})
+    with pytest.raises(ValueError, match=r"adaptor_hidden_size 0; a head has two positive widths"):
+        SparRadioVisionConfig(**{**RADIO_VISION, "adaptor_hidden_size": 0})
+    with pytest.raises(ValueError, match=r"video_temporal_patch_size is 2: this is a trunk for videos"):
+        SparRadioVisionConfig(video_temporal_patch_size=2)
+    with pytest.raises(ValueError, match=r"text embedding has 24 numbers and a patch 30; .* teacher \(siglip2-g\)"):
+        SparRadioConfig(
+            text_config=radio_text(clip_tokenizer, "clip"), vision_config={**RADIO_VISION, "projection_dim": 30}
+        )
+    with pytest.raises(ValueError, match=r"text tower is of type 'bert'; it must be one of siglip_text_model, "):
+        SparRadioConfig(text_config={"model_type": "bert"}, vision_config=RADIO_VISION)
     save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
-    if family.name == "dinov3":
-        with pytest.raises(ValueError, match=r"holds a vision tower alone \(dinov3_vit\), and labels need the text"):
+    if family.kind.whole is not None:
+        with pytest.raises(
+            ValueError,
+            match=r"holds a vision tower alone \((dinov3_vit|spar_radio_vision)\), and labels need the text",
+        ):
             spar_hf.load(family.folder)
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(ValueError, match=r"type 'bert'; those that can be loaded are clip, metaclip_2, siglip"):
@@ -461,10 +550,11 @@ def test_files_that_leave_out_stock_defaults(tmp_path):
 
 @torch.no_grad()
 def test_text_side(whole):
-    """SigLIP reads 64 tokens, padded, in lower case and without a mask; to the others padding makes no difference."""
+    """SigLIP reads 64 tokens, padded, in lower case and without a mask, RADIO's SigLIP2 too; the others' padding makes
+    no difference."""
     model, processor, _ = whole
     ids = processor(text=["A Dog"])
-    if isinstance(model, SparSiglipModel):
+    if isinstance(model, SparSiglipModel | SparRadioModel):
         assert set(ids) == {"input_ids"} and ids["input_ids"].shape == (1, 64)
         assert ids["input_ids"][0, 5:].unique().tolist() == [processor.tokenizer.pad_token_id]
         return
@@ -482,7 +572,7 @@ def test_load_pipeline_window_and_evaluation(whole, tmp_path):
     model, processor, folder = whole
     loaded, loaded_processor = spar_hf.load(folder)
     assert type(loaded) is type(model)
-    for field in ("templates", "text_padding", "max_length", "lowercase"):
+    for field in ("templates", "text_padding", "max_length", "lowercase", "strip_punctuation"):
         assert getattr(loaded_processor, field) == getattr(processor, field)
     image = np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8)
     segment = pipeline("open-vocabulary-segmentation", model=str(folder))
@@ -539,7 +629,7 @@ def test_distillation(family, train, tmp_path):
         "last:2": {name for name in before if name.startswith(blocks) and name not in family.kind.still},
         "all": set(before) - set(family.kind.still),
         "positions": {name for name in before if "position_embedding" in name},
-        "patch-embed": {name for name in before if "patch_embedding" in name},
+        "patch-embed": {name for name in before if "patch_embedding" in name or "patch_projection" in name},
     }[train]
     assert changed == wanted
     assert tower.config.teacher["method"] == family.tower.config.method
@@ -583,6 +673,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(family, pixels):
         torch.testing.assert_close(checkpointed[name], gradient, atol=1e-5, rtol=1e-4, msg=name)
 
 
+@pytest.mark.parametrize("family", FEW, indirect=True)
 @torch.no_grad()
 def test_half_precision_and_compiling(family, pixels):
     images = pixels("off_grid", batch=2)
@@ -615,6 +706,7 @@ REMOTE = """
 """
 
 
+@pytest.mark.parametrize("whole", FEW, indirect=True)
 @torch.no_grad()
 def test_remote_code_runs_without_the_package(whole, pixels, tmp_path):
     model, processor, folder = whole

@@ -17,7 +17,7 @@ import pytest
 import torch
 from distillation_help import SIZES, save_network, save_pictures
 from distillation_help import run as distill
-from families import spar_dinov3, spar_siglip
+from families import spar_dinov3, spar_radio, spar_siglip
 from hub_server import hub_for
 from huggingface_hub import ModelCard, constants
 from PIL import Image
@@ -274,9 +274,12 @@ def test_published_model_loads_with_and_without_the_package(hub, trained, street
     torch.testing.assert_close(own["words"], remote["words"], atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("family", ["siglip", "dinov3"])
+@pytest.mark.parametrize("family", ["siglip", "dinov3", "radio"])
 def test_the_other_families_go_to_the_hub_and_back(family, hub, clip_tokenizer, street, tmp_path, spar):
-    model = spar_siglip(clip_tokenizer, tmp_path / "stock") if family == "siglip" else spar_dinov3(clip_tokenizer)
+    if family == "siglip":
+        model = spar_siglip(clip_tokenizer, tmp_path / "stock")
+    else:
+        model = {"dinov3": spar_dinov3, "radio": spar_radio}[family](clip_tokenizer)
     processor = make_processor(model.config, clip_tokenizer)
     processor.image_processor.size = {"shortest_edge": 72}
     for part in (model, processor):

@@ -17,11 +17,16 @@ REPLACED = ("--methods", "--json-dir", "--network", "--region-masks", "--json", 
 SCORES = ("mean_iou", "boundary_iou")
 
 
-def chosen(text: str) -> list[str]:
-    """The methods that `--methods` names: all, or some split by commas."""
+def chosen(text: str, model: str) -> list[str]:
+    """The methods that `--methods` names: all that are for the model's family, or some split by commas."""
+    from spar_hf.build import methods_for
+    from spar_hf.checkpoints import class_of, folder_of
+    from spar_hf.families import FAMILIES, WHOLE
     from spar_hf.methods.table import METHODS
 
-    names = list(METHODS) if text == "all" else [name.strip() for name in text.split(",") if name.strip()]
+    if text == "all":
+        return methods_for(dict(FAMILIES)[class_of(folder_of(model, {}), WHOLE)])
+    names = [name.strip() for name in text.split(",") if name.strip()]
     return [check_one_of("method", name, METHODS) for name in dict.fromkeys(names)]
 
 
@@ -34,7 +39,7 @@ def run_methods(args: argparse.Namespace) -> int:
     for option in ("method", "json", "state"):
         if getattr(args, option) is not None:
             raise ValueError(f"--{option} is for one method; leave it out, or leave --methods out")
-    names = chosen(args.methods)
+    names = chosen(args.methods, args.model)
     args.json_dir.mkdir(parents=True, exist_ok=True)
     results = {name: result_of(name, args) for name in names}
     lines = table(results)
@@ -87,10 +92,10 @@ def command_for(name: str, args: argparse.Namespace) -> list[str]:
             continue
         kept.append(word)
     refined = [network for row in find_refinements(args.refine).values() for network in row.networks]
-    needs = [*METHODS[name].needs, *refined]
-    networks = [f"{network}={where}" for network, where in args.network if network in needs]
+    taken = [*METHODS[name].networks, *refined]
+    networks = [f"{network}={where}" for network, where in args.network if network in taken]
     kept += ["--method", name, *(word for network in networks for word in ("--network", network))]
-    if args.masks_of_regions is not None and "regions" in needs:
+    if args.masks_of_regions is not None and "regions" in taken:
         kept += ["--region-masks", str(args.masks_of_regions)]
     folder = args.json_dir
     return [*kept, "--json", str(folder / f"{name}.json"), "--state", str(folder / f"{name}.safetensors")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from .output import check_outputs, table
 
@@ -22,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from spar_hf.files import write_json
-    from spar_hf.methods.table import BENCHMARKS, METHODS
+    from spar_hf.methods.table import BENCHMARKS, FAMILIES, METHODS
     from spar_hf.refinement import REFINEMENTS
     from spar_hf.refinement.table import STAGES
 
@@ -30,22 +31,26 @@ def run(args: argparse.Namespace) -> None:
     if args.markdown is not None:
         renew(args.markdown, "methods", markdown())
     short = {"coco_object": "object", "coco_stuff": "stuff"}
-    rows: list[tuple[str, ...]] = [("method", "branch", "gives", "window", "stride", "needs", "paper")]
+    rows: list[tuple[str, ...]] = [("method", "for", "branch", "gives", "window", "stride", "needs", "paper")]
     numbers: list[tuple[str, ...]] = [("method", *(short.get(name, name) for name in BENCHMARKS))]
     for name, method in METHODS.items():
-        needs = ", ".join(f"{name}={default}" for name, default in method.needs.items()) or "-"
+        needs = ", ".join(further(method, "=")) or "-"
         window = "native" if method.window_px is None else str(method.window_px)
         paper = f"{method.title}; {method.paper}"
-        rows.append((name, method.branch, method.kind, window, str(method.stride_px), needs, paper))
+        rows.append(
+            (name, FAMILIES[method.family], method.branch, method.kind, window, str(method.stride_px), needs, paper)
+        )
         reported = (f"{method.reported[key]:.1f}" if key in method.reported else "-" for key in BENCHMARKS)
         numbers.append((name, *reported))
-    print(table(rows, "<<<>><<"))
+    print(table(rows, "<<<<>><<"))
     print("\nReported mean IoU in %, CLIP ViT-B/16, each under its authors' own protocol:\n")
     print(table(numbers, "<" + ">" * len(BENCHMARKS)))
-    print("\nbranch: clip alone, a vision foundation model beside it (vfm), or a generative one.")
+    print("\nfor: the family whose blocks it is about; --model takes one of that family.")
+    print("branch: clip alone, a vision foundation model beside it (vfm), or a generative one.")
     print("gives: feature, one text-aligned vector per patch; or label, score maps. Both can be teachers.")
-    print("window, stride: the authors', in pixels, for a native side of 224; other networks scale them.")
-    print("needs: further networks; --network NAME=ID takes another one. Regions may also come from superpixels,")
+    print("window, stride: the authors', in pixels, for a native side of 224 (RADIO: 512); other networks scale them.")
+    print("needs: further networks; --network NAME=ID takes another one. In brackets: the authors' choice where")
+    print("the model itself does as well; it is used only where it is given. Regions may also come from superpixels,")
     print("--network regions=slic, or from masks of one's own: --masks FOLDER (spar evaluate: --region-masks).")
     print("\nRefinements, which go with any method: --refine NAME, several if need be; they run in this order.\n")
     refinements = [("refinement", "changes", "needs", "paper")]
@@ -61,21 +66,36 @@ def run(args: argparse.Namespace) -> None:
         write_json(args.json, {"methods": methods, "refinements": options})
 
 
+def further(method: Any, between: str) -> list[str]:
+    """A method's further networks and its authors' ids; in brackets what the model itself can stand in for."""
+    needed = [f"{name}{between}{default}" for name, default in method.needs.items()]
+    return [*needed, *(f"[{name}{between}{default}]" for name, default in method.takes.items())]
+
+
 def markdown() -> str:
     """The table of feature methods for the documentation."""
     from spar_hf.evaluation.evaluate import markdown_table
-    from spar_hf.methods.table import BENCHMARKS, METHODS
+    from spar_hf.methods.table import BENCHMARKS, FAMILIES, METHODS
 
     rows, numbers = [], []
     for name, method in METHODS.items():
         where = "row" if method.recipe is not None else f"[file](../src/spar_hf/methods/{name}.py)"
         window = f"{method.window_px or 'native'} / {method.stride_px}"
-        needs = ", ".join(f"{what}: {default}" for what, default in method.needs.items()) or "nothing else"
-        facts = [f"`{name}`", method.title, method.paper, where, needs, f"`{method.position_interpolation}`", window]
+        needs = ", ".join(further(method, ": ")) or "nothing else"
+        facts = [
+            f"`{name}`",
+            method.title,
+            method.paper,
+            FAMILIES[method.family],
+            where,
+            needs,
+            f"`{method.position_interpolation}`",
+            window,
+        ]
         rows.append(facts)
         reported = [f"{method.reported[key]:.1f}" if key in method.reported else "" for key in BENCHMARKS]
         numbers.append([f"`{name}`", *reported, method.note])
-    heads = ["method", "name", "paper", "row or file", "needs", "positions", "window / stride (px)"]
+    heads = ["method", "name", "paper", "for", "row or file", "needs", "positions", "window / stride (px)"]
     return "\n".join(
         [
             *markdown_table(heads, rows),

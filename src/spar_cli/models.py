@@ -63,6 +63,14 @@ ROWS = (
         TIMM,
         {"design": "pe_core", "image_mean": [0.5] * 3, "image_std": [0.5] * 3},
     ),
+    Row(
+        "C-RADIOv3, v4",
+        "SparRadioModel",
+        "512 (preferred)",
+        "converts",
+        f"{STOCK}, NVIDIA's code; the stock class has no head",
+        {"projection_dim": 1536, "adaptor_hidden_size": 2560},
+    ),
 )
 CODE = ("class", "text tower", "methods", "sides", "positions")  # columns of names, in Markdown
 MEANS = {0.5: "0.5 / 0.5", 0.0: "none", 0.48145466: "CLIP's", 0.485: "ImageNet's"}
@@ -86,14 +94,17 @@ def run(args: argparse.Namespace) -> None:
         cells = [[in_markdown(*cell) for cell in row.items()] for row in rows]
         renew(args.markdown, "models", "\n".join(markdown_table(heads, cells)))
     print(table([tuple(heads), *(tuple(row.values()) for row in rows)], "<" * len(heads)))
-    print("\nmethods: for CLIP's vision tower a row of `spar methods`; the others have one way each.")
+    print("\nmethods: ways to dense features; those of CLIP are its rows of `spar methods`.")
     print("sides: what happens to a side that is no multiple of the patch. positions: how the table is resized.")
     if args.json is not None:
         write_json(args.json, {"models": rows})
 
 
 def in_markdown(column: str, cell: str) -> str:
-    return f"`{cell}`" if column in CODE and " " not in cell else cell
+    """Names as code; a part of several words is no name."""
+    if column not in CODE:
+        return cell
+    return ", ".join(part if " " in part else f"`{part}`" for part in cell.split(", "))
 
 
 def facts(row: Row) -> dict[str, str]:
@@ -101,20 +112,21 @@ def facts(row: Row) -> dict[str, str]:
     import torch
 
     import spar_hf
-    from spar_hf.methods.table import METHODS
+    from spar_hf.build import methods_for
 
     model_class = getattr(spar_hf, row.model)
     config = model_class.config_class(vision_config=row.vision)
     with torch.device("meta"):  # takes no memory
         model = model_class(config)
     vision = config.vision_config
+    methods = methods_for(type(model.vision_model))
     positions = [vision.position_interpolation or "", "rotary" if hasattr(vision, "rope_theta") else ""]
     return {
         "family": row.name,
         "class": row.model,
         "text tower": type(model.text_model).__name__,
         "native px": row.native,
-        "methods": "all of spar methods" if vision.method in METHODS else vision.method,
+        "methods": "CLIP's of spar methods" if vision.method in methods else ", ".join([vision.method, *methods]),
         "sides": vision.size_rule,
         "positions": ", ".join(filter(None, positions)),
         "mean / std": MEANS[vision.image_mean[0]],

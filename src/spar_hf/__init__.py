@@ -29,6 +29,7 @@ from .metaclip_spar import SparMetaclipConfig, SparMetaclipModel
 from .methods.table import METHODS, Method
 from .pipeline_spar import OpenVocabularySegmentationPipeline, register_pipeline
 from .processing_spar import LabelFeatures, Labels, SparProcessor
+from .radio_spar import SparRadioConfig, SparRadioModel, SparRadioVisionConfig, SparRadioVisionModel
 from .refinement import REFINEMENTS, Refined, Refinement, floss_templates
 from .segmentation_spar import FromFeatures, ScoreMaps, Segmenter, label_map
 from .segmenters import SlidingScores
@@ -72,6 +73,10 @@ __all__ = [
     "SparModel",
     "SparOutput",
     "SparProcessor",
+    "SparRadioConfig",
+    "SparRadioModel",
+    "SparRadioVisionConfig",
+    "SparRadioVisionModel",
     "SparSiglipConfig",
     "SparSiglipModel",
     "SparSiglipVisionConfig",

@@ -18,10 +18,11 @@ from .encoder_spar import DenseVisionModel
 from .encoders.base import DenseEncoder
 from .encoders.sliding_window import SlidingWindow
 from .encoders.upsampled import FromUpsampled, Upsampled
-from .methods.table import Method, find_method
+from .methods.table import FAMILIES, METHODS, Method, find_method
 from .names_spar import unknown
 from .networks.masks import SamSettings, region_network, region_source
 from .networks.sam import Sam
+from .radio_spar import SparRadioVisionModel
 from .refinement import Refined, find_refinements
 from .refinement.views import ViewEnsemble
 from .segmentation_spar import FromFeatures, Segmenter
@@ -31,6 +32,8 @@ from .upsampling_spar import Upsampler
 
 WINDOWS = ("native", "paper")
 Networks = Mapping[str, Any]  # a module, an id or a folder; for `regions` also a source of them
+# The tower that a method of each family takes.
+METHOD_TOWERS: dict[str, type] = {"clip": SparVisionModel, "radio": SparRadioVisionModel}
 # What a refinement's network is taken for, by the name it has in the row.
 ADAPTERS: dict[str, Any] = {"sam": Sam.of, "regions": region_network}
 _SAM_NUMBERS = {field.name for field in fields(SamSettings)}
@@ -75,7 +78,7 @@ def build_encoder(
 
     Raises:
         ValueError: no such method, network or setting, a method that gives no features, or a tower of another family
-            than CLIP.
+            than the method's.
     """
     row = _row_for(vision, method, networks)
     if row is not None and row.kind == "label":
@@ -175,7 +178,7 @@ def build_segmenter(
     )
     if isinstance(encoder, Upsampled):
         for name, refinement in refinements.items():
-            if refinement.stage in ("scores", "templates"):
+            if refinement.stage in ("texts", "scores", "templates"):
                 raise ValueError(
                     f"refinement {name!r} acts on the scores of patches, and an upsampler makes others; leave one out."
                 )
@@ -194,7 +197,7 @@ def _shared(
     for network in further.values():
         if isinstance(network, nn.Module):
             network.to(vision.device, vision.dtype)
-    own = find_method(method).needs if method is not None else {}
+    own = find_method(method).networks if method is not None else {}
     kept = {name: network for name, network in networks.items() if name not in wanted}
     networks = {**kept, **{name: network for name, network in further.items() if name in own}}
     for row in refinements.values():
@@ -245,7 +248,7 @@ def record(
     of_refinements = {name: id for row in find_refinements(refine).values() for name, id in row.networks.items()}
     needs = {**({} if row is None else row.needs), **of_refinements}
     chosen: dict[str, Any] = {"networks": {}, "settings": {}}
-    if needs:
+    if needs or networks:
         chosen["networks"] = {
             name: type(given).__name__ if isinstance(given, nn.Module) else str(given)
             for name, given in {**needs, **(networks or {})}.items()
@@ -262,6 +265,11 @@ def record(
     return json.loads(json.dumps(chosen))  # tuples become lists, as they come back from a file
 
 
+def methods_for(tower: type) -> list[str]:
+    """The rows of `METHODS` that are for a class of vision towers."""
+    return [name for name, row in METHODS.items() if issubclass(tower, METHOD_TOWERS[row.family])]
+
+
 def _row_for(vision: Any, method: str | None, networks: Networks | None) -> Method | None:
     """The method's row, if its networks and the tower are such as it takes."""
     if method is None:
@@ -272,14 +280,14 @@ def _row_for(vision: Any, method: str | None, networks: Networks | None) -> Meth
         return None
     row = find_method(method)
     for name in networks or ():
-        if not row.needs:
+        if not row.networks:
             raise ValueError(f"method {method!r} takes no further network; leave {name!r} out.")
-        if name not in row.needs:
-            raise ValueError(f"method {method!r}: " + unknown("network", name, row.needs))
-    if not isinstance(vision, SparVisionModel):
+        if name not in row.networks:
+            raise ValueError(f"method {method!r}: " + unknown("network", name, row.networks))
+    if not isinstance(vision, METHOD_TOWERS[row.family]):
         raise ValueError(
-            f"method {method!r} is about CLIP's blocks, and this network is a {type(vision).__name__}. Leave the "
-            "method out."
+            f"method {method!r} is about {FAMILIES[row.family]}'s blocks, and this network is a "
+            f"{type(vision).__name__}. Leave the method out."
         )
     return row
 
@@ -303,8 +311,8 @@ def _tower(vision: Any, row: Method | None, settings: Mapping[str, Any] | None, 
 def _parts(row: Method, networks: Networks | None, settings: Mapping[str, Any] | None) -> dict[str, Any]:
     """What the class in a method's file takes beside the tower."""
     own = _with(row.module.Settings(), settings or {}, f"method {row.name!r}")
-    needs = {"networks": {**row.needs, **(networks or {})}} if row.needs else {}
-    return {"settings": own, "method": row.name, **needs}
+    further = {"networks": {**row.needs, **(networks or {})}} if row.networks else {}
+    return {"settings": own, "method": row.name, **further}
 
 
 def _split_settings(

@@ -7,7 +7,7 @@ import math
 import re
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -156,8 +156,13 @@ def shapes_of(path: Path) -> dict[str, tuple[int, ...]]:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 
-def load_pickle(path: Path, device: str = "cpu") -> Any:
+def load_pickle(path: Path, device: str = "cpu", plain: Mapping[str, type] | None = None) -> Any:
     """What `torch.save` wrote, if that is plain data and tensors; nothing in the file runs.
+
+    Args:
+        path: the file.
+        device: where the tensors go.
+        plain: names of classes that are plain data too -> what is made of each: setting its fields runs nothing.
 
     Raises:
         CheckpointError: it holds more than that, or is damaged.
@@ -172,7 +177,8 @@ def load_pickle(path: Path, device: str = "cpu") -> Any:
             )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the pickle's version
-            return torch.load(path, map_location=device, weights_only=True)
+            with torch.serialization.safe_globals([(kind, name) for name, kind in (plain or {}).items()]):
+                return torch.load(path, map_location=device, weights_only=True)
     except (CheckpointError, MemoryError):
         raise
     except Exception as error:  # zipfile's, pickle's and torch's many

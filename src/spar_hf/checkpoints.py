@@ -69,7 +69,12 @@ def class_of(folder: Path, table: dict[str, Any]) -> Any:
     Raises:
         ValueError: no class there loads it; the message lists what can be loaded.
     """
-    model_type = str(read_config(folder).get("model_type"))
+    config = read_config(folder)
+    model_type = str(config.get("model_type"))
+    if config.get("architectures") == ["RADIOModel"]:  # whose configuration is NVIDIA's code's
+        raise ValueError(
+            f"{folder} is a folder of NVIDIA's own; spar convert {folder} --backbone radio makes one that loads."
+        )
     if model_type in table:
         return table[model_type]
     if model_type in TOWERS:

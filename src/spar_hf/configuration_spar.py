@@ -19,7 +19,7 @@ class DenseVisionConfig(PreTrainedConfig):
     Args:
         method: how patch features leave the last block: for CLIP a row of the table of methods, for another family
             its one name.
-        position_interpolation: `size`, `offset`, `antialias`, `bilinear` or `bilinear_antialias`; see
+        position_interpolation: `size`, `offset`, `antialias`, `bilinear`, `bilinear_antialias` or `square`; see
             `resize_positions`. None is the family's or method's own rule.
         size_rule: `floor`, `pad` or `stretch`, for sides that are no multiple of the patch; see `fit_to_patches`.
         attention_reach: `image`, over the whole image (the stock model); or `window`, as far as the native windows
@@ -134,7 +134,11 @@ class DenseConfig(PreTrainedConfig):
 
     vision_class: ClassVar[type[DenseVisionConfig]]
     stock_types: ClassVar[tuple[str, ...]] = ()  # model types of the family's whole models in transformers
-    text_inputs: ClassVar[dict[str, Any]] = {}  # how the text tower wants its tokens; arguments of `SparProcessor`
+
+    @property
+    def text_inputs(self) -> dict[str, Any]:
+        """How the text tower wants its tokens; arguments of `SparProcessor`."""
+        return {}
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):

@@ -11,6 +11,7 @@ from .eva_spar import SparEvaModel, SparEvaVisionModel
 from .image_processing_spar import SparImageProcessor
 from .metaclip_spar import SparMetaclipModel
 from .processing_spar import SparProcessor
+from .radio_spar import SparRadioModel, SparRadioVisionModel
 from .siglip_spar import SparSiglipModel, SparSiglipVisionModel
 from .tips_spar import SparTipsModel, SparTipsVisionModel
 
@@ -22,6 +23,7 @@ FAMILIES: tuple[tuple[Any, Any], ...] = (
     (SparMetaclipModel, SparVisionModel),
     (SparTipsModel, SparTipsVisionModel),
     (SparEvaModel, SparEvaVisionModel),
+    (SparRadioModel, SparRadioVisionModel),
 )
 WHOLE = {
     model_type: whole

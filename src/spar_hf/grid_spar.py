@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-POSITION_RULES = ("size", "offset", "antialias", "bilinear", "bilinear_antialias")
+POSITION_RULES = ("size", "offset", "antialias", "bilinear", "bilinear_antialias", "square")
 SIZE_RULES = ("floor", "pad", "stretch")
 
 
@@ -60,7 +60,8 @@ def resize_positions(table: torch.Tensor, grid_hw: tuple[int, int], rule: str) -
         rule: `size`: bicubic to the grid (transformers' rule). `offset`: bicubic with the scale (rows + 0.1) / n
             of the old DINO code, which most training-free methods and SPAR's CLIP were run with. `antialias`:
             `size` with an antialiasing filter (GEM). `bilinear`: CLIP Surgery, CLIPer. `bilinear_antialias`: the same
-            with the filter (TIPSv2, SigLIP2 NaFlex).
+            with the filter (TIPSv2, SigLIP2 NaFlex). `square`: bilinear to the square of the longer side, of which
+            the top left rows and columns are taken (RADIO).
 
     Returns:
         (rows * columns, C) in the table's dtype; the table itself on its native grid.
@@ -80,10 +81,11 @@ def resize_positions(table: torch.Tensor, grid_hw: tuple[int, int], rule: str) -
             image, points[None], mode="bicubic", padding_mode="border", align_corners=False
         )
     else:
-        mode = "bilinear" if rule.startswith("bilinear") else "bicubic"
+        size = (max(grid_hw),) * 2 if rule == "square" else grid_hw
+        mode = "bicubic" if rule in ("size", "antialias") else "bilinear"
         image = nn.functional.interpolate(
-            image, size=(rows, columns), mode=mode, align_corners=False, antialias=rule.endswith("antialias")
-        )
+            image, size=size, mode=mode, align_corners=False, antialias=rule.endswith("antialias")
+        )[..., :rows, :columns]
     return image.flatten(2).squeeze(0).T.to(table.dtype)  # (1, C, h, w) -> (h * w, C)
 
 

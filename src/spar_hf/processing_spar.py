@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ __all__ = ["LabelFeatures", "Labels", "SparProcessor"]
 
 logger = logging.get_logger(__name__)
 
+NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 QUIET_BATCHES = 8  # encoding that takes more batches than this shows a progress bar
 
 
@@ -51,6 +53,8 @@ class SparProcessor(ProcessorMixin):
             (SigLIP), which reads the padding too: right of the words, and without a mask.
         max_length: Tokens the text tower reads; None is the tokenizer's own limit.
         lowercase: Lower the text's case first (SigLIP2; CLIP's tokenizer does so itself).
+        strip_punctuation: Take ASCII punctuation out first, underscores as spaces, each run of spaces as one
+            (big_vision's canonical text; RADIO's SigLIP2 heads).
     """
 
     def __init__(
@@ -61,6 +65,7 @@ class SparProcessor(ProcessorMixin):
         text_padding: str = "longest",
         max_length: int | None = None,
         lowercase: bool = False,
+        strip_punctuation: bool = False,
     ) -> None:
         if text_padding not in ("longest", "max_length"):
             raise ValueError(f"text_padding is {text_padding!r}; allowed are 'longest' and 'max_length'.")
@@ -69,6 +74,7 @@ class SparProcessor(ProcessorMixin):
         self.text_padding = text_padding
         self.max_length = max_length
         self.lowercase = lowercase
+        self.strip_punctuation = strip_punctuation
 
     def __call__(
         self, images: Any = None, text: str | Sequence[str] | None = None, return_tensors: str = "pt", **kwargs: Any
@@ -194,7 +200,13 @@ class SparProcessor(ProcessorMixin):
         }
         if self.text_padding == "max_length":
             defaults |= {"return_attention_mask": False, "padding_side": "right"}
-        return self.tokenizer([t.lower() for t in texts] if self.lowercase else texts, **{**defaults, **kwargs})
+        return self.tokenizer([self._written(text) for text in texts], **{**defaults, **kwargs})
+
+    def _written(self, text: str) -> str:
+        """A text as the text tower learned to read it."""
+        if self.strip_punctuation:
+            text = " ".join(text.replace("_", " ").translate(NO_PUNCTUATION).split())
+        return text.lower() if self.lowercase else text
 
     def _token_limit(self) -> int:
         # transformers writes 1e30 where a tokenizer has no limit.
@@ -203,7 +215,8 @@ class SparProcessor(ProcessorMixin):
     def _warn_of_cut_labels(self, names: Sequence[str], templates: Sequence[str], limit: int) -> None:
         """Says which prompts are longer than the text tower reads, and what of them is lost."""
         room = limit - self.tokenizer.num_special_tokens_to_add()
-        prompts = [fill_template(template, name) for template, name in zip(templates, names, strict=True)]
+        filled = (fill_template(template, name) for template, name in zip(templates, names, strict=True))
+        prompts = [self._written(prompt) for prompt in filled]
         ids = self.tokenizer(prompts, add_special_tokens=False, verbose=False)["input_ids"]
         too_long = [index for index, tokens in enumerate(ids) if len(tokens) > room]
         for index in too_long[:3]:

@@ -22,6 +22,8 @@ MAX_LABELS = 10_000
 # No text tower reads more than some hundred characters; a longer name is a mistake, and slow to cut into tokens.
 MAX_CHARACTERS = 2_000
 
+FIELDS = ("name", "names", "templates", "definition")  # of a class in a file of labels
+
 # What pictures mostly show. Names that compete with a single class, which has nothing else to lose against.
 EVERYDAY_WORDS = (
     "person", "animal", "building", "tree", "grass", "plant", "flower", "sky", "cloud", "water", "road", "pavement",
@@ -125,6 +127,8 @@ class Labels:
         class_templates: Prompt templates of each class, None where it has the common ones; empty where all have.
         negatives: Names that compete with the classes and are never reported: what they win has no class.
         background: The id of the class that is the background, if there is one.
+        definitions: A text about each class, None where there is none; empty where no class has one. Only what asks
+            for them reads them.
     """
 
     classes: tuple[tuple[str, ...], ...]
@@ -132,6 +136,7 @@ class Labels:
     class_templates: tuple[tuple[str, ...] | None, ...] = ()
     negatives: tuple[str, ...] = ()
     background: int | None = None
+    definitions: tuple[str | None, ...] = ()
 
     @classmethod
     def parse(cls, labels: Any, max_labels: int = MAX_LABELS) -> Labels:
@@ -141,8 +146,8 @@ class Labels:
             labels: `"road; car, automobile; sky"` (classes split by `;`, synonyms by `,`),
                 `["road", "car, automobile"]` (one string a class), `[["road"], ["car", "automobile"]]` (names taken as
                 they are, so that a name may hold a comma), `{"car": ["a red car", "automobile"]}` (what a class is
-                called, and its names), or a list that holds mappings with `name` and, as wanted, `names` and
-                `templates`.
+                called, and its names), or a list that holds mappings with `name` and, as wanted, `names`,
+                `templates` and `definition`.
             max_labels: Most names that are accepted.
 
         Raises:
@@ -172,7 +177,7 @@ class Labels:
                 )
         if not entries:
             raise ValueError("there are no labels; at least one is needed. Pass some, such as 'road; car; sky'.")
-        classes = tuple(names for _, names, _ in entries)
+        classes = tuple(names for _, names, _, _ in entries)
         _check_unique(classes)
         if len(classes) == 1 and num_names > 1 and entries[0][0] is None:
             # Commas between classes are the likely slip, and its result (one class everywhere) looks like a bug.
@@ -181,23 +186,26 @@ class Labels:
                 num_names,
                 ", ".join(classes[0][:4]) + (", ..." if num_names > 4 else ""),
             )
-        titles = tuple(names[0] if title is None else title for title, names, _ in entries)
+        titles = tuple(names[0] if title is None else title for title, names, _, _ in entries)
         if len(set(titles)) < len(titles):
             twice = next(title for title in titles if titles.count(title) > 1)
             raise ValueError(f"two classes are called {shown(twice)}; give each a name of its own.")
-        templates = tuple(own for _, _, own in entries)
+        templates = tuple(own for _, _, own, _ in entries)
+        definitions = tuple(text for _, _, _, text in entries)
         return cls(
             classes,
-            titles if any(title is not None for title, _, _ in entries) else (),
+            titles if any(entry[0] is not None for entry in entries) else (),
             templates if any(own is not None for own in templates) else (),
+            definitions=definitions if any(text is not None for text in definitions) else (),
         )
 
     @classmethod
     def read(cls, path: str | Path, max_labels: int = MAX_LABELS) -> Labels:
         """A vocabulary from a file, UTF-8.
 
-        `.json` holds a form of `parse`. `.csv` has a header with `name` and, as wanted, `names` (split by `,`) and
-        `templates` (split by `;`). Any other file has a class a line, synonyms split by `,`, `#` begins a comment.
+        `.json` holds a form of `parse`. `.csv` has a header with `name` and, as wanted, `names` (split by `,`),
+        `templates` (split by `;`) and `definition`. Any other file has a class a line, synonyms split by `,`, `#`
+        begins a comment.
 
         Raises:
             ValueError: The file is no such thing; the message names it.
@@ -254,25 +262,34 @@ class Labels:
         return [common if index < 0 else own[index] or common for index in self.class_ids]
 
 
-def _parse_class(entry: Any, number: int) -> tuple[str | None, tuple[str, ...], tuple[str, ...] | None]:
-    """What a class is called (None: as its first name), its names, its templates; `number` from 1, for messages."""
-    title = templates = None
+def _parse_class(entry: Any, number: int) -> tuple[str | None, tuple[str, ...], tuple[str, ...] | None, str | None]:
+    """What a class is called (None: as its first name), its names, templates and definition.
+
+    Args:
+        entry: a form of `Labels.parse`.
+        number: of the class from 1, for messages.
+    """
+    title = templates = definition = None
     if isinstance(entry, Mapping):
         for key in entry:
-            if key not in ("name", "names", "templates"):
-                raise ValueError(f"label {number}: " + unknown("field", key, ("name", "names", "templates")))
+            if key not in FIELDS:
+                raise ValueError(f"label {number}: " + unknown("field", key, FIELDS))
         if not isinstance(entry.get("name"), str):
             raise ValueError(f"label {number} has no name; give {{'name': 'car', 'names': ['car', 'automobile']}}.")
         title = _clean(entry["name"], f"label {number}")
         if entry.get("templates"):
             templates = check_templates(entry["templates"])
+        if entry.get("definition"):
+            if not isinstance(entry["definition"], str):
+                raise ValueError(f"label {number}'s definition is {shown(entry['definition'])}; give one text.")
+            definition = _clean(entry["definition"], f"label {number}'s definition")
         entry = [title] if entry.get("names") in (None, "", [], ()) else entry["names"]
     names = entry.split(",") if isinstance(entry, str) else entry
     if not isinstance(names, Sequence) or isinstance(names, bytes) or not all(isinstance(n, str) for n in names):
         raise ValueError(f"label {number} is {shown(entry)}; allowed are a string, a list of strings or a mapping.")
     if not names or not all(name.strip() for name in names):
         raise ValueError(f"label {number} is empty in {shown(entry)}; every label needs a name. Remove it or name it.")
-    return title, tuple(_clean(name, f"label {number}") for name in names), templates
+    return title, tuple(_clean(name, f"label {number}") for name in names), templates, definition
 
 
 def _clean(name: str, what: str) -> str:

@@ -105,8 +105,6 @@ class SparSiglipConfig(DenseConfig, SiglipConfig):
     model_type = "spar_siglip"
     stock_types = ("siglip", "siglip2")
     vision_class = SparSiglipVisionConfig
-    # Trained on lower-case texts at full length, padding read along with the words.
-    text_inputs = {"text_padding": "max_length", "max_length": 64, "lowercase": True}
     sub_configs_defaults = {
         "vision_config": SubConfigSpec(config_class=SparSiglipVisionConfig),
         "text_config": SubConfigSpec(config_class=SiglipTextConfig),
@@ -114,6 +112,11 @@ class SparSiglipConfig(DenseConfig, SiglipConfig):
 
     text_config: dict | SiglipTextConfig | None = None
     vision_config: dict | SparSiglipVisionConfig | None = None
+
+    @property
+    def text_inputs(self) -> dict[str, Any]:
+        """Trained on lower-case texts at full length, padding read along with the words."""
+        return {"text_padding": "max_length", "max_length": 64, "lowercase": True}
 
     @classmethod
     def from_stock(cls, config_dict: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import Tipsv2Config, Tipsv2Model, Tipsv2TextConfig, Tipsv2VisionConfig, Tipsv2VisionModel
@@ -53,8 +55,6 @@ class SparTipsConfig(DenseConfig, Tipsv2Config):
     model_type = "spar_tips"
     stock_types = ("tipsv2",)
     vision_class = SparTipsVisionConfig
-    # The tower averages over the words by their mask, so padding changes nothing.
-    text_inputs = {"max_length": 64, "lowercase": True}
     sub_configs_defaults = {
         "vision_config": SubConfigSpec(config_class=SparTipsVisionConfig),
         "text_config": SubConfigSpec(config_class=Tipsv2TextConfig),
@@ -62,6 +62,11 @@ class SparTipsConfig(DenseConfig, Tipsv2Config):
 
     text_config: dict | Tipsv2TextConfig | None = None
     vision_config: dict | SparTipsVisionConfig | None = None
+
+    @property
+    def text_inputs(self) -> dict[str, Any]:
+        """The tower averages over the words by their mask, so padding changes nothing."""
+        return {"max_length": 64, "lowercase": True}
 
 
 class SparTipsEmbeddings(Tipsv2VisionEmbeddings):  # differs from TIPSv2 only in how positions are resized

@@ -21,11 +21,14 @@ from ..files import whole_folder
 from ..image_processing_spar import SparImageProcessor
 from ..pretrained import open_model, open_tokenizer
 from .layouts import LAYOUTS, Asked, Layout
+from .radio import RadioReference, prepare_radio, radio_layout
 from .reference import REFERENCES, Reference
 from .source import Source, read_source
 
 TOLERANCE = 1e-4  # of the features' root mean square
 CLIP_BPE = "bpe_simple_vocab_16e6.txt.gz"
+# How each kind of source is recognised, and its own forward pass.
+SOURCES = {name: (LAYOUTS[name], REFERENCES[name]) for name in LAYOUTS} | {"radio": (radio_layout, RadioReference)}
 # Where a family's tokenizer is published; SigLIP and SigLIP2 by the size of the vocabulary.
 TOKENIZERS = {
     49408: "openai/clip-vit-base-patch16",
@@ -88,18 +91,20 @@ def convert(
     image_mean: Sequence[float] | None = None,
     image_std: Sequence[float] | None = None,
     allow: Sequence[str] = (),
+    text: str | None = None,
 ) -> Converted:
     """Writes OUTPUT, a folder for `from_pretrained` and `spar_hf.load`, and checks it.
 
     Args:
         paths: the source's files; see `read_source`.
-        backbone: `clip`, `metaclip2`, `siglip2` (SigLIP too), `eva` (EVA-02-CLIP, PE-Core) or `dinov3`.
+        backbone: `clip`, `metaclip2`, `siglip2` (SigLIP too), `eva` (EVA-02-CLIP, PE-Core), `dinov3` or `radio`.
         output: a folder that is not there yet or is empty.
         asked: what the weights' shapes cannot tell.
         tokenizer: folder, Hub id, or CLIP's `bpe_simple_vocab_16e6.txt.gz`; None is the family's on the Hub.
         image_mean, image_std: normalisation, RGB; None is the source's own where a file beside it says so, else the
             family's.
         allow: patterns of weights that may be unused, or missing where they are single numbers.
+        text: folder or Hub id of the checkpoint with the text tower (RADIO); None is where it is published.
 
     Raises:
         ValueError: the source cannot be read safely or is not what `backbone` says, something cannot be seen in its
@@ -107,8 +112,15 @@ def convert(
         OSError: the tokenizer cannot be read.
     """
     output = new_folder(output)
+    asked = asked or Asked()
     source = read_source([Path(path) for path in paths])
-    layout = LAYOUTS[backbone](source, asked or Asked())
+    if backbone == "radio":
+        source, text = prepare_radio(source, asked, text)
+        tokenizer = tokenizer or text
+    elif text or asked.adaptor:
+        raise ValueError(f"--text and --adaptor are RADIO's; with --backbone {backbone} leave them out.")
+    recognise, reference = SOURCES[backbone]
+    layout = recognise(source, asked)
     weights, used, left_out, allowed = rename_weights(source, layout, allow)
     words = load_tokenizer(tokenizer, layout.text["vocab_size"]) if layout.text else None
     model = build_model(source, layout, words, image_mean, image_std)
@@ -118,7 +130,7 @@ def convert(
         model.save_pretrained(draft)
         save_processor(model, words, draft)
         again = open_model(layout.model_class, draft)
-        comparisons = compare(again, REFERENCES[backbone](source.weights, layout.vision, layout.text), layout)
+        comparisons = compare(again, reference(source.weights, layout.vision, layout.text), layout)
         return Converted(
             source.name, source.digest, layout.name, used, left_out, allowed, layout.vision, layout.text, comparisons
         )

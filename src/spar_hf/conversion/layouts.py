@@ -76,6 +76,7 @@ class Asked:
     text_activation: str | None = None
     heads: int | None = None
     text_heads: int | None = None
+    adaptor: str | None = None  # RADIO: whose head
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from ..build import build_encoder, build_segmenter, window_of
 from ..checkpoints import SHIPPED, load
 from ..encoders.base import EncoderWrapper
 from ..encoders.sliding_window import SlidingWindow, window_starts
-from ..methods.table import METHODS
+from ..methods.table import FAMILIES, METHODS
 from ..names_spar import unknown
 from ..prompts_spar import Labels
 from ..refinement.table import REFINEMENTS
@@ -153,9 +153,10 @@ class Models:
                 except Exception as error:
                     logger.warning("%s cannot be built on %s: %s", key, opened.name, error)
                     asked = " with ".join([*([METHODS[method].title] if method else []), *refine])
+                    family = FAMILIES[METHODS[method].family if method else "clip"]
                     needs = " and needs a second network, which must load" if networks else ""
                     raise DemoError(
-                        f"{asked} does not run on {opened.name}: it is for CLIP models{needs}. "
+                        f"{asked} does not run on {opened.name}: it is for {family} models{needs}. "
                         f"Choose {'other refinements' if refine else 'another method'}."
                     ) from error
                 if len(opened.built) > KEPT_BUILDS:
@@ -170,9 +171,9 @@ class Models:
 
     def networks_of(self, method: str | None, refine: tuple[str, ...] = ()) -> dict[str, str]:
         """The second networks of a method and of refinements, by name."""
-        rows = [*([METHODS[method].needs] if method else []), *(REFINEMENTS[name].networks for name in refine)]
-        needs = [name for row in rows for name in row]
-        return {name: self.settings.second_networks[name] for name in needs}
+        rows = [*([METHODS[method].networks] if method else []), *(REFINEMENTS[name].networks for name in refine)]
+        taken = [name for row in rows for name in row if name in self.settings.second_networks]
+        return {name: self.settings.second_networks[name] for name in taken}
 
     def segmenter(
         self, opened: Opened, method: str | None = None, watch: Watch | None = None, refine: tuple[str, ...] = ()

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
-BLOCK = re.compile(r"(?:^|\.)layers?\.(\d+)\.")  # encoder.layers.3. (CLIP, SigLIP), layer.3. (DINOv3)
-PARTS = {"positions": "position_embedding", "patch-embed": "patch_embedding"}
+BLOCK = re.compile(r"(?:^|\.)layers?\.(\d+)\.")  # encoder.layers.3. (CLIP, SigLIP), layer.3. (DINOv3, RADIO)
+PARTS = {"positions": ("position_embedding",), "patch-embed": ("patch_embedding", "patch_projection")}  # RADIO's
 
 
 def block_of(name: str) -> int | None:
@@ -32,7 +32,7 @@ def select_parameters(names: Iterable[str], selection: str) -> set[str]:
     blocks = {name: block_of(name) for name in names}
     num_blocks = 1 + max((block for block in blocks.values() if block is not None), default=-1)
     existing = {"all": set(blocks)}
-    existing |= {part: {name for name in blocks if key in name} for part, key in PARTS.items()}
+    existing |= {part: {name for name in blocks if any(key in name for key in keys)} for part, keys in PARTS.items()}
     for count in range(1, num_blocks + 1):
         first = num_blocks - count
         existing[f"last:{count}"] = {name for name, block in blocks.items() if block is not None and block >= first}

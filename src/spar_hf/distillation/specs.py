@@ -74,7 +74,7 @@ class TeacherSpec:
     def __post_init__(self) -> None:
         one_of("dtype", self.dtype, DTYPES)
         methods = (*self.methods, self.label_method) if self.label_method else self.methods
-        needed = [name for method in methods for name in find_method(method).needs]
+        needed = [name for method in methods for name in find_method(method).networks]
         find_refinements(self.refine)
         if (self.label_method is None) != (self.labels is None):
             raise ValueError("a label method teaches about words: give both, the method and the labels.")

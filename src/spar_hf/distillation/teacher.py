@@ -80,7 +80,7 @@ def build_teacher(spec: TeacherSpec, student: StudentSpec, patch_px: int) -> tup
     teachers: list[DenseEncoder] = []
     depend_on = []
     for method in spec.methods or (None,):
-        needs = find_method(method).needs if method else {}
+        needs = find_method(method).networks if method else {}
         networks = {network: given for network, given in spec.networks.items() if network in needs}
         encoder: Any = build_encoder(vision, method, networks=networks or None, reach=spec.reach)
         encoder.requires_grad_(False)

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from ..arithmetic_spar import in_fast_arithmetic
-from ..clip_spar import SparVisionModel, run_recipe
+from ..clip_spar import run_recipe
 from ..dense_spar import class_token_attention, merge_heads, project_heads
-from ..encoder_spar import SparVisionOutput, check_pixels
+from ..encoder_spar import DenseVisionModel, SparVisionOutput, check_pixels
 from ..grid_spar import fit_to_patches
 from ..methods_spar import find_recipe
 
@@ -22,7 +22,7 @@ ROW_NUMBERS = 2**22
 
 
 class MethodEncoder(nn.Module):
-    """A dense encoder around a CLIP vision tower; its `forward` is the method.
+    """A dense encoder around a vision tower, mostly CLIP's; its `forward` is the method.
 
     It computes no gradients: a method is a teacher or a baseline. The tower's weights are shared, never changed.
 
@@ -35,11 +35,11 @@ class MethodEncoder(nn.Module):
         ValueError: the tower has a single block.
     """
 
-    def __init__(self, vision: SparVisionModel, method: str, settings: Any):
+    def __init__(self, vision: DenseVisionModel, method: str, settings: Any):
         super().__init__()
         if len(vision.blocks) < 2:
             raise ValueError(f"the network has 1 block; method {method!r} needs at least 2. Take a row of the table.")
-        self.vision = vision
+        self.vision: Any = vision
         self.settings = settings
         self.config: Any = copy.deepcopy(vision.config)
         self.config.method = method

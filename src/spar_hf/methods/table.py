@@ -1,8 +1,9 @@
-"""The table of methods: training-free ways to get one text-aligned vector per patch out of CLIP, one row each.
+"""The table of methods: training-free ways to get one text-aligned vector per patch out of a network, a row each.
 
 Adding a method is adding a row, and beside it a recipe (`methods_spar.RECIPES`) or a file of `spar_hf.methods`. The
 command line, the tests, the docs and the menus read this table; nothing else in the code knows a method's name.
-`reported` holds the authors' mean IoU in per cent with CLIP ViT-B/16, each under its own protocol.
+`reported` holds the authors' mean IoU in per cent with CLIP ViT-B/16, each under its own protocol. Most rows are about
+CLIP's blocks; `family` says which network a row is for.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from ..names_spar import unknown
 BENCHMARKS = ("voc21", "context60", "coco_object", "voc20", "context59", "coco_stuff", "cityscapes", "ade20k")
 
 
-# The network that the methods' windows, strides and block numbers were chosen for: CLIP ViT-B/16.
-AUTHORS_NATIVE_PX, AUTHORS_PATCH_PX = 224, 16
+# The networks that the methods' windows, strides and block numbers were chosen for: CLIP ViT-B/16, C-RADIOv3-B.
+AUTHORS_NATIVE_PX, AUTHORS_PATCH_PX = {"clip": 224, "radio": 512}, 16
+FAMILIES = {"clip": "CLIP", "radio": "RADIO"}
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,10 @@ class Method:
             `window_for`.
         whole_image: it makes its own windows and its features or scores have a grid of their own, so it runs on whole
             images: `window="paper"` slides none around it, and a teacher's grid is brought to the student's.
+        family: whose blocks it is about, a key of `FAMILIES`.
         branch: branch of the field (arXiv 2505.22209): "clip", "vfm" or "generative".
         needs: the further networks it takes: what each is called -> the id of the one its authors used.
+        takes: those that it takes where they are given, and else does with the model: likewise.
         extra: the extra of the package that must be installed for it, if any.
         licence: of the authors' code; "" where none is given. No line of any of them is here.
         reported: mean IoU in per cent by benchmark, as published.
@@ -50,12 +54,19 @@ class Method:
     window_px: int | None = None
     stride_px: int = 112
     whole_image: bool = False
+    family: str = "clip"
     branch: str = "clip"
     needs: dict[str, str] = field(default_factory=dict)
+    takes: dict[str, str] = field(default_factory=dict)
     extra: str = ""
     licence: str = ""
     reported: dict[str, float] = field(default_factory=dict)
     note: str = ""
+
+    @property
+    def networks(self) -> dict[str, str]:
+        """All further networks that can be given, by name."""
+        return {**self.needs, **self.takes}
 
     @property
     def recipe(self) -> Recipe | None:
@@ -93,7 +104,7 @@ class Method:
         def scaled(length_px: int) -> int:
             if length_px % AUTHORS_PATCH_PX:
                 return length_px
-            return max(round(length_px * native_px / AUTHORS_NATIVE_PX / patch_px), 1) * patch_px
+            return max(round(length_px * native_px / AUTHORS_NATIVE_PX[self.family] / patch_px), 1) * patch_px
 
         window_px = native_px if self.window_px is None else scaled(self.window_px)
         return window_px, min(scaled(self.stride_px), window_px)
@@ -154,18 +165,17 @@ _ROWS = (
     ),
     Method(
         "itaclip",
-        "ITACLIP, without its text and image ensembles",
+        "ITACLIP; its ensembles are refinements",
         "Aydın et al., CVPR Workshops 2025",
         stride_px=28,
         reported=_reported(67.9, 37.5, 37.7, None, None, 27.0, 40.2, None),
-        note="with image and text ensembles, PAMR and a closing of the label map",
+        note="with the refinements image-engineering, flip, definitions (or synonyms), PAMR and closing",
     ),
     Method(
         "resclip",
         "ResCLIP, without its label-dependent second pass",
         "Yang et al., CVPR 2025",
-        reported=_reported(61.1, 33.5, 35.0, 86.0, 36.8, 24.7, 35.9, 18.0),
-        note="with the second pass, lambda chosen for each data set",
+        note="the authors report it with the second pass alone: `resclip_feedback`",
     ),
     Method(
         "sc_clip",
@@ -210,8 +220,18 @@ _ROWS = (
         branch="vfm",
         needs={"dino": "facebook/dino-vitb8"},
         extra="vfm",
+        note="the authors report it with its text side alone: `cass_text`",
+    ),
+    Method(
+        "cass_text",
+        "CASS",
+        "Kim et al., CVPR 2025",
+        whole_image=True,
+        branch="vfm",
+        needs={"dino": "facebook/dino-vitb8"},
+        extra="vfm",
         reported=_reported(65.8, 36.7, 37.8, 87.8, 40.2, 26.7, 39.4, 20.4),
-        note="with its text side and PAMR, settings chosen for each data set",
+        note="with PAMR, settings chosen for each data set",
     ),
     Method(
         "lposs",
@@ -280,6 +300,57 @@ _ROWS = (
         needs={"dino": "facebook/dino-vitb8"},
         extra="vfm",
         reported=_reported(62.1, 31.6, 34.2, 82.5, 34.7, 23.2, 26.2, 15.8),
+    ),
+    Method(
+        "cliper_labels",
+        "CLIPer's labels, without windows and diffusion",
+        "Sun et al., ICCV 2025",
+        positions="bilinear",
+        whole_image=True,
+        reported=_reported(60.7, 34.7, 36.3, 84.3, 38.4, 25.4, 35.9, 19.8),
+        note="as the authors' configuration files have it, settings chosen for each data set",
+    ),
+    Method(
+        "resclip_feedback",
+        "ResCLIP",
+        "Yang et al., CVPR 2025",
+        reported=_reported(61.1, 33.5, 35.0, 86.0, 36.8, 24.7, 35.9, 18.0),
+        note="settings chosen for each data set",
+    ),
+    Method(
+        "car",
+        "CaR, CLIP as RNN",
+        "Sun et al., CVPR 2024",
+        positions="bilinear",
+        whole_image=True,
+        takes={"judge": "openai/clip-vit-large-patch14"},
+        extra="vfm",
+        licence="Apache-2.0",
+        reported=_reported(67.6, 30.5, 36.6, 91.4, 39.5, None, None, 17.7),
+        note="with CLIP ViT-L/14 as the judge, settings and words of the background chosen for each data set",
+    ),
+    Method(
+        "scra",
+        "RADSeg's last block alone",
+        "Alama et al., arXiv 2511.19704",
+        positions="square",
+        window_px=336,
+        stride_px=224,
+        family="radio",
+        branch="vfm",
+        licence="MIT",
+    ),
+    Method(
+        "radseg",
+        "RADSeg, without RADIO-SAM",
+        "Alama et al., arXiv 2511.19704",
+        positions="square",
+        window_px=336,
+        stride_px=224,
+        whole_image=True,
+        family="radio",
+        branch="vfm",
+        licence="MIT",
     ),
 )
 

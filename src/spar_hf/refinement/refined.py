@@ -87,6 +87,8 @@ class Refined(SegmenterWrapper):
     ) -> Any:
         """See `Segmenter`; reads the unlabelled images where a refinement learns from them (floss)."""
         encoded = self.segmenter.encode_labels(labels, templates, unlabelled)
+        if texts := self.of("texts"):
+            encoded = self._with_texts(texts, encoded, templates)
         if not (learning := self.of("templates")):
             return encoded
         ((name, refinement),) = learning.items()
@@ -95,6 +97,22 @@ class Refined(SegmenterWrapper):
         patches = (unit_patches(self._maps(name, image, encoded)) for image in unlabelled)
         chosen = rank_templates(patches, embeds, column_ids(labels), refinement.settings)
         return ExpertFeatures(labels, encoded.text_embeds, expert_embeds(embeds, chosen))
+
+    def _with_texts(self, texts: Mapping[str, Refinement], encoded: Any, templates: Any) -> Any:
+        """The encoded words with refined text features."""
+        if self.of("templates"):
+            raise ValueError(
+                f"refinement {next(iter(texts))!r} changes text features, and {next(iter(self.of('templates')))!r} "
+                "makes its own; leave one out."
+            )
+        processor, embeds = self.segmenter.processor, encoded.text_embeds  # type: ignore[attr-defined]
+        for row in texts.values():
+
+            def encode(labels: Labels) -> Tensor:
+                return processor.encode_labels(self.model, labels, templates).text_embeds
+
+            embeds = row.apply(encode, encoded.labels, embeds, row.settings)
+        return replace(encoded, text_embeds=embeds)
 
     def _maps(self, name: str, pixel_values: Tensor, encoded: Any) -> FeatureScores:
         (maps,) = self.segmenter(pixel_values, encoded)
@@ -108,6 +126,8 @@ class Refined(SegmenterWrapper):
         return [self._refined(*pair, encoded) for pair in zip(images, maps, strict=True)]
 
     def _refined(self, image: ClipInternals, maps: ScoreMaps, encoded: Any) -> ScoreMaps:
+        if texts := self.of("texts"):  # which are not of length one
+            maps = replace(_features_of(next(iter(texts)), maps), text=encoded.text_embeds.float().to(maps.device))
         if self.of("scores", "templates"):
             maps = self._rescored(image, maps, encoded)
         for refinement in self.of("maps").values():
@@ -189,7 +209,7 @@ def column_ids(labels: Labels) -> list[int]:
 def _(segmenter: Refined, window_px: int, stride_px: int) -> Segmenter:
     """Scores and templates are refined in each window, full maps and labels once, as the authors' codes do."""
     settings = {name: row.settings for name, row in segmenter.refinements.items()}
-    inside, outside = segmenter.of("scores", "templates"), segmenter.of("maps", "labels")
+    inside, outside = segmenter.of("texts", "scores", "templates"), segmenter.of("maps", "labels")
     inner: Any = segmenter.segmenter
     if inside:
         inner = SlidingScores(Refined(inner, inside, segmenter.model, settings), window_px, stride_px)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..names_spar import unknown
-from . import cluster_vote, floss, mask_vote, pamr, sam_prompts, tagclip, views
+from . import closing, cluster_vote, definitions, floss, mask_vote, pamr, sam_prompts, tagclip, views
 from .scores import (
     DenoisingSettings,
     RedundancySettings,
@@ -22,7 +22,8 @@ from .scores import (
 
 STAGES = {
     "views": "features averaged over views of the image",
-    "templates": "text features",
+    "texts": "text features",
+    "templates": "prompt templates",
     "scores": "scores on the patch grid",
     "maps": "score maps at full resolution",
     "labels": "the label map",
@@ -37,9 +38,10 @@ class Refinement:
         title: what it does, in the paper's words.
         paper: where it was published.
         stage: what it changes, a key of `STAGES`.
-        apply: what it does there, given the settings last: for "views" () -> a tuple of `View`; for "templates" None,
-            since `Refined` asks for images first; for "scores" (scores, scene) -> scores; for "maps" (maps, guide) ->
-            what makes the maps of some names; for "labels" (labels, image) -> labels.
+        apply: what it does there, given the settings last: for "views" () -> a tuple of `View`; for "texts" (encode,
+            labels, text features) -> text features, not of length one; for "templates" None, since `Refined` asks for
+            images first; for "scores" (scores, scene) -> scores; for "maps" (maps, guide) -> what makes the maps of
+            some names; for "labels" (labels, image) -> labels.
         settings: its numbers, a frozen dataclass; the authors' unless others are asked for.
         needs: what it takes beside features and text.
         looks_inside: it asks CLIP's own blocks or class token, one more plain pass.
@@ -73,6 +75,14 @@ REFINEMENTS: dict[str, Refinement] = {
         views.flips,
         views.FlipSettings(),
         needs=("2 more passes",),
+    ),
+    "definitions": Refinement(
+        "a text about each class mixed into its names",
+        "ITACLIP; Aydın et al., CVPR Workshops 2025",
+        "texts",
+        definitions.with_definitions,
+        definitions.Settings(),
+        needs=("a definition of each class",),
     ),
     "floss": Refinement(
         "template experts",
@@ -140,6 +150,13 @@ REFINEMENTS: dict[str, Refinement] = {
         mask_vote.Settings(),
         needs=("regions",),
         networks={"regions": "facebook/sam2-hiera-large"},
+    ),
+    "closing": Refinement(
+        "closing of the class ids",
+        "ITACLIP; Aydın et al., CVPR Workshops 2025",
+        "labels",
+        closing.closing,
+        closing.Settings(),
     ),
     "sam": Refinement(
         "regions drawn anew by SAM",
