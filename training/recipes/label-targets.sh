@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# How score maps become what a student learns: features moved towards the words, or the words' mean; about an hour of one
+# How score maps become what a student learns: features moved towards the words, or the words' mean; forty minutes of one
 # CPU core. The teacher is a label method by its refinement: MaskCLIP's windows of stride 40 with PAMR.
 #     training/recipes/label-targets.sh [FOLDER]
 # Ends with a table: mean IoU on the picture book, 32 validation scenes. Goes on where it was when given again.
