@@ -327,7 +327,8 @@ def test_the_table_of_models_is_whole_and_as_it_is(tmp_path, capsys):
     for row in rows:
         assert f"| {row['family']} | `{row['class']}` |" in renewed and row["checked against"] in printed
     by_name = {row["family"]: row for row in rows}
-    assert by_name["MetaCLIP 2"]["methods"] == "all of spar methods"
+    assert by_name["MetaCLIP 2"]["methods"] == "CLIP's of spar methods"
+    assert by_name["C-RADIOv3, v4"]["methods"] == "summary_head, scra, radseg"
     assert (by_name["TIPSv2"]["methods"], by_name["TIPSv2"]["positions"]) == ("final_norm", "bilinear_antialias")
     assert by_name["PE-Core"]["positions"] == "antialias, rotary"
 
