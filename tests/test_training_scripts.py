@@ -16,10 +16,12 @@ from spar_hf.files import read_state, write_state
 SMALL = {
     "train_anyup.py": ("--steps", 2, "--batch-size", 1, "--hidden-size", 8, "--encoders", "tiny", "--save-every", 1),
     "pretrain_tiny.py": ("--steps", 2, "--batch-size", 4, "--pool-views", 16, "--test-scenes", 2, "--threads", 1),
+    "pretrain_vit.py": ("--steps", 2, "--batch-size", 2, "--pool-scenes", 4, "--prototypes", 4, "--threads", 1),
 }
 COUNTS = {
     "train_anyup.py": ("--steps", "--batch-size", "--hidden-size", "--save-every"),
     "pretrain_tiny.py": ("--steps", "--batch-size", "--pool-views", "--test-scenes", "--threads"),
+    "pretrain_vit.py": ("--steps", "--batch-size", "--pool-scenes", "--prototypes", "--threads"),
 }
 WRONG = [
     *((name, (flag, word)) for name, flags in COUNTS.items() for flag in flags for word in ("0", "-1", "many")),
@@ -33,6 +35,8 @@ WRONG = [
     ("pretrain_tiny.py", ("--batch-size", "32", "--pool-views", "16")),
     ("pretrain_tiny.py", ("--evaluate-only",)),
     ("pretrain_tiny.py", ("--minutes", "3", "--steps", "2")),
+    ("pretrain_vit.py", ("--save-minutes", "0")),
+    ("pretrain_vit.py", ("--batch-size", "32", "--pool-scenes", "16")),
     ("package_checkpoint.py", ("folder", "tini")),
     ("package_checkpoint.py", ("no-such-folder", "tiny")),
 ]
@@ -47,7 +51,7 @@ def test_wrong_flags_are_one_line_and_nothing_is_written(tmp_path, monkeypatch, 
     assert line.startswith(f"{name}: error: ") and list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["train_anyup.py", "pretrain_tiny.py", "package_checkpoint.py"])
+@pytest.mark.parametrize("name", ["train_anyup.py", "pretrain_tiny.py", "pretrain_vit.py", "package_checkpoint.py"])
 def test_help_teaches(name, capsys):
     with pytest.raises(SystemExit) as leaving:
         run_as_command(name, "--help")

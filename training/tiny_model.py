@@ -1,4 +1,5 @@
-"""What `pretrain_tiny.py` trains: tokenizer, CLIP and optimisers, and their state as tensors."""
+"""What `pretrain_tiny.py` trains: tokenizer, CLIP and optimisers, and their state as tensors; `pretrain_vit.py` shares
+the last two."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from tiny_views import PATCH_PX, SIDE_PX, Words
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch import nn
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from spar_hf.picture_book.dataset import CLASSES, COLOURS, NUM_THINGS, PATTERNS
@@ -64,7 +66,7 @@ def build_model(tokenizer: CLIPTokenizer) -> CLIPModel:
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128))
 
 
-def make_optimizers(model: CLIPModel, weight_decay: float) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: nn.Module, weight_decay: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks, AdamW for the rest; biases, norms and the temperature without decay."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and ".layers." in name]
     tables = [p for name, p in model.named_parameters() if p.ndim > 1 and not (p.ndim == 2 and ".layers." in name)]
@@ -75,7 +77,7 @@ def make_optimizers(model: CLIPModel, weight_decay: float) -> list[torch.optim.O
     return [muon, torch.optim.AdamW(groups, betas=(0.9, 0.98))]
 
 
-def state_of(model: CLIPModel, average: CLIPModel, optimizers: list) -> dict[str, torch.Tensor]:
+def state_of(model: nn.Module, average: nn.Module, optimizers: list) -> dict[str, torch.Tensor]:
     """All that `put_back` needs."""
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     tensors |= {f"average.{name}": value for name, value in average.state_dict().items()}
@@ -85,7 +87,7 @@ def state_of(model: CLIPModel, average: CLIPModel, optimizers: list) -> dict[str
     return tensors
 
 
-def put_back(tensors: Mapping[str, torch.Tensor], model: CLIPModel, average: CLIPModel, optimizers: list) -> None:
+def put_back(tensors: Mapping[str, torch.Tensor], model: nn.Module, average: nn.Module, optimizers: list) -> None:
     """Gives a run the state that was written down; the settings of the optimizers are those of this run."""
     parts: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
     for key, value in tensors.items():

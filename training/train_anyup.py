@@ -107,7 +107,8 @@ def main(args: argparse.Namespace) -> int:
     kept = read_state(state_path) if state_path.exists() else None
     torch.manual_seed(0)
     encoders = [spar_hf.load(name)[0].vision_model.requires_grad_(False) for name in args.encoders]
-    source = f"trained on the picture book with {', '.join(args.encoders)} by training/train_anyup.py"
+    recipe = f"{args.steps} steps of {args.batch_size}"
+    source = f"trained on the picture book with {', '.join(args.encoders)} by training/train_anyup.py, {recipe}"
     model = SparAnyUp(SparAnyUpConfig(hidden_size=args.hidden_size, source=source)).train()
     average = {name: weight.detach().clone() for name, weight in model.state_dict().items()}
     optimiser = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0)
