@@ -1,24 +1,27 @@
-"""Times one pass of the families' ViT-B/16 (random weights) against the stock classes, on this machine.
+"""Times one pass of each family's ViT-B (random weights) against the source's own class, on this machine.
 
     python benchmarks/families.py
 
-`stock` is the vision model of transformers: for SigLIP it gives one vector per image and none of the text space per
-patch, for RADIO the trunk without a head. `stock+head` is the same and the head on each patch, written plainly
-(SigLIP's pooling head's value, projection and MLP; a head of RADIO's, on the class token too): what `ours` gives.
-Models take turns in every round, every other round in reverse. Figures are CPU seconds of the process, which other
-work on the machine changes little, the least of the rounds. On Linux the heap keeps what it has, for all models alike:
-left alone, glibc gives a model's largest buffers back after each block or not, as the heap happens to lie, and taking
-them again costs up to 6 % of a pass. Writes benchmarks/results/families.json with the command.
+`stock` is the vision model of transformers, or of timm for EVA-02 and PE-Core (left out where timm is not installed):
+for SigLIP and PE-Core it gives one vector per image and none of the text space per patch, for RADIO the trunk without
+a head. `stock+head` is the same and the head on each patch, written plainly (SigLIP's pooling head's value, projection
+and MLP; a head of RADIO's, on the class token too): what `ours` gives. Models take turns in every round, every other
+round in reverse. Figures are CPU seconds of the process, which other work on the machine changes little, the least of
+the rounds. On Linux the heap keeps what it has, for all models alike: left alone, glibc gives a model's largest
+buffers back after each block or not, as the heap happens to lie, and taking them again costs up to 6 % of a pass.
+Writes benchmarks/results/families.json with the command.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import importlib.util
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from record import origin
@@ -30,6 +33,14 @@ RESULTS = Path(__file__).parent / "results" / "families.json"
 SIZES = ("512x512", "1024x1024")
 SIGLIP = {"image_size": 512, "patch_size": 16}
 VIT_B = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+PE_CORE = {
+    "design": "pe_core",
+    "intermediate_size": 3072,
+    "projection_dim": 512,
+    "layer_norm_eps": 1e-5,
+    "rope_grid": 14,
+    "rope_offset": 1.0,
+}
 DINOV3 = {**VIT_B, "num_register_tokens": 4, "image_size": 512}
 RADIO = {
     "hidden_size": 768,
@@ -83,6 +94,66 @@ def stock_dinov3(height_px: int, width_px: int, dtype: torch.dtype) -> Callable:
     return lambda pixels: model(pixels).last_hidden_state
 
 
+def naflex(height_px: int, width_px: int, dtype: torch.dtype) -> Callable:
+    from spar_hf import SparSiglipVisionConfig, SparSiglipVisionModel
+
+    config = SparSiglipVisionConfig(image_size=256, patch_size=16, num_patches=256, size_rule="stretch")
+    model = SparSiglipVisionModel(config).eval().to(dtype)
+    return lambda pixels: model(pixels).patch_embeds
+
+
+def stock_naflex(height_px: int, width_px: int, dtype: torch.dtype) -> Callable:
+    from transformers import Siglip2VisionConfig, Siglip2VisionModel
+
+    model = Siglip2VisionModel(Siglip2VisionConfig()).eval().to(dtype)
+    grid_hw = (height_px // 16, width_px // 16)
+    mask, shapes = torch.ones(1, grid_hw[0] * grid_hw[1], dtype=torch.long), torch.tensor([grid_hw])
+
+    def run(pixels: torch.Tensor) -> torch.Tensor:
+        patches = pixels.unflatten(3, (-1, 16)).unflatten(2, (-1, 16)).permute(0, 2, 4, 3, 5, 1)
+        return model(patches.flatten(3).flatten(1, 2), mask, shapes).pooler_output
+
+    return run
+
+
+def tips(height_px: int, width_px: int, dtype: torch.dtype) -> Callable:
+    from spar_hf import SparTipsVisionConfig, SparTipsVisionModel
+
+    model = SparTipsVisionModel(SparTipsVisionConfig()).eval().to(dtype)
+    return lambda pixels: model(pixels).patch_embeds
+
+
+def stock_tips(height_px: int, width_px: int, dtype: torch.dtype) -> Callable:
+    from transformers import Tipsv2VisionConfig, Tipsv2VisionModel
+
+    model = Tipsv2VisionModel(Tipsv2VisionConfig()).eval().to(dtype)
+    return lambda pixels: model(pixels).last_hidden_state
+
+
+def eva(height_px: int, width_px: int, dtype: torch.dtype, **design: Any) -> Callable:
+    from spar_hf import SparEvaVisionConfig, SparEvaVisionModel
+
+    model = SparEvaVisionModel(SparEvaVisionConfig(**design)).eval().to(dtype)
+    return lambda pixels: model(pixels).patch_embeds
+
+
+def pe_core(height_px: int, width_px: int, dtype: torch.dtype) -> Callable:
+    return eva(height_px, width_px, dtype, **PE_CORE)
+
+
+def stock_eva(
+    height_px: int, width_px: int, dtype: torch.dtype, name: str = "eva02_base_patch16_clip_224"
+) -> Callable:
+    import timm
+
+    model = timm.create_model(name, dynamic_img_size=True, num_classes=PE_CORE["projection_dim"]).eval().to(dtype)
+    return lambda pixels: model(pixels)
+
+
+def stock_pe_core(height_px: int, width_px: int, dtype: torch.dtype) -> Callable:
+    return stock_eva(height_px, width_px, dtype, "vit_pe_core_base_patch16_224")
+
+
 def radio(height_px: int, width_px: int, dtype: torch.dtype) -> Callable:
     from spar_hf import SparRadioVisionConfig, SparRadioVisionModel
 
@@ -117,8 +188,15 @@ def stock_radio_head(height_px: int, width_px: int, dtype: torch.dtype) -> Calla
 FAMILIES = {
     "siglip": {"ours": siglip, "stock": stock_siglip, "stock+head": stock_siglip_head},
     "dinov3": {"ours": dinov3, "stock": stock_dinov3},
+    "naflex": {"ours": naflex, "stock": stock_naflex},
+    "tips": {"ours": tips, "stock": stock_tips},
     "radio": {"ours": radio, "stock": stock_radio, "stock+head": stock_radio_head},
 }
+if importlib.util.find_spec("timm") is not None:
+    FAMILIES |= {
+        "eva02": {"ours": eva, "stock": stock_eva},
+        "pe_core": {"ours": pe_core, "stock": stock_pe_core},
+    }
 
 
 def keep_heap() -> None:

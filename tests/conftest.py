@@ -63,6 +63,8 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
             noise = torch.randn(weight.shape, generator=generator)
             if name == "logit_scale":
                 weight.fill_(2.0)
+            elif name == "temperature":
+                weight.fill_(0.1)
             elif "norm" in name or "layrnorm" in name:
                 weight.copy_(0.3 * noise + name.endswith("weight"))
             elif weight.ndim < 2 or ("embedding.weight" in name and "patch" not in name):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from transformers import CLIPModel
+from transformers import CLIPModel, CLIPVisionConfig
 
 # ------------------------------------------------------------------------------------------ positions
 
@@ -27,11 +27,13 @@ def sampling_matrix(n_in: int, n_out: int, rule: str) -> np.ndarray:
     """(n_out, n_in): the weight of each input sample in each output sample, by the position rule."""
     weights = np.zeros((n_out, n_in))
     for row in range(n_out):
-        if rule == "antialias":  # Pillow's filter: the kernel stretched over the inputs that one output covers
+        if rule.endswith("antialias"):  # Pillow's filter: the kernel stretched over the inputs that one output covers
             step = max(n_in / n_out, 1.0)
             centre = (row + 0.5) * n_in / n_out
             for column in range(n_in):
-                weights[row, column] = cubic_kernel((column + 0.5 - centre) / step, a=-0.5)
+                distance = (column + 0.5 - centre) / step
+                hat = max(1 - abs(distance), 0.0)
+                weights[row, column] = hat if rule.startswith("bilinear") else cubic_kernel(distance, a=-0.5)
             weights[row] /= weights[row].sum()
             continue
         scale = (n_out + 0.1) / n_in if rule == "offset" else n_out / n_in
@@ -72,8 +74,19 @@ class PlainClip:
     """A CLIP vision tower, for one image of (3, H, W) pixels."""
 
     def __init__(self, clip: CLIPModel):
-        self.weights = {name: value.double().numpy() for name, value in clip.state_dict().items()}
-        config = clip.config.vision_config
+        weights = {name: value.double().numpy() for name, value in clip.state_dict().items()}
+        self.take(weights, clip.config.vision_config)
+
+    @classmethod
+    def of_tower(cls, tower: dict[str, np.ndarray], config: CLIPVisionConfig) -> PlainClip:
+        """From the weights of a vision tower with its projection."""
+        net = cls.__new__(cls)
+        weights = {f"vision_model.{name}": weight for name, weight in tower.items()}
+        net.take({**weights, "visual_projection.weight": tower["visual_projection.weight"]}, config)
+        return net
+
+    def take(self, weights: dict[str, np.ndarray], config: CLIPVisionConfig) -> None:
+        self.weights = weights
         self.patch_px, self.num_heads, self.num_layers = (
             config.patch_size,
             config.num_attention_heads,

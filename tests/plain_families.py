@@ -1,4 +1,4 @@
-"""SigLIP's, DINOv3's and RADIO's dense features in plain NumPy, float64, one image at a time, to compare with.
+"""The other families' dense features in plain NumPy, float64, one image at a time: what the tests compare with.
 
 Written from the papers and SPAR's description; nothing of the package and nothing of transformers is called.
 """
@@ -49,13 +49,22 @@ def plain_siglip(
     num_heads: int,
     activation: str,
     window: int | None = None,
+    naflex: bool = False,
 ) -> np.ndarray:
-    """Patch features (h, w, C) of one image (3, H, W), from the weights of a stock `SiglipVisionModel`."""
+    """Patch features (h, w, C) of one image (3, H, W), from the weights of a stock `SiglipVisionModel`.
+
+    Or of a `Siglip2VisionModel` (NaFlex), which sees an image stretched to whole patches.
+    """
     _, height, width = pixels.shape
-    padded = np.zeros((3, -(-height // patch_px) * patch_px, -(-width // patch_px) * patch_px))
-    padded[:, :height, :width] = pixels
-    x, grid_hw = patch_tokens(weights, "embeddings.patch_embedding", padded, patch_px)
-    x = x + plain_positions(weights["embeddings.position_embedding.weight"], *grid_hw, "size")
+    fitted = np.zeros((3, -(-height // patch_px) * patch_px, -(-width // patch_px) * patch_px))
+    fitted[:, :height, :width] = pixels
+    if naflex:
+        fitted = stretch(pixels, patch_px)
+        rows = weights["embeddings.patch_embedding.weight"].reshape(-1, patch_px, patch_px, 3)  # y, x, channel
+        weights = {**weights, "embeddings.patch_embedding.weight": rows.transpose(0, 3, 1, 2)}
+    x, grid_hw = patch_tokens(weights, "embeddings.patch_embedding", fitted, patch_px)
+    rule = "bilinear_antialias" if naflex else "size"
+    x = x + plain_positions(weights["embeddings.position_embedding.weight"], *grid_hw, rule)
     act = ACTIVATIONS[activation]
     reach = 0.0 if window is None else mean_window(grid_hw, window, others=0)
     for block in range(num_layers):
@@ -136,6 +145,111 @@ def plain_dinov3(
         y = linear(weights, f"{name}.mlp.down_proj", ACTIVATIONS["gelu"](linear(weights, f"{name}.mlp.up_proj", y)))
         x = x + y * weights[f"{name}.layer_scale2.lambda1"]
     return norm(weights, "norm", x, 1e-5)[1 + num_registers :].reshape(*grid_hw, -1)
+
+
+def plain_tips(
+    weights: Weights,
+    pixels: np.ndarray,
+    patch_px: int,
+    num_layers: int,
+    num_heads: int,
+    num_registers: int,
+    window: int | None = None,
+) -> np.ndarray:
+    """Patch features (h, w, C) of one image (3, H, W), from the weights of a stock `Tipsv2VisionModel`."""
+    rows, columns = pixels.shape[1] // patch_px, pixels.shape[2] // patch_px
+    whole = pixels[:, : rows * patch_px, : columns * patch_px]
+    patches, grid_hw = patch_tokens(weights, "embeddings.patch_embeddings.projection", whole, patch_px)
+    table = weights["embeddings.position_embeddings"][0]
+    patches = patches + plain_positions(table[1:], *grid_hw, "bilinear_antialias")
+    class_token = weights["embeddings.cls_token"][0] + table[:1]
+    x = np.vstack([class_token, weights["embeddings.register_tokens"][0], patches])
+    reach = 0.0 if window is None else mean_window(grid_hw, window, others=1 + num_registers)
+    for block in range(num_layers):
+        name = f"encoder.layer.{block}"
+        y = norm(weights, f"{name}.norm1", x, 1e-6)
+        q, k, v = (np.split(linear(weights, f"{name}.attention.{part}_proj", y), num_heads, axis=-1) for part in "qkv")
+        mixed = [softmax(q[h] @ k[h].T / math.sqrt(q[h].shape[-1]) + reach) @ v[h] for h in range(num_heads)]
+        y = linear(weights, f"{name}.attention.o_proj", np.concatenate(mixed, axis=-1))
+        x = x + y * weights[f"{name}.layer_scale1.lambda1"]
+        y = linear(weights, f"{name}.mlp.fc1", norm(weights, f"{name}.norm2", x, 1e-6))
+        y = linear(weights, f"{name}.mlp.fc2", ACTIVATIONS["gelu"](y))
+        x = x + y * weights[f"{name}.layer_scale2.lambda1"]
+    return norm(weights, "layernorm", x, 1e-6)[1 + num_registers :].reshape(*grid_hw, -1)
+
+
+def turn_by_grid(heads: np.ndarray, grid_hw: tuple[int, int], num_prefix: int, counted: int, pe: bool) -> np.ndarray:
+    """Rotary positions of EVA-02 or PE-Core, in one head's tokens (P + h * w, d), a pair (i, i + d / 2) at a time."""
+    out, quarter = heads.copy(), heads.shape[-1] // 4
+    rows, columns = grid_hw
+    offset = num_prefix if pe else 0
+    for y in range(rows):
+        for x in range(columns):
+            token = num_prefix + y * columns + x
+            places = ((y + offset) / rows * counted, (x + offset) / columns * counted)
+            for i in range(2 * quarter):
+                axis = i // quarter
+                angle = places[1 - axis if pe else axis] * 10000.0 ** (-(i % quarter) / quarter)
+                a, b = heads[token, i], heads[token, i + 2 * quarter]
+                out[token, i] = a * math.cos(angle) - b * math.sin(angle)
+                out[token, i + 2 * quarter] = b * math.cos(angle) + a * math.sin(angle)
+    return out
+
+
+def plain_eva(
+    weights: Weights,
+    pixels: np.ndarray,
+    patch_px: int,
+    num_layers: int,
+    num_heads: int,
+    pe: bool,
+    window: int | None = None,
+) -> np.ndarray:
+    """Patch features (h, w, D) of one image (3, H, W), from the weights of our EVA-02 or PE-Core tower."""
+    eps, prefix = 1e-5 if pe else 1e-6, int("class_embedding" in weights)
+    rows, columns = pixels.shape[1] // patch_px, pixels.shape[2] // patch_px
+    whole = pixels[:, : rows * patch_px, : columns * patch_px]
+    weights = {"patch_embedding.bias": np.zeros(1), **weights}
+    x, grid_hw = patch_tokens(weights, "patch_embedding", whole, patch_px)
+    table = weights["position_embedding"]
+    x = x + plain_positions(table[prefix:], *grid_hw, "antialias")
+    if prefix:
+        x = np.vstack([weights["class_embedding"] + table[:1], x])
+    if pe:
+        x = norm(weights, "pre_norm", x, eps)
+    counted = math.isqrt(len(table) - prefix) if pe else 16
+    reach = 0.0 if window is None else mean_window(grid_hw, window, others=prefix)
+    for block in range(num_layers):
+        name = f"layers.{block}"
+        y = norm(weights, f"{name}.norm1", x, eps)
+        q, k, v = (np.split(linear(weights, f"{name}.self_attn.{part}_proj", y), num_heads, axis=-1) for part in "qkv")
+        mixed = []
+        for h in range(num_heads):
+            query, key = (turn_by_grid(heads[h], grid_hw, prefix, counted, pe) for heads in (q, k))
+            weight = softmax(query @ key.T / math.sqrt(query.shape[-1]) + reach)
+            if not pe and block == num_layers - 1:
+                weight[1:] = np.eye(len(weight))[1:]  # each patch its own value
+            mixed.append(weight @ v[h])
+        y = np.concatenate(mixed, axis=-1)
+        y = y if pe else norm(weights, f"{name}.self_attn.norm", y, eps)
+        x = x + linear(weights, f"{name}.self_attn.out_proj", y)
+        y = norm(weights, f"{name}.norm2", x, eps)
+        if pe:
+            y = linear(weights, f"{name}.mlp.fc2", ACTIVATIONS["gelu"](linear(weights, f"{name}.mlp.fc1", y)))
+        else:
+            gate = linear(weights, f"{name}.mlp.gate_proj", y)
+            y = gate / (1 + np.exp(-gate)) * linear(weights, f"{name}.mlp.up_proj", y)
+            y = linear(weights, f"{name}.mlp.down_proj", norm(weights, f"{name}.mlp.norm", y, eps))
+        x = x + y
+    x = norm(weights, "post_norm", x, eps)[prefix:]
+    if pe:
+        channels = x.shape[-1]
+        value_weight = weights["head.attention.in_proj_weight"][2 * channels :]
+        y = x @ value_weight.T + weights["head.attention.in_proj_bias"][2 * channels :]
+        y = linear(weights, "head.attention.out_proj", y)
+        z = ACTIVATIONS["gelu"](linear(weights, "head.mlp.fc1", norm(weights, "head.layernorm", y, eps)))
+        x = y + linear(weights, "head.mlp.fc2", z)
+    return linear(weights, "visual_projection", x).reshape(*grid_hw, -1)
 
 
 def plain_radio_tokens(

@@ -71,27 +71,97 @@ def timm_siglip(vocab_size: int | None, patch_px: int = 16, grid: int = 4, prefi
     draw.add(f"{trunk}patch_embed.proj.weight", 48, 3, patch_px, patch_px)
     draw.add(f"{trunk}patch_embed.proj.bias", 48, scale=0.3)
     for n in range(3):
-        name = f"{trunk}blocks.{n}"
-        draw.norm(f"{name}.norm1", 48)
-        draw.linear(f"{name}.attn.qkv", 48, 144)
-        draw.linear(f"{name}.attn.proj", 48, 48)
-        draw.norm(f"{name}.norm2", 48)
-        draw.linear(f"{name}.mlp.fc1", 48, 80)
-        draw.linear(f"{name}.mlp.fc2", 80, 48)
+        timm_block(draw, f"{trunk}blocks.{n}")
     draw.norm(f"{trunk}norm", 48)
-    pool = f"{trunk}attn_pool"
-    draw.add(f"{pool}.latent", 1, 1, 48)
-    draw.linear(f"{pool}.q", 48, 48)
-    draw.linear(f"{pool}.kv", 48, 96)
-    draw.linear(f"{pool}.proj", 48, 48)
-    draw.norm(f"{pool}.norm", 48)
-    draw.linear(f"{pool}.mlp.fc1", 48, 80)
-    draw.linear(f"{pool}.mlp.fc2", 80, 48)
+    timm_pool(draw, f"{trunk}attn_pool", 80)
     if vocab_size is not None:
         draw.open_clip_text("text.", vocab_size, 64)
         draw.linear("text.text_projection", 32, 48)
         draw.weights |= {"logit_scale": torch.tensor(2.0), "logit_bias": torch.tensor(-10.0)}
     return {prefix + name: weight for name, weight in draw.weights.items()}
+
+
+def timm_vit(draw: Draw, trunk: str, patch_px: int, grid: int, class_token: bool = True, bias: bool = False) -> None:
+    """What timm's ViTs of 48 numbers share: patches, positions, first and last norm, head to 24 numbers."""
+    if class_token:
+        draw.add(f"{trunk}cls_token", 1, 1, 48, scale=0.5)
+    draw.add(f"{trunk}pos_embed", 1, grid**2 + class_token, 48, scale=0.5)
+    draw.add(f"{trunk}patch_embed.proj.weight", 48, 3, patch_px, patch_px)
+    if bias:
+        draw.add(f"{trunk}patch_embed.proj.bias", 48, scale=0.3)
+    else:
+        draw.norm(f"{trunk}norm_pre", 48)
+    draw.norm(f"{trunk}norm", 48)
+    draw.linear(f"{trunk}head", 48, 24)
+
+
+def timm_block(draw: Draw, name: str) -> None:
+    draw.norm(f"{name}.norm1", 48)
+    draw.linear(f"{name}.attn.qkv", 48, 144)
+    draw.linear(f"{name}.attn.proj", 48, 48)
+    draw.norm(f"{name}.norm2", 48)
+    draw.linear(f"{name}.mlp.fc1", 48, 80)
+    draw.linear(f"{name}.mlp.fc2", 80, 48)
+
+
+def timm_pool(draw: Draw, pool: str, hidden: int) -> None:
+    draw.add(f"{pool}.latent", 1, 1, 48)
+    draw.linear(f"{pool}.q", 48, 48)
+    draw.linear(f"{pool}.kv", 48, 96)
+    draw.linear(f"{pool}.proj", 48, 48)
+    draw.norm(f"{pool}.norm", 48)
+    draw.linear(f"{pool}.mlp.fc1", 48, hidden)
+    draw.linear(f"{pool}.mlp.fc2", hidden, 48)
+
+
+def with_text(draw: Draw, vocab_size: int | None) -> Weights:
+    """The weights, with open_clip's text tower where there is a vocabulary."""
+    if vocab_size is not None:
+        draw.open_clip_text("text.", vocab_size, 77)
+        draw.add("text.text_projection", 32, 24)
+        draw.weights["logit_scale"] = torch.tensor(2.0)
+    return draw.weights
+
+
+def timm_clip(vocab_size: int | None = None, patch_px: int = 16, grid: int = 4) -> Weights:
+    """CLIP's ViT of timm: alone, or in open_clip with a vocabulary."""
+    draw, trunk = Draw(5), "" if vocab_size is None else "visual.trunk."
+    timm_vit(draw, trunk, patch_px, grid)
+    draw.weights[f"{trunk}head.bias"].zero_()
+    for n in range(3):
+        timm_block(draw, f"{trunk}blocks.{n}")
+    return with_text(draw, vocab_size)
+
+
+def timm_eva02(vocab_size: int | None = None, patch_px: int = 16, grid: int = 4) -> Weights:
+    """EVA-02-CLIP of timm: alone, or in open_clip with a vocabulary."""
+    draw, trunk = Draw(6), "" if vocab_size is None else "visual.trunk."
+    timm_vit(draw, trunk, patch_px, grid, bias=True)
+    for n in range(3):
+        name = f"{trunk}blocks.{n}"
+        draw.norm(f"{name}.norm1", 48)
+        for part in "qkv":
+            draw.linear(f"{name}.attn.{part}_proj", 48, 48, bias=part != "k")
+        draw.norm(f"{name}.attn.norm", 48)
+        draw.linear(f"{name}.attn.proj", 48, 48)
+        draw.norm(f"{name}.norm2", 48)
+        draw.linear(f"{name}.mlp.fc1_g", 48, 64)
+        draw.linear(f"{name}.mlp.fc1_x", 48, 64)
+        draw.norm(f"{name}.mlp.norm", 64)
+        draw.linear(f"{name}.mlp.fc2", 64, 48)
+    return with_text(draw, vocab_size)
+
+
+def timm_pe_core(
+    vocab_size: int | None = None, patch_px: int = 16, grid: int = 4, class_token: bool = True
+) -> Weights:
+    """PE-Core of timm: alone, or in open_clip with a vocabulary; G/14 has no class token."""
+    draw, trunk = Draw(7), "" if vocab_size is None else "visual.trunk."
+    timm_vit(draw, trunk, patch_px, grid, class_token)
+    for n in range(3):
+        timm_block(draw, f"{trunk}blocks.{n}")
+    timm_pool(draw, f"{trunk}attn_pool", 192)
+    return with_text(draw, vocab_size)
 
 
 def dinov3_backbone(gated: bool = False, prefix: str = "") -> Weights:

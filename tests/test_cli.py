@@ -21,6 +21,7 @@ import spar_hf
 from spar_cli.main import COMMANDS, main
 from spar_cli.output import output_stems, shorten, table
 from spar_hf.checkpoints import ASSETS
+from spar_hf.families import FAMILIES
 from spar_hf.files import whole_files
 from spar_hf.methods.table import METHODS
 from spar_hf.refinement import REFINEMENTS
@@ -311,6 +312,25 @@ def test_the_documentation_has_the_table_as_it_is(tmp_path, capsys):
     capsys.readouterr()
     message = fails(capsys, "methods", "--markdown", str(copy))
     assert "has no place for the table; put the lines <!-- methods -->" in message
+
+
+def test_the_table_of_models_is_whole_and_as_it_is(tmp_path, capsys):
+    docs = Path(__file__).parent.parent / "docs" / "checkpoints.md"
+    copy, facts = tmp_path / "checkpoints.md", tmp_path / "models.json"
+    copy.write_text(docs.read_text(encoding="utf-8"), encoding="utf-8")
+    assert main(["models", "--markdown", str(copy), "--json", str(facts)]) == 0
+    printed = capsys.readouterr().out
+    renewed = copy.read_text(encoding="utf-8")
+    assert renewed == docs.read_text(encoding="utf-8"), "run spar models --markdown docs/checkpoints.md"
+    rows = json.loads(facts.read_text())["models"]
+    assert {row["class"] for row in rows} == {whole.__name__ for whole, _ in FAMILIES}
+    for row in rows:
+        assert f"| {row['family']} | `{row['class']}` |" in renewed and row["checked against"] in printed
+    by_name = {row["family"]: row for row in rows}
+    assert by_name["MetaCLIP 2"]["methods"] == "CLIP's of spar methods"
+    assert by_name["C-RADIOv3, v4"]["methods"] == "summary_head, scra, radseg"
+    assert (by_name["TIPSv2"]["methods"], by_name["TIPSv2"]["positions"]) == ("final_norm", "bilinear_antialias")
+    assert by_name["PE-Core"]["positions"] == "antialias, rotary"
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,28 @@ import numpy as np
 import pytest
 import torch
 from plain_clip import PlainClip, plain_method
-from plain_families import plain_dinov3, plain_siglip
+from plain_families import plain_dinov3, plain_eva, plain_siglip
 from safetensors.torch import save_file
-from source_layouts import dinotxt_rest, dinov3_backbone, open_clip_vit, timm_siglip
+from source_layouts import (
+    dinotxt_rest,
+    dinov3_backbone,
+    open_clip_vit,
+    timm_clip,
+    timm_eva02,
+    timm_pe_core,
+    timm_siglip,
+)
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
-from transformers import AutoModel, CLIPModel, DINOv3ViTModel, SiglipModel
+from transformers import (
+    AutoModel,
+    CLIPModel,
+    CLIPVisionConfig,
+    DINOv3ViTModel,
+    MetaClip2Model,
+    PreTrainedTokenizerFast,
+    SiglipModel,
+)
 from transformers.image_utils import OPENAI_CLIP_MEAN
 
 import spar_hf
@@ -131,6 +148,105 @@ def test_timms_trunk_alone(tmp_path):
     torch.testing.assert_close(tower(pixels).patch_embeds[0], torch.from_numpy(expected).float(), **CLOSE)
     with pytest.raises(ValueError, match="holds a vision tower alone"):
         spar_hf.load(tmp_path / "out")
+
+
+@pytest.mark.parametrize("alone", [True, False])
+@torch.no_grad()
+def test_timms_clip(alone, clip_tokenizer, words, tmp_path):
+    path = plain_file(timm_clip(None if alone else len(clip_tokenizer)), tmp_path / "timm.pt")
+    report = convert([path], "clip", tmp_path / "out", Asked("quick_gelu", **HEADS), words)
+    assert all(check.agrees for check in report.comparisons) and list(report.left_out) == [
+        "head.bias" if alone else "visual.trunk.head.bias"
+    ]
+    tower = spar_hf.SparVisionModel.from_pretrained(tmp_path / "out")
+    net = PlainClip.of_tower(as_numpy(tower), CLIPVisionConfig(**tower.config.to_dict()))
+    for size_hw in SIZES:
+        expected, _ = plain_method(net, pixels_of(size_hw)[0].numpy(), "maskclip")
+        found = tower(pixels_of(size_hw)).patch_embeds[0]
+        torch.testing.assert_close(found, torch.from_numpy(expected).float(), **CLOSE)
+    biased = {name: weight + 1 if name.endswith("head.bias") else weight for name, weight in timm_clip().items()}
+    with pytest.raises(ValueError, match=r"1 weights of the source are unused: head\.bias"):
+        convert([plain_file(biased, tmp_path / "bias.pt")], "clip", tmp_path / "x", Asked("gelu", **HEADS))
+
+
+@pytest.fixture
+def xlm_words(tmp_path) -> str:
+    """A folder with a tokenizer whose texts begin and end as XLM-V's."""
+    vocabulary = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3} | {f"w{n}": n for n in range(4, 40)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, "<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(tmp_path / "xlm")
+    return str(tmp_path / "xlm")
+
+
+@torch.no_grad()
+def test_metaclip2(xlm_words, words, tmp_path):
+    path = plain_file(open_clip_vit(60), tmp_path / "worldwide.pt")
+    report = convert([path], "metaclip2", tmp_path / "out", Asked("quick_gelu", **HEADS), xlm_words)
+    assert all(check.agrees for check in report.comparisons) and len(report.comparisons) == 5
+    model, processor = spar_hf.load(tmp_path / "out", method="clip")
+    stock = MetaClip2Model.from_pretrained(tmp_path / "out").eval()
+    texts = processor(text=["w5 w39 w7", "w39"])
+    expected = stock(pixel_values=pixels_of((64, 64)), **texts)
+    found = model(pixels_of((64, 64)), **texts)
+    torch.testing.assert_close(found.logits_per_image, expected.logits_per_image, **CLOSE)
+    # By CLIP's rule, at the highest id, it would be another text.
+    with pytest.raises(ValueError, match="does not agree with the source: text features"):
+        convert([plain_file(open_clip_vit(700), tmp_path / "x.pt")], "metaclip2", tmp_path / "x",
+                Asked("quick_gelu", **HEADS), words)  # fmt: skip
+    with pytest.raises(ValueError, match=r"no token_embedding.weight; this is no MetaCLIP 2 of open_clip"):
+        convert([plain_file(timm_clip(), tmp_path / "t.pt")], "metaclip2", tmp_path / "x", Asked("gelu", **HEADS))
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    plain_file(open_clip_vit(60), folder / "open_clip_pytorch_model.bin")
+    config = {"model_cfg": {"text_cfg": {"pool_type": "eos"}}}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"this is a MetaCLIP 2, .* give --backbone metaclip2"):
+        convert([folder], "clip", tmp_path / "x", Asked("gelu", **HEADS), xlm_words)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize(
+    ("make", "more", "design"),
+    [(timm_eva02, {}, "eva02"), (timm_pe_core, {}, "pe_core"), (timm_pe_core, {"class_token": False}, "pe_core")],
+    ids=["eva02", "pe_core", "pe_core_g"],
+)
+@torch.no_grad()
+def test_eva(make, more, design, alone, clip_tokenizer, words, tmp_path):
+    path = safe_file(make(None if alone else len(clip_tokenizer), **more), tmp_path / "eva")
+    report = convert([path], "eva", tmp_path / "out", Asked(**HEADS), words)
+    assert all(check.agrees for check in report.comparisons) and len(report.comparisons) == (4 if alone else 5)
+    tower = spar_hf.SparEvaVisionModel.from_pretrained(tmp_path / "out")
+    assert (tower.config.design, tower.config.class_token) == (design, not more)
+    assert tower.config.method == {"eva02": "last_values", "pe_core": "attention_pool"}[design]
+    for size_hw in SIZES:
+        pixels = pixels_of(size_hw)
+        expected = plain_eva(as_numpy(tower), pixels[0].double().numpy(), 16, 3, 3, design == "pe_core")
+        torch.testing.assert_close(tower(pixels).patch_embeds[0], torch.from_numpy(expected).float(), **CLOSE)
+    if not alone:
+        model, processor = spar_hf.load(tmp_path / "out")
+        assert processor.image_processor.image_mean == ([0.5] * 3 if design == "pe_core" else list(OPENAI_CLIP_MEAN))
+        assert model.config.text_config.hidden_act == "gelu" and model.logit_scale.item() == 2
+
+
+def test_what_is_no_eva_is_refused(tmp_path):
+    def refused(weights, message):
+        with pytest.raises(ValueError, match=message):
+            convert([plain_file(weights, tmp_path / "x.pt")], "eva", tmp_path / "x", Asked(**HEADS))
+
+    one = torch.zeros(1)
+    refused(timm_clip(), r"there is no blocks.0.attn.norm.weight \(EVA-02\) and no attn_pool.latent")
+    refused({"pos_embed": one, "blocks.0.attn.q_bias": one}, "this is EVA-02 E, .* it is not read")
+    for own in ("visual.blocks.0.attn.inner_attn_ln.weight", "visual.attn_pool.probe"):
+        refused({own: one}, "a file of the authors' own code, .* take timm's copy of it")
+    headless = {name: weight for name, weight in timm_eva02().items() if not name.startswith("head")}
+    refused(headless, "there is no head.weight; without it the patches are not in the text space")
+    lacking = {name: weight for name, weight in timm_pe_core().items() if name != "blocks.1.norm2.bias"}
+    refused(lacking, r"1 weights of the source are missing: blocks\.1\.norm2\.bias")
 
 
 @torch.no_grad()
@@ -274,7 +390,7 @@ def test_the_wrong_backbone_is_told(clip_tokenizer, words, tmp_path):
     siglip = plain_file(timm_siglip(len(clip_tokenizer)), tmp_path / "siglip.pt")
     rest = plain_file(dinotxt_rest(len(clip_tokenizer)), tmp_path / "rest.pth")
     for path, backbone, message in (
-        (siglip, "clip", r"no visual.conv1.weight; this is no ViT of open_clip. Check --backbone"),
+        (siglip, "clip", r"no visual.conv1.weight .* this is no ViT of CLIP. Check --backbone"),
         (clip, "siglip2", r"no attn_pool.latent; this is no SigLIP of timm"),
         (rest, "dinov3", r"needs the backbone's beside it: spar convert BACKBONE.pth TEXT_ENCODER.pth"),
     ):
@@ -391,7 +507,7 @@ def test_command(clip_tokenizer, words, tmp_path, capsys):
     for change, message in (
         (
             ["--backbone", "sigclip"],
-            "there is no backbone 'sigclip'; choose one of clip, siglip2, dinov3, radio, anyup.",
+            "there is no backbone 'sigclip'; choose one of clip, metaclip2, siglip2, eva, dinov3, radio, anyup.",
         ),
         (["--activation", "relu"], "there is no activation 'relu'"),
         (["--heads", "0"], "give a whole number, at least 1"),

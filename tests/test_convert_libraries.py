@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models
 from torch.nn import functional as F
-from transformers import AutoModel
+from transformers import AutoModel, PreTrainedTokenizerFast
 
 import spar_hf
 from spar_hf.conversion import convert
@@ -100,6 +101,75 @@ def test_timms_siglip_through_open_clip(name, bpe, tmp_path):
         values = pool.proj(pool.kv(x)[..., x.shape[-1] :])
         expected = (values + pool.mlp(pool.norm(values))).unflatten(1, grid_hw)
         torch.testing.assert_close(tower(pixels).patch_embeds, expected, atol=5e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("eva02_base_patch16_clip_224", {"embed_dim": 96, "num_heads": 6}),
+        ("vit_pe_core_base_patch16_224", {"embed_dim": 96, "num_heads": 6, "ref_feat_shape": (4, 4)}),
+        ("vit_pe_core_gigantic_patch14_448", {"embed_dim": 96, "num_heads": 6, "ref_feat_shape": (4, 4)}),
+        ("vit_base_patch16_clip_quickgelu_224", {"embed_dim": 96, "num_heads": 6}),
+    ],
+)
+@torch.no_grad()
+def test_timms_eva_and_clip(name, more, tmp_path):
+    """Image vectors by timm's own forward, at its native size and, by its own rule, at others."""
+    timm = pytest.importorskip("timm")
+    patch_px, clip = 14 if "patch14" in name else 16, "quickgelu" in name
+    small = {"img_size": 4 * patch_px, "depth": 3, "num_classes": 24, **more}
+    trunk = timm.create_model(name, **small, dynamic_img_size=True).eval()
+    randomise(trunk)
+    if clip:
+        trunk.head.bias.zero_()
+    torch.save(trunk.state_dict(), tmp_path / "trunk.pt")
+    convert([tmp_path / "trunk.pt"], "clip" if clip else "eva", tmp_path / "out", Asked("quick_gelu", heads=6))
+    own = {"method": "clip", "position_interpolation": "antialias"} if clip else {}
+    tower = AutoModel.from_pretrained(tmp_path / "out", **own)
+    for rows, columns in ((4, 4), (6, 6), (4, 7), (2, 8)):
+        pixels = pixels_of((rows * patch_px, columns * patch_px))
+        torch.testing.assert_close(tower(pixels).image_embeds, trunk(pixels), atol=2e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_open_clips_eva(bpe, tmp_path):
+    """EVA-02 with its text tower, as open_clip builds the two; the trunk is then a small one of the same kind."""
+    timm = pytest.importorskip("timm")
+    name = "eva02_base_patch16_clip_224"
+    vision = {"image_size": 64, "timm_model_name": name, "timm_pool": "token", "timm_proj": None}
+    theirs = open_clip.CustomTextCLIP(24, vision, {**TEXT, "context_length": 77}).eval()
+    small = {"img_size": 64, "depth": 2, "embed_dim": 96, "num_heads": 6, "num_classes": 24}
+    theirs.visual.trunk = timm.create_model(name, **small).eval()
+    randomise(theirs)
+    torch.save(theirs.state_dict(), tmp_path / "eva.pt")
+    convert([tmp_path / "eva.pt"], "eva", tmp_path / "out", Asked(heads=6, text_heads=2), bpe)
+    model, processor = spar_hf.load(tmp_path / "out")
+    pixels, texts = pixels_of((64, 64)), ["a photo of a dog", "Two cats, one street!"]
+    torch.testing.assert_close(model.vision_model(pixels).image_embeds, theirs.encode_image(pixels), atol=2e-5, rtol=0)
+    text = model.get_text_features(**processor(text=texts)).pooler_output
+    expected = theirs.encode_text(open_clip.SimpleTokenizer(bpe)(texts))
+    torch.testing.assert_close(text, expected, atol=2e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_open_clips_metaclip2(tmp_path):
+    """ViT-*-worldwide: texts end with token 2, which is not the highest id."""
+    vocabulary = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3} | {f"w{n}": n for n in range(4, 60)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, "<unk>"))
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(tmp_path / "words")
+    vision = {"image_size": 64, "layers": 3, "width": 128, "head_width": 64, "patch_size": 16}
+    text = {**TEXT, "context_length": 77, "vocab_size": 60, "pool_type": "eos", "eos_id": 2}
+    theirs = open_clip.CLIP(64, vision, text, quick_gelu=True).eval()
+    randomise(theirs)
+    torch.save(theirs.state_dict(), tmp_path / "worldwide.pt")
+    asked = Asked("quick_gelu", heads=2, text_heads=2)
+    convert([tmp_path / "worldwide.pt"], "metaclip2", tmp_path / "out", asked, str(tmp_path / "words"))
+    model = AutoModel.from_pretrained(tmp_path / "out", method="clip")
+    pixels, ids = pixels_of((64, 64)), torch.randint(3, 60, (3, 77), generator=torch.Generator().manual_seed(0))
+    ids[0, 5:], ids[1, 30], ids[2, 76] = 2, 2, 2
+    torch.testing.assert_close(model.vision_model(pixels).image_embeds, theirs.encode_image(pixels), atol=2e-5, rtol=0)
+    torch.testing.assert_close(model.get_text_features(ids).pooler_output, theirs.encode_text(ids), atol=2e-5, rtol=0)
 
 
 @torch.no_grad()

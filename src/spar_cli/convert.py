@@ -8,7 +8,7 @@ from pathlib import Path
 from .output import table
 from .parser import check_one_of, whole_number
 
-BACKBONES = ("clip", "siglip2", "dinov3", "radio", "anyup")
+BACKBONES = ("clip", "metaclip2", "siglip2", "eva", "dinov3", "radio", "anyup")
 ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "quick_gelu")
 HELP = "Convert SPAR's released weights, or those of open_clip, timm, dino.txt or C-RADIO, and check the result."
 EPILOG = """examples:
@@ -31,7 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source", nargs="+", type=Path, metavar="SOURCE", help="a file, a folder, or the parts of a release"
     )
-    parser.add_argument("--backbone", required=True, metavar="|".join(BACKBONES), help="siglip2 reads SigLIP too")
+    parser.add_argument(
+        "--backbone",
+        required=True,
+        metavar="|".join(BACKBONES),
+        help="siglip2 reads SigLIP too, eva EVA-02-CLIP and PE-Core",
+    )
     parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="a folder that is not there yet")
     parser.add_argument("--activation", metavar="NAME", help=f"{', '.join(ACTIVATIONS)}, where it cannot be seen")
     parser.add_argument("--text-activation", metavar="NAME", help="the same for the text tower, where it differs")

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 
-from . import convert, demo, evaluate, export, features, methods, publish, segment
+from . import convert, demo, evaluate, export, features, methods, models, publish, segment
 from .errors import MISTAKE, clean, exit_status, fail
 from .parser import Parser, check_one_of, with_flags
 from .picture_options import PICTURE_FLAGS
@@ -18,6 +18,7 @@ COMMANDS = {
     "segment": segment,
     "features": features,
     "methods": methods,
+    "models": models,
     "evaluate": evaluate,
     "convert": convert,
     "export": export,

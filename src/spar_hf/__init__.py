@@ -21,10 +21,12 @@ from .encoder_spar import SparOutput, SparVisionOutput
 from .encoders.base import DenseEncoder
 from .encoders.sliding_window import SlidingWindow
 from .encoders.upsampled import Upsampled
+from .eva_spar import SparEvaConfig, SparEvaModel, SparEvaVisionConfig, SparEvaVisionModel
 from .exporting import export
 from .families import FAMILIES
 from .image_file_spar import InvalidImageError
 from .image_processing_spar import SparImageProcessor
+from .metaclip_spar import SparMetaclipConfig, SparMetaclipModel
 from .methods.table import METHODS, Method
 from .pipeline_spar import OpenVocabularySegmentationPipeline, register_pipeline
 from .processing_spar import LabelFeatures, Labels, SparProcessor
@@ -33,6 +35,7 @@ from .refinement import REFINEMENTS, Refined, Refinement, floss_templates
 from .segmentation_spar import FromFeatures, ScoreMaps, Segmenter, label_map
 from .segmenters import SlidingScores
 from .siglip_spar import SparSiglipConfig, SparSiglipModel, SparSiglipVisionConfig, SparSiglipVisionModel
+from .tips_spar import SparTipsConfig, SparTipsModel, SparTipsVisionConfig, SparTipsVisionModel
 from .upsampling import UPSAMPLERS, load_upsampler
 
 __version__ = "0.1.0"
@@ -61,7 +64,13 @@ __all__ = [
     "SparDinov3Model",
     "SparDinov3VisionConfig",
     "SparDinov3VisionModel",
+    "SparEvaConfig",
+    "SparEvaModel",
+    "SparEvaVisionConfig",
+    "SparEvaVisionModel",
     "SparImageProcessor",
+    "SparMetaclipConfig",
+    "SparMetaclipModel",
     "SparModel",
     "SparOutput",
     "SparProcessor",
@@ -73,6 +82,10 @@ __all__ = [
     "SparSiglipModel",
     "SparSiglipVisionConfig",
     "SparSiglipVisionModel",
+    "SparTipsConfig",
+    "SparTipsModel",
+    "SparTipsVisionConfig",
+    "SparTipsVisionModel",
     "SparVisionConfig",
     "SparVisionModel",
     "SparVisionOutput",

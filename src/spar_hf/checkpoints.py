@@ -24,7 +24,7 @@ from .processing_spar import SparProcessor
 ASSETS = Path(__file__).parent / "assets"
 SHIPPED = ("tiny", "tiny-spar")
 # Text towers whose features are those of the end token; old files give 2 for it, and mean the highest id.
-END_TOKEN_POOLED, LEGACY_END = ("clip_text_model", "spar_dinov3_text"), 2
+END_TOKEN_POOLED, LEGACY_END = ("clip_text_model", "spar_dinov3_text", "metaclip_2_text_model"), 2
 
 
 def resolve(name: str | Path) -> str:
@@ -95,7 +95,7 @@ def load(name: str | Path = "tiny", **overrides: Any) -> tuple[DenseModel, SparP
 
     Args:
         name: `tiny` or `tiny-spar` (shipped), a folder of `save_pretrained`, or a Hub id: a SPAR model, plain CLIP,
-            or plain SigLIP or SigLIP2 of fixed resolution.
+            or another family's plain checkpoint.
         overrides: fields of the vision configuration (`method="naclip"`), or arguments of `from_pretrained`
             (`dtype=torch.bfloat16`, `revision="..."`).
 
@@ -200,5 +200,6 @@ def _try_out(processor: SparProcessor, config: Any, path: Path, folder: Path) ->
         refuse(tokens_path, f"a long text gives {len(ids)} tokens and the model reads {text.max_position_embeddings}")
     if (highest := max(*ids, len(processor.tokenizer) - 1)) >= text.vocab_size:
         refuse(tokens_path, f"it gives token {highest} and the model's vocabulary has {text.vocab_size}")
-    if text.model_type in END_TOKEN_POOLED and text.eos_token_id not in (LEGACY_END, *ids):
+    legacy = text.eos_token_id == LEGACY_END and text.model_type != "metaclip_2_text_model"  # whose end token is 2
+    if text.model_type in END_TOKEN_POOLED and not legacy and text.eos_token_id not in ids:
         refuse(tokens_path, f"its texts lack token {text.eos_token_id}, with which the model's end (eos_token_id)")

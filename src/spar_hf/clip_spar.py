@@ -41,7 +41,7 @@ class SparVisionConfig(DenseVisionConfig, CLIPVisionConfig):
 
     model_type = "spar_vision"
     stock_class = CLIPVisionConfig
-    vision_types = ("clip_vision_model", "spar_vision")
+    vision_types = ("clip_vision_model", "metaclip_2_vision_model", "spar_vision")
 
     image_size: int = 224
     patch_size: int = 16
@@ -68,7 +68,7 @@ class SparConfig(DenseConfig, CLIPConfig):
     """A `SparVisionConfig` and CLIP's text configuration; see `DenseConfig`."""
 
     model_type = "spar"
-    stock_type = "clip"
+    stock_types = ("clip",)
     vision_class = SparVisionConfig
     sub_configs_defaults = {  # the long form: transformers 5.20, the last for Python 3.10, reads no other
         "vision_config": SubConfigSpec(config_class=SparVisionConfig),

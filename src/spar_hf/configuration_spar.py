@@ -19,8 +19,8 @@ class DenseVisionConfig(PreTrainedConfig):
     Args:
         method: how patch features leave the last block: for CLIP a row of the table of methods, for another family
             its one name.
-        position_interpolation: `size`, `offset`, `antialias`, `bilinear` or `square`; see `resize_positions`. None is
-            the family's or method's own rule.
+        position_interpolation: `size`, `offset`, `antialias`, `bilinear`, `bilinear_antialias` or `square`; see
+            `resize_positions`. None is the family's or method's own rule.
         size_rule: `floor`, `pad` or `stretch`, for sides that are no multiple of the patch; see `fit_to_patches`.
         attention_reach: `image`, over the whole image (the stock model); or `window`, as far as the native windows
             around a patch (`WindowReach`; beyond SPAR). The same up to the native size.
@@ -35,7 +35,7 @@ class DenseVisionConfig(PreTrainedConfig):
     """
 
     stock_class: ClassVar[type[PreTrainedConfig]]
-    vision_types: ClassVar[tuple[str, ...]] = ()  # model types of vision towers alone: the stock one, then ours
+    vision_types: ClassVar[tuple[str, ...]] = ()  # model types of vision towers alone, stock ones and ours
 
     method: str = ""
     position_interpolation: str | None = None
@@ -133,7 +133,7 @@ class DenseConfig(PreTrainedConfig):
     """
 
     vision_class: ClassVar[type[DenseVisionConfig]]
-    stock_type: ClassVar[str | None] = None  # model type of the family's whole model in transformers
+    stock_types: ClassVar[tuple[str, ...]] = ()  # model types of the family's whole models in transformers
 
     @property
     def text_inputs(self) -> dict[str, Any]:

@@ -141,7 +141,11 @@ def rotary_angles(
     """
     rows, columns = ((2 * torch.arange(n, dtype=torch.float32, device=periods.device) + 1) / n - 1 for n in grid_hw)
     places = torch.stack([rows[:, None].expand(grid_hw), columns[None, :].expand(grid_hw)], dim=-1)  # (h, w, 2)
-    angles = (2 * math.pi * places[..., None] / periods).reshape(-1, 2 * len(periods))  # (h * w, d / 2)
+    return turns((2 * math.pi * places[..., None] / periods).reshape(-1, 2 * len(periods)), num_prefix_tokens)
+
+
+def turns(angles: torch.Tensor, num_prefix_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(h * w, d / 2) angles of the patches -> cosine and signed sine of each token's, (P + h * w, d)."""
     angles = nn.functional.pad(angles, (0, 0, num_prefix_tokens, 0))
     cosine, sine = angles.cos(), angles.sin()
     return torch.cat([cosine, cosine], dim=-1), torch.cat([-sine, sine], dim=-1)

@@ -7,27 +7,30 @@ from typing import Any
 from .clip_spar import SparModel, SparVisionModel
 from .configuration_spar import DenseConfig
 from .dinov3_spar import SparDinov3Model, SparDinov3VisionModel
+from .eva_spar import SparEvaModel, SparEvaVisionModel
 from .image_processing_spar import SparImageProcessor
+from .metaclip_spar import SparMetaclipModel
 from .processing_spar import SparProcessor
 from .radio_spar import SparRadioModel, SparRadioVisionModel
 from .siglip_spar import SparSiglipModel, SparSiglipVisionModel
+from .tips_spar import SparTipsModel, SparTipsVisionModel
 
 # Whole model and vision tower. Nothing else in the code lists them.
 FAMILIES: tuple[tuple[Any, Any], ...] = (
     (SparModel, SparVisionModel),
     (SparSiglipModel, SparSiglipVisionModel),
     (SparDinov3Model, SparDinov3VisionModel),
+    (SparMetaclipModel, SparVisionModel),
+    (SparTipsModel, SparTipsVisionModel),
+    (SparEvaModel, SparEvaVisionModel),
     (SparRadioModel, SparRadioVisionModel),
 )
 WHOLE = {
     model_type: whole
     for whole, _ in FAMILIES
-    for model_type in (whole.config_class.stock_type, whole.config_class.model_type)
-    if model_type
+    for model_type in (*whole.config_class.stock_types, whole.config_class.model_type)
 }
 TOWERS = {model_type: tower for _, tower in FAMILIES for model_type in tower.config_class.vision_types}
-# Not ours, but theirs to explain: SigLIP's configuration says why and what to take instead.
-WHOLE["siglip2"], TOWERS["siglip2_vision_model"] = SparSiglipModel, SparSiglipVisionModel
 
 
 def make_processor(config: DenseConfig, tokenizer: Any) -> SparProcessor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-POSITION_RULES = ("size", "offset", "antialias", "bilinear", "square")
+POSITION_RULES = ("size", "offset", "antialias", "bilinear", "bilinear_antialias", "square")
 SIZE_RULES = ("floor", "pad", "stretch")
 
 
@@ -60,8 +60,9 @@ def resize_positions(table: torch.Tensor, grid_hw: tuple[int, int], rule: str) -
         grid_hw: rows and columns wanted.
         rule: `size`: bicubic to the grid (transformers' rule). `offset`: bicubic with the scale (rows + 0.1) / n
             of the old DINO code, which most training-free methods and SPAR's CLIP were run with. `antialias`:
-            `size` with an antialiasing filter (GEM). `bilinear`: CLIP Surgery, CLIPer. `square`: bilinear to the
-            square of the longer side, of which the top left rows and columns are taken (RADIO).
+            `size` with an antialiasing filter (GEM). `bilinear`: CLIP Surgery, CLIPer. `bilinear_antialias`: the same
+            with the filter (TIPSv2, SigLIP2 NaFlex). `square`: bilinear to the square of the longer side, of which
+            the top left rows and columns are taken (RADIO).
 
     Returns:
         (rows * columns, C) in the table's dtype; the table itself on its native grid.
@@ -87,9 +88,9 @@ def resize_positions(table: torch.Tensor, grid_hw: tuple[int, int], rule: str) -
         )
     else:
         size = (max(grid_hw),) * 2 if rule == "square" else grid_hw
-        mode = "bilinear" if rule in ("bilinear", "square") else "bicubic"
+        mode = "bicubic" if rule in ("size", "antialias") else "bilinear"
         image = nn.functional.interpolate(
-            image, size=size, mode=mode, align_corners=False, antialias=rule == "antialias"
+            image, size=size, mode=mode, align_corners=False, antialias=rule.endswith("antialias")
         )[..., :rows, :columns]
     return image.flatten(2).squeeze(0).T.to(table.dtype)  # (1, C, h, w) -> (h * w, C)
 

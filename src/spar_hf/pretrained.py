@@ -146,6 +146,9 @@ def _check_weights(model: Any, path: Path) -> None:
             refuse(path, f"{name} is {str(weight.dtype).removeprefix('torch.')}, and weights must be floats")
         if not quantized:
             check_finite(path, name, weight)
+    temperature = getattr(model, "temperature", None)
+    if isinstance(temperature, torch.Tensor) and not temperature.is_meta and not temperature > 0:
+        refuse(path, f"temperature is {float(temperature):.3g}, and scores would be divided by it")
     scale = getattr(model, "logit_scale", None)
     if isinstance(scale, torch.Tensor) and not scale.is_meta and not 0 < scale.float().exp() < math.inf:
         refuse(path, f"logit_scale is {float(scale):.3g}, and scores would be multiplied by its exponential")

@@ -1,12 +1,20 @@
-"""SigLIP and SigLIP2 at fixed resolution: configurations, SparSiglipVisionModel and SparSiglipModel."""
+"""SigLIP and SigLIP2, of fixed resolution and NaFlex: configurations, SparSiglipVisionModel and SparSiglipModel."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import SiglipConfig, SiglipModel, SiglipTextConfig, SiglipVisionConfig, SiglipVisionModel
+from transformers import (
+    Siglip2VisionConfig,
+    SiglipConfig,
+    SiglipModel,
+    SiglipTextConfig,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 from transformers.configuration_utils import SubConfigSpec
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import PrefixChange
@@ -28,7 +36,8 @@ from .encoder_spar import (
 )
 from .grid_spar import resize_positions
 
-WEIGHTS_NEEDED = "a SigLIP or SigLIP2 checkpoint of fixed resolution, such as google/siglip2-base-patch16-512"
+WEIGHTS_NEEDED = "a SigLIP or SigLIP2 checkpoint, such as google/siglip2-base-patch16-512"
+NAFLEX = "siglip2"  # how transformers' model types of NaFlex begin; SigLIP2 of fixed resolution is of type siglip
 
 
 class SparSiglipVisionConfig(DenseVisionConfig, SiglipVisionConfig):
@@ -37,22 +46,28 @@ class SparSiglipVisionConfig(DenseVisionConfig, SiglipVisionConfig):
     Args:
         hidden_act: of the vision tower. Stock files say `gelu_pytorch_tanh`; some weights of timm were trained with
             the exact `gelu`, SigLIP2 ViT-B/16 and with it SPAR's among them.
+        num_patches: NaFlex: the length of the position table, (image_size / patch_size)²; patches are then embedded as
+            rows of numbers (y, x, channel). None: fixed resolution, where a convolution embeds them.
         method: `attention_pool`: the attention-pooling head applied to each patch alone.
-        position_interpolation: None is `size`, transformers' own rule.
-        size_rule: `pad`, SPAR's.
+        position_interpolation: None is `size`, or `bilinear_antialias` for NaFlex; transformers' own rules.
+        size_rule: `pad`, SPAR's; a NaFlex checkpoint is read with `stretch`, since its images were resized to whole
+            patches.
     """
 
     model_type = "spar_siglip_vision"
     stock_class = SiglipVisionConfig
-    vision_types = ("siglip_vision_model", "spar_siglip_vision")
+    vision_types = ("siglip_vision_model", "spar_siglip_vision", "siglip2_vision_model")
 
+    image_size: int = 224
+    patch_size: int = 16
+    num_patches: int | None = None
     method: str = "attention_pool"
     size_rule: str = "pad"
 
     def settle_method(self) -> None:
         super().settle_method()
         if self.position_interpolation is None:
-            self.position_interpolation = "size"
+            self.position_interpolation = "size" if self.num_patches is None else "bilinear_antialias"
 
     @property
     def projection_dim(self) -> int:
@@ -66,17 +81,20 @@ class SparSiglipVisionConfig(DenseVisionConfig, SiglipVisionConfig):
                 "vision_use_head is False; without its attention-pooling head a SigLIP's patches are not in the text "
                 f"space. Give {WEIGHTS_NEEDED}."
             )
+        whole = (self.image_size // self.patch_size) ** 2
+        if self.num_patches not in (None, whole):
+            raise ValueError(
+                f"num_patches is {self.num_patches}; it must be the patches of a square of image_size "
+                f"{self.image_size} px, {whole}, or None for fixed resolution."
+            )
 
     @classmethod
     def from_stock(cls, vision: dict[str, Any], model_type: str | None) -> dict[str, Any]:
-        if str(model_type).startswith("siglip2"):
-            raise ValueError(
-                "this is a NaFlex checkpoint of SigLIP2 (siglip2): it embeds flattened patches of images packed to a "
-                f"number of tokens, and has no native window for a teacher. Give {WEIGHTS_NEEDED}, which has the same "
-                "size, data and text tower."
-            )
         vision = super().from_stock(vision, model_type)
         patch_px, image_px = vision.get("patch_size", cls.patch_size), vision.get("image_size", cls.image_size)
+        if str(model_type).startswith(NAFLEX):
+            vision = {"num_patches": Siglip2VisionConfig.num_patches, "size_rule": "stretch", **vision}
+            return {**vision, "image_size": math.isqrt(vision["num_patches"]) * patch_px}
         # so400m-patch14-384 says 384 px and sees 27 x 27 patches: 378 px.
         return {**vision, "image_size": image_px // patch_px * patch_px}
 
@@ -85,7 +103,7 @@ class SparSiglipConfig(DenseConfig, SiglipConfig):
     """A `SparSiglipVisionConfig` and SigLIP's text configuration; see `DenseConfig`."""
 
     model_type = "spar_siglip"
-    stock_type = "siglip"
+    stock_types = ("siglip", "siglip2")
     vision_class = SparSiglipVisionConfig
     sub_configs_defaults = {
         "vision_config": SubConfigSpec(config_class=SparSiglipVisionConfig),
@@ -100,12 +118,37 @@ class SparSiglipConfig(DenseConfig, SiglipConfig):
         """Trained on lower-case texts at full length, padding read along with the words."""
         return {"text_padding": "max_length", "max_length": 64, "lowercase": True}
 
+    @classmethod
+    def from_stock(cls, config_dict: dict[str, Any]) -> dict[str, Any]:
+        if config_dict.get("model_type") == "siglip2" and "text_config" in config_dict:
+            # NaFlex' text tower is SigLIP's by another name.
+            text = {**config_dict["text_config"], "model_type": SiglipTextConfig.model_type}
+            config_dict = {**config_dict, "text_config": text}
+        return super().from_stock(config_dict)
 
-class SparSiglipVisionEmbeddings(SiglipVisionEmbeddings):  # differs from SigLIP only in how positions are resized
+
+class SparSiglipVisionEmbeddings(SiglipVisionEmbeddings):  # differs in how positions are resized, and reads NaFlex
+    def __init__(self, config: SparSiglipVisionConfig):
+        super().__init__(config)
+        if config.num_patches is not None:
+            inputs = config.num_channels * config.patch_size**2
+            self.patch_embedding = nn.Linear(inputs, config.hidden_size)  # type: ignore[assignment]
+
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
-        patches, grid_hw = embed_patches(self.patch_embedding, pixel_values)
+        if self.config.num_patches is None:
+            patches, grid_hw = embed_patches(self.patch_embedding, pixel_values)
+        else:
+            patches, grid_hw = embed_flat_patches(self.patch_embedding, pixel_values, self.config.patch_size)
         table = position_table(self.position_embedding, self.num_positions, patches.device)
         return patches + resize_positions(table, grid_hw, self.config.position_interpolation), grid_hw
+
+
+def embed_flat_patches(linear: nn.Linear, pixels: torch.Tensor, patch_px: int) -> tuple[torch.Tensor, tuple[int, int]]:
+    """(B, 3, H, W) -> (B, h * w, C) and (h, w), by a layer that takes a patch as a row: y, then x, then channel."""
+    grid_hw = (pixels.shape[2] // patch_px, pixels.shape[3] // patch_px)
+    pixels = pixels[:, :, : grid_hw[0] * patch_px, : grid_hw[1] * patch_px].to(linear.weight.dtype)
+    patches = pixels.unflatten(3, (grid_hw[1], patch_px)).unflatten(2, (grid_hw[0], patch_px))  # (B, 3, h, p, w, p)
+    return linear(patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)), grid_hw
 
 
 class SparSiglipAttention(DenseAttention, SiglipAttention):
@@ -164,8 +207,9 @@ class SparSiglipHead(SiglipMultiheadAttentionPoolingHead):
 class SparSiglipVisionModel(DenseVisionModel, SiglipVisionModel):
     """SigLIP's vision tower, run once at any resolution, with one text-aligned vector per patch.
 
-    Plain SigLIP and SigLIP2 checkpoints of fixed resolution load straight into it, whole or vision tower alone, and
-    what it saves has their layout. Any height and width, any batch size, fp32, bf16 and fp16.
+    Plain SigLIP and SigLIP2 checkpoints, NaFlex among them, load straight into it, whole or vision tower alone, and
+    what it saves has their layout. NaFlex takes each image at its own ratio; here a batch is of one size, so that
+    nothing is packed or masked. Any height and width, any batch size, fp32, bf16 and fp16.
     Source: SPAR (Kombol et al., CVPR 2026), section 3, and the behaviour of its released code.
     """
 
@@ -213,7 +257,7 @@ class SparSiglipVisionModel(DenseVisionModel, SiglipVisionModel):
 class SparSiglipModel(DenseModel, SiglipModel):
     """SigLIP with a `SparSiglipVisionModel` for its vision tower: `vision_model`, `text_model`.
 
-    Plain SigLIP and SigLIP2 checkpoints of fixed resolution load straight into it; what it saves has their layout.
+    Plain SigLIP and SigLIP2 checkpoints, NaFlex among them, load straight into it; what it saves has their layout.
     Fields of `SparSiglipVisionConfig` can be given to `from_pretrained`.
     """
 

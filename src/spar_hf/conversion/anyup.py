@@ -67,7 +67,7 @@ def anyup_layout(source: Source) -> Layout:
         f"{ATTENTION}.attention.out_proj.{kind}": "features go through as they are" for kind in ("weight", "bias")
     }
     sizes = {"hidden_size": freqs.shape[1], "basis_size": bases.shape[2]}
-    return Layout(f"AnyUp, {sizes['hidden_size']} channels", 0, sizes, {}, table, left_out)
+    return Layout(f"AnyUp, {sizes['hidden_size']} channels", (SparAnyUp, SparAnyUp), sizes, {}, table, left_out)
 
 
 def flat(weight: Tensor) -> Tensor:

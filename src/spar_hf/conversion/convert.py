@@ -34,6 +34,7 @@ TOKENIZERS = {
     49408: "openai/clip-vit-base-patch16",
     32000: "google/siglip-base-patch16-224",
     256000: "google/siglip2-base-patch16-512",
+    901629: "facebook/xlm-v-base",
 }
 
 
@@ -96,7 +97,7 @@ def convert(
 
     Args:
         paths: the source's files; see `read_source`.
-        backbone: `clip`, `siglip2` (SigLIP too), `dinov3` or `radio`.
+        backbone: `clip`, `metaclip2`, `siglip2` (SigLIP too), `eva` (EVA-02-CLIP, PE-Core), `dinov3` or `radio`.
         output: a folder that is not there yet or is empty.
         asked: what the weights' shapes cannot tell.
         tokenizer: folder, Hub id, or CLIP's `bpe_simple_vocab_16e6.txt.gz`; None is the family's on the Hub.
@@ -212,9 +213,8 @@ def build_model(
         return layout.model_class(config_class(**vision)).eval()
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     text = {**layout.text, **special, "pad_token_id": tokenizer.pad_token_id}
-    whole = (
-        {"projection_dim": vision["projection_dim"]} if "projection_dim" in config_class.__dataclass_fields__ else {}
-    )
+    named = "projection_dim" in config_class.__dataclass_fields__  # CLIP's says it twice
+    whole = {"projection_dim": vision["projection_dim"]} if named else {}
     return layout.model_class(config_class(vision_config=vision, text_config=text, **whole)).eval()
 
 

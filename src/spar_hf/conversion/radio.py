@@ -24,6 +24,7 @@ from ..downloads import fetch
 from ..families import WHOLE
 from ..names_spar import unknown
 from ..pretrained import read_config
+from ..radio_spar import SparRadioModel, SparRadioVisionModel
 from .layouts import Asked, Layout, Rule, Table, count_blocks, heads_of, rename, same, third
 from .reference import ACTIVATIONS, Reference
 from .source import Source
@@ -249,7 +250,7 @@ def radio_layout(source: Source, asked: Asked) -> Layout:
     left_out["summary_idxs"] = "the file's teachers say the same"
     head = f", head of {vision['adaptor']}" if chosen else ", without a head"
     name = f"C-RADIO, {layers} x {width}, patch {patch_px}{head}; NVIDIA Open Model License"
-    return Layout(name, 3, vision, source.text, table, left_out)
+    return Layout(name, (SparRadioModel, SparRadioVisionModel), vision, source.text, table, left_out)
 
 
 def ratio_of(inner: int, width: int) -> float:

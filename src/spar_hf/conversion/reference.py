@@ -34,6 +34,10 @@ class Reference:
         self.weights = {name: weight.float() for name, weight in weights.items()}
         self.vision, self.text = vision, text
 
+    def trunk(self) -> str:
+        """What stands before timm's names."""
+        return "visual.trunk." if "visual.trunk.pos_embed" in self.weights else ""
+
     def linear(self, name: str, x: Tensor) -> Tensor:
         return F.linear(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))
 
@@ -90,6 +94,8 @@ class ClipReference(Reference):
     """SPAR's OpenCLIP wrapper: old position rule, values alone in the last block, remainder dropped."""
 
     def image_features(self, pixels: Tensor) -> Tensor:
+        if "visual.conv1.weight" not in self.weights:
+            return self.timm_features(pixels)
         x, (rows, columns) = self.patches("visual.conv1", pixels)
         table = self.weights["visual.positional_embedding"]
         side = math.isqrt(len(table) - 1)
@@ -114,19 +120,51 @@ class ClipReference(Reference):
         x = self.norm("visual.ln_post", x, 1e-5) @ self.weights["visual.proj"]
         return x[:, 1:].unflatten(1, (rows, columns))
 
+    def timm_features(self, pixels: Tensor) -> Tensor:
+        """The same of timm's ViT."""
+        trunk, heads = self.trunk(), self.vision["num_attention_heads"]
+        x, (rows, columns) = self.patches(f"{trunk}patch_embed.proj", pixels)
+        table = self.weights[f"{trunk}pos_embed"]
+        side = math.isqrt(table.shape[1] - 1)
+        positions = table[:, 1:]
+        if (rows, columns) != (side, side):
+            grid = positions.transpose(1, 2).unflatten(2, (side, side))
+            scale = ((rows + 0.1) / side, (columns + 0.1) / side)
+            grid = F.interpolate(grid, scale_factor=scale, mode="bicubic", align_corners=False)
+            positions = grid.flatten(2).transpose(1, 2)
+        class_token = (self.weights[f"{trunk}cls_token"] + table[:, :1]).expand(len(x), -1, -1)
+        x = self.norm(f"{trunk}norm_pre", torch.cat([class_token, x + positions], dim=1), 1e-5)
+        act, layers = ACTIVATIONS[self.vision["hidden_act"]], self.vision["num_hidden_layers"]
+        for n in range(layers):
+            name = f"{trunk}blocks.{n}"
+            qkv = self.linear(f"{name}.attn.qkv", self.norm(f"{name}.norm1", x, 1e-5))
+            attended = qkv.chunk(3, dim=-1)[2] if n == layers - 1 else self.attend(qkv, heads)
+            x = x + self.linear(f"{name}.attn.proj", attended)
+            y = act(self.linear(f"{name}.mlp.fc1", self.norm(f"{name}.norm2", x, 1e-5)))
+            x = x + self.linear(f"{name}.mlp.fc2", y)
+        return self.linear(f"{trunk}head", self.norm(f"{trunk}norm", x, 1e-5))[:, 1:].unflatten(1, (rows, columns))
+
     def text_features(self, ids: Tensor) -> Tensor:
         x, prefix = self.open_clip_text(ids, 1e-5, causal=True)
         return x[torch.arange(len(ids)), ids.argmax(-1)] @ self.weights[f"{prefix}text_projection"]
+
+
+class MetaclipReference(ClipReference):
+    """MetaCLIP 2: the text's vector is at its first end token."""
+
+    END_TOKEN = 2
+
+    def text_features(self, ids: Tensor) -> Tensor:
+        x, prefix = self.open_clip_text(ids, 1e-5, causal=True)
+        ends = (ids == self.END_TOKEN).int().argmax(-1)
+        return x[torch.arange(len(ids)), ends] @ self.weights[f"{prefix}text_projection"]
 
 
 class SiglipReference(Reference):
     """SPAR's SigLIP2 wrapper: zero-padding, bicubic positions, the pooling head's values and MLP on each patch."""
 
     def image_features(self, pixels: Tensor) -> Tensor:
-        trunk, patch_px = (
-            "visual.trunk." if "visual.trunk.pos_embed" in self.weights else "",
-            self.vision["patch_size"],
-        )
+        trunk, patch_px = self.trunk(), self.vision["patch_size"]
         pixels = F.pad(pixels, (0, -pixels.shape[3] % patch_px, 0, -pixels.shape[2] % patch_px))
         x, grid_hw = self.patches(f"{trunk}patch_embed.proj", pixels)
         table = self.weights[f"{trunk}pos_embed"]
@@ -151,6 +189,80 @@ class SiglipReference(Reference):
     def text_features(self, ids: Tensor) -> Tensor:
         x, prefix = self.open_clip_text(ids, 1e-6, causal=False)
         return self.linear(f"{prefix}text_projection", x[:, -1])
+
+
+class EvaReference(Reference):
+    """timm's Eva at any size: both positions stretched over the grid; pairs of channels side by side turn."""
+
+    def image_features(self, pixels: Tensor) -> Tensor:
+        trunk, heads, eps = self.trunk(), self.vision["num_attention_heads"], self.vision.get("layer_norm_eps", 1e-6)
+        pools = self.vision["design"] == "pe_core"
+        x, (rows, columns) = self.patches(f"{trunk}patch_embed.proj", pixels)
+        table = self.weights[f"{trunk}pos_embed"]
+        prefix = int(f"{trunk}cls_token" in self.weights)
+        side = math.isqrt(table.shape[1] - prefix)
+        positions = table[:, prefix:]
+        if (rows, columns) != (side, side):
+            grid = positions.transpose(1, 2).unflatten(2, (side, side))
+            grid = F.interpolate(grid, size=(rows, columns), mode="bicubic", antialias=True)
+            positions = grid.flatten(2).transpose(1, 2)
+        x = x + positions
+        if prefix:
+            class_token = self.weights[f"{trunk}cls_token"] + table[:, :1]
+            x = torch.cat([class_token.expand(len(x), -1, -1), x], dim=1)
+        if pools:
+            x = self.norm(f"{trunk}norm_pre", x, eps)
+        turn = self.turn(x.shape[-1] // heads, rows, columns, side if pools else 16, prefix, pools)
+        layers = self.vision["num_hidden_layers"]
+        for n in range(layers):
+            name = f"{trunk}blocks.{n}"
+            y = self.norm(f"{name}.norm1", x, eps)
+            if pools:
+                y = self.attend(self.linear(f"{name}.attn.qkv", y), heads, turn=turn)
+            elif n == layers - 1:
+                y = self.linear(f"{name}.attn.v_proj", y)
+            else:
+                qkv = torch.cat([self.linear(f"{name}.attn.{part}_proj", y) for part in "qkv"], dim=-1)
+                y = self.attend(qkv, heads, turn=turn)
+            y = y if pools else self.norm(f"{name}.attn.norm", y, eps)
+            x = x + self.linear(f"{name}.attn.proj", y)
+            y = self.norm(f"{name}.norm2", x, eps)
+            if pools:
+                y = F.gelu(self.linear(f"{name}.mlp.fc1", y))
+            else:
+                y = F.silu(self.linear(f"{name}.mlp.fc1_g", y)) * self.linear(f"{name}.mlp.fc1_x", y)
+                y = self.norm(f"{name}.mlp.norm", y, eps)
+            x = x + self.linear(f"{name}.mlp.fc2", y)
+        x = self.norm(f"{trunk}norm", x, eps)[:, prefix:]
+        if pools:
+            pool = f"{trunk}attn_pool"
+            x = self.linear(f"{pool}.proj", self.linear(f"{pool}.kv", x).chunk(2, dim=-1)[1])
+            y = F.gelu(self.linear(f"{pool}.mlp.fc1", self.norm(f"{pool}.norm", x, eps)))
+            x = x + self.linear(f"{pool}.mlp.fc2", y)
+        return self.linear(f"{trunk}head", x).unflatten(1, (rows, columns))
+
+    @staticmethod
+    def turn(width: int, rows: int, columns: int, counted: int, prefix: int, pools: bool) -> Callable:
+        """Turns the heads (B, H, prefix + rows * columns, width) by their places, row first unless it `pools`."""
+        offset = prefix if pools else 0
+        frequencies = 10000.0 ** -(torch.arange(width // 4) * 4 / width)
+        y, x = torch.meshgrid(
+            (torch.arange(rows) + offset) / rows * counted, (torch.arange(columns) + offset) / columns * counted,
+            indexing="ij",
+        )  # fmt: skip
+        places = torch.stack([x, y] if pools else [y, x], dim=-1).flatten(0, 1)
+        angles = (places[:, :, None] * frequencies).flatten(1)
+
+        def apply(heads: Tensor) -> Tensor:
+            patches = torch.view_as_complex(heads[:, :, prefix:].unflatten(-1, (-1, 2)).contiguous())
+            patches = torch.view_as_real(patches * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
+            return torch.cat([heads[:, :, :prefix], patches], dim=2)
+
+        return apply
+
+    def text_features(self, ids: Tensor) -> Tensor:
+        x, prefix = self.open_clip_text(ids, 1e-5, causal=True)
+        return x[torch.arange(len(ids)), ids.argmax(-1)] @ self.weights[f"{prefix}text_projection"]
 
 
 class Dinov3Reference(Reference):
@@ -214,6 +326,8 @@ class Dinov3Reference(Reference):
 
 REFERENCES: dict[str, type[Reference]] = {
     "clip": ClipReference,
+    "metaclip2": MetaclipReference,
     "siglip2": SiglipReference,
+    "eva": EvaReference,
     "dinov3": Dinov3Reference,
 }
