@@ -8,7 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import (
+    BlipConfig,
+    BlipForImageTextRetrieval,
+    PreTrainedTokenizerFast,
     Sam2Config,
     Sam2HieraDetConfig,
     Sam2Model,
@@ -22,6 +26,7 @@ from transformers import (
 )
 
 from spar_hf import METHODS, REFINEMENTS
+from spar_hf.networks.blip import Blip
 
 
 @cache
@@ -38,6 +43,8 @@ def small(name: str) -> torch.nn.Module:
         return SamVisionModel(SamVisionConfig(**own)).eval()
     if name == "regions":  # its masks are chosen by settings; superpixels are there for any image
         return "slic"  # type: ignore[return-value]
+    if name == "blip":
+        return blip_model()
     raise KeyError(f"tests/second_networks.py makes no network {name!r}; add one")
 
 
@@ -46,6 +53,22 @@ def networks_for(method: str | None, refine: Iterable[str] = ()) -> dict[str, An
     needs = {} if method is None else METHODS[method].needs
     known = [REFINEMENTS[row] for row in refine if row in REFINEMENTS]
     return {name: small(name) for name in [*needs, *(name for row in known for name in row.networks)]}
+
+
+def blip_model() -> Blip:
+    """A BLIP of 64 px whose text encoder has the block and the head that PnP-OVSS reads; word pieces are letters."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "picture", "of", "road", *letters, *(f"##{c}" for c in letters)]
+    backend = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    backend.normalizer, backend.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.BertPreTokenizer()
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+    text = {"vocab_size": len(words) + 2, "hidden_size": 20, "num_attention_heads": 10, "num_hidden_layers": 9}
+    text |= {"intermediate_size": 24, "max_position_embeddings": 64, "encoder_hidden_size": 16}
+    text |= {"bos_token_id": len(words), "pad_token_id": 0, "sep_token_id": 3, "initializer_range": 0.2}
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision |= {"image_size": 64, "patch_size": 16, "initializer_range": 0.2}
+    return Blip(BlipForImageTextRetrieval(BlipConfig(text_config=text, vision_config=vision)), tokenizer)
 
 
 def sam_model() -> torch.nn.Module:
@@ -86,6 +109,12 @@ def folders_for(method: str, parent: Path, flag: str) -> list[str]:
     """The words of a command line that give a method the small networks it needs, saved as folders."""
     words = []
     for name, network in networks_for(method).items():
+        if isinstance(network, str):
+            words += [flag, f"{name}={network}"]
+            continue
+        if isinstance(network, Blip):
+            network.tokenizer.save_pretrained(parent / name)
+            network = network.network
         network.save_pretrained(parent / name)
         words += [flag, f"{name}={parent / name}"]
     return words

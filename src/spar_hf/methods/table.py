@@ -330,6 +330,15 @@ _ROWS = (
         note="with CLIP ViT-L/14 as the judge, settings and words of the background chosen for each data set",
     ),
     Method(
+        "pnp_ovss",
+        "PnP-OVSS, without the choice of names by GPT-4o",
+        "Luo et al., CVPR 2024",
+        whole_image=True,
+        branch="vfm",
+        needs={"blip": "Salesforce/blip-itm-large-coco"},
+        extra="vfm",
+    ),
+    Method(
         "scra",
         "RADSeg's last block alone",
         "Alama et al., arXiv 2511.19704",
