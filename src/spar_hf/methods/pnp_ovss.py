@@ -29,6 +29,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..arithmetic_spar import with_fast_products
 from ..encoder_spar import check_pixels
 from ..encoders.base import column, rgb
 from ..extras import extra_package
@@ -117,6 +118,7 @@ class Segmenter(FromFeatures):
         return f"{self.config.method}({self.settings}, {self.blip!r})"
 
     @torch.no_grad()
+    @with_fast_products
     def __call__(self, pixel_values: Tensor, encoded: Any) -> list[ScoreMaps]:
         """See `Segmenter`; `encoded` are `LabelFeatures`."""
         check_pixels(pixel_values, self.config.num_channels)
