@@ -134,7 +134,10 @@ def test_methods_that_are_a_file(method: str, make_vision: Any, inputs: Any, slo
 @torch.no_grad()
 def test_every_row_of_the_tables(method: Any, refine: Any, small: Any, slow_half: None) -> None:
     model, processor = small[METHODS[method].family if method else "clip"]
-    networks = {name: copy.deepcopy(network).bfloat16() for name, network in networks_for(method, refine).items()}
+    networks = {
+        name: copy.deepcopy(network).bfloat16() if isinstance(network, torch.nn.Module) else network
+        for name, network in networks_for(method, refine).items()
+    }
     segmenter = build_segmenter(model, processor, method, networks=networks, refine=refine)
     image = torch.randn(1, 3, 90, 112, dtype=torch.bfloat16)
     with Products() as seen:

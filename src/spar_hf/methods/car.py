@@ -33,6 +33,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..arithmetic_spar import with_fast_products
 from ..encoder_spar import check_pixels
 from ..encoders.base import rgb
 from ..grid_spar import upsample
@@ -176,6 +177,7 @@ class Segmenter(FromFeatures):
         )
 
     @torch.no_grad()
+    @with_fast_products
     def __call__(self, pixel_values: Tensor, encoded: Any) -> list[ScoreMaps]:
         """See `Segmenter`; `encoded` are `CarTexts`."""
         check_pixels(pixel_values, self.config.num_channels)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..arithmetic_spar import with_fast_products
 from ..encoder_spar import check_pixels
 from ..extras import extra_package
 from ..grid_spar import coverage
@@ -98,6 +99,7 @@ class Segmenter(FromFeatures):
         return CassTexts(plain.labels, plain.text_embeds, clusters_of(plain.text_embeds, self.settings.height))
 
     @torch.no_grad()
+    @with_fast_products
     def __call__(self, pixel_values: Tensor, encoded: Any) -> list[ScoreMaps]:
         """See `Segmenter`; `encoded` are `CassTexts`."""
         check_pixels(pixel_values, self.config.num_channels)

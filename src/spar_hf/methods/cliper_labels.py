@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..arithmetic_spar import with_fast_products
 from ..dense_spar import merge_heads, project_heads
 from ..encoder_spar import check_pixels
 from ..grid_spar import coverage, upsample
@@ -106,6 +107,7 @@ class Segmenter(FromFeatures):
         return CliperTexts(plain.labels, plain.text_embeds, background)
 
     @torch.no_grad()
+    @with_fast_products
     def __call__(self, pixel_values: Tensor, encoded: Any) -> list[ScoreMaps]:
         """See `Segmenter`; `encoded` are `CliperTexts`."""
         check_pixels(pixel_values, self.config.num_channels)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..arithmetic_spar import with_fast_products
 from ..dense_spar import attend, locality_bias, merge_heads, project_heads
 from ..encoder_spar import SparVisionOutput, check_pixels
 from ..grid_spar import fit_to_patches, whole_patches
@@ -83,6 +84,7 @@ class Segmenter(FromFeatures):
         return f"{self.config.method}({self.settings})"
 
     @torch.no_grad()
+    @with_fast_products
     def __call__(self, pixel_values: Tensor, encoded: Any) -> list[ScoreMaps]:
         """See `Segmenter`; `encoded` are `LabelFeatures`."""
         check_pixels(pixel_values, self.config.num_channels)
