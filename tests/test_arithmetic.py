@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from spar_hf import METHODS, REFINEMENTS, arithmetic_spar, build_encoder, build_segmenter
 from spar_hf.arithmetic_spar import HALF, FullProducts, best_dtype, cpu_is_fast_at, fast_half, products
 from spar_hf.families import make_processor
+from spar_hf.prompts_spar import Labels
 from spar_hf.segmentation_spar import label_map
 
 PRODUCTS = (
@@ -140,8 +142,9 @@ def test_every_row_of_the_tables(method: Any, refine: Any, small: Any, slow_half
     }
     segmenter = build_segmenter(model, processor, method, networks=networks, refine=refine)
     image = torch.randn(1, 3, 90, 112, dtype=torch.bfloat16)
+    labels = replace(Labels.parse("a red car; the sky, clouds; grass"), definitions=("a thing", None, "it is green"))
     with Products() as seen:
-        encoded = segmenter.encode_labels("a red car; the sky, clouds; grass", unlabelled=[image])
+        encoded = segmenter.encode_labels(labels, unlabelled=[image])
         (maps,) = segmenter(image, encoded)
         label_map(maps, torch.tensor([0, 1, 1, 2]))
     assert {dtype for dtype in seen.types if dtype in HALF} == set()

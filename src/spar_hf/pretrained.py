@@ -67,6 +67,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def open_config(config_class: Any, folder: Path) -> Any:
+    """The configuration of a folder.
+
+    Raises:
+        CheckpointError: it can't be read.
+    """
+    with naming(folder / CONFIG):
+        return config_class.from_pretrained(folder, trust_remote_code=False)
+
+
 def open_model(model_class: Any, folder: Path, **overrides: Any) -> Any:
     """`model_class.from_pretrained(folder)` in evaluation mode.
 
@@ -83,8 +93,7 @@ def open_model(model_class: Any, folder: Path, **overrides: Any) -> Any:
     files, shapes = weight_files(folder)
     config_path = folder / CONFIG
     config_class = getattr(model_class, "config_class", None) or AutoConfig
-    with naming(config_path):
-        config = config_class.from_pretrained(folder, trust_remote_code=False)
+    config = open_config(config_class, folder)
     if overrides:  # what is wrong from here on is the caller's
         config = _overridden(config_class, folder, overrides)
     _check_size(model_class, config, shapes, config_path)

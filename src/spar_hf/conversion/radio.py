@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPTextConfig
 
-from ..checkpoint_files import load_pickle, naming, weight_files
+from ..checkpoint_files import load_pickle, weight_files
 from ..downloads import fetch
 from ..families import WHOLE
 from ..names_spar import unknown
-from ..pretrained import read_config
+from ..pretrained import open_config, read_config
 from ..radio_spar import SparRadioModel, SparRadioVisionModel
 from .layouts import Asked, Layout, Rule, Table, count_blocks, heads_of, rename, same, third
 from .reference import ACTIVATIONS, Reference
@@ -167,8 +167,7 @@ def read_text(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     folder = fetch(name)
     model_type = str(read_config(folder).get("model_type"))
     whole = WHOLE.get(model_type)
-    with naming(folder / "config.json"):
-        text = None if whole is None else whole.config_class.from_pretrained(folder).text_config
+    text = None if whole is None else open_config(whole.config_class, folder).text_config
     if text is None or text.model_type not in ("clip_text_model", "siglip_text_model"):
         raise ValueError(
             f"{name} is a checkpoint of type {model_type!r:.80}; the text tower must be that of a CLIP or a SigLIP."
