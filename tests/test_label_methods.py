@@ -43,6 +43,7 @@ def own(tmp_path, monkeypatch) -> Path:
 @pytest.mark.parametrize("name", LABELS)
 def test_a_label_method_segments_and_is_evaluated(name, own, model_folder):
     words = ["--model", model_folder, "--method", name, *folders_for(name, own, "--network")]
+    words += ["--set", "side_px=96"] if name == "lavg" else []  # its own 640 px take half a minute
     pictures = [str(path) for path in sorted((own / "photos").iterdir())]
     assert main(["segment", *pictures, "--labels", "@classes.txt", *words, "--json", "out.json"]) == 0
     facts = json.loads(Path("out.json").read_text())
@@ -57,7 +58,9 @@ def test_a_label_method_segments_and_is_evaluated(name, own, model_folder):
     assert result["record"]["method"] == name and result["num_images"] == 2 and 0 <= result["mean_iou"] < 1
 
 
-@pytest.mark.parametrize("name", LABELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "lavg" else name for name in LABELS]
+)
 def test_a_label_method_teaches(name, own, model_folder):
     flags = ["--teacher-labels", name, "--labels", "@classes.txt", "--window-px", "0"]
     flags += folders_for(name, own, "--teacher-network")
