@@ -35,7 +35,7 @@ def wheel(tmp_path_factory) -> zipfile.ZipFile:
 def test_wheel_holds_every_file_of_the_package(wheel):
     ours = {
         path.relative_to(PACKAGE.parent).as_posix()
-        for package in ("spar_hf", "spar_cli")
+        for package in ("spar_hf", "spar_cli", "spar_onnx")
         for path in (PACKAGE.parent / package).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts and not path.name.endswith((".tmp", ".pyc"))
     }
