@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from record import origin
 
-from spar_hf.arithmetic_spar import cpu_capability, fast_half
+from spar_hf.arithmetic_spar import HALF, cpu_capability, fast_half
 from spar_hf.files import write_json
 
 RESULTS = Path(__file__).parent / "results" / "speed.json"
@@ -190,7 +190,8 @@ def main() -> None:
         height_px, width_px = map(int, size.split("x"))
         for dtype in args.dtypes:
             products = getattr(torch, dtype)
-            products = products if fast_half("cpu", products) else torch.float32  # what ours multiplies in
+            if products in HALF and not fast_half("cpu", products):
+                products = torch.float32  # what ours multiplies in
             rate = matrix_rate(products)
             rows = compare(args.models, size, dtype, args.rounds, args.threads)
             rate = max(rate, matrix_rate(products))

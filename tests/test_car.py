@@ -172,8 +172,8 @@ def picture(size_hw, config, batch=1) -> torch.Tensor:
     return (colours.view(batch, 3, *size_hw) - mean) / std
 
 
-# In the slow ones a box hangs on a value of Grad-CAM at its threshold, which the rounding of other kernels crosses: they
-# hold when run alone.
+# In the slow ones a box hangs on a value of Grad-CAM at its threshold, which the rounding of other kernels crosses;
+# they hold when run alone.
 NEAR_TIES = [pytest.param(size, judge, marks=pytest.mark.slow) for size, judge in (((32, 128), None), ((75, 50), 2))]
 
 
