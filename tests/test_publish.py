@@ -274,7 +274,10 @@ def test_published_model_loads_with_and_without_the_package(hub, trained, street
     torch.testing.assert_close(own["words"], remote["words"], atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("family", ["siglip", "dinov3", "radio"])
+SLOW = [pytest.param(family, marks=pytest.mark.slow) for family in ("dinov3", "radio")]
+
+
+@pytest.mark.parametrize("family", ["siglip", *SLOW])
 def test_the_other_families_go_to_the_hub_and_back(family, hub, clip_tokenizer, street, tmp_path, spar):
     if family == "siglip":
         model = spar_siglip(clip_tokenizer, tmp_path / "stock")
