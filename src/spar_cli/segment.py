@@ -19,7 +19,7 @@ from .options import (
     read_labels,
 )
 from .output import Batch, check_outputs, command_line, say, shorten, table
-from .parser import check_one_of, fraction
+from .parser import check_one_of, fraction, name_and_value
 from .picture_options import asked_of_pictures
 from .result_options import add_result_options, asked_of_results, check_result_options
 
@@ -64,11 +64,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group = parser.add_argument_group("what counts as nothing (default: every pixel belongs to a class)")
     group.add_argument(
+        "--other",
         "--background-threshold",
+        dest="background_threshold",
         type=fraction,
         metavar="P",
-        help="pixels whose best class has a lower probability have no class; a single class competes with everyday "
-        "words, as it has nothing else to lose against",
+        help="pixels whose best class has a lower probability are something other and have no class; a single class "
+        "competes with everyday words, as it has nothing else to lose against",
+    )
+    group.add_argument(
+        "--class-threshold",
+        action="append",
+        default=[],
+        type=name_and_value,
+        metavar="CLASS=P",
+        help="the same for one class, in the place of --other; may be given again, and a file of labels may hold it",
     )
     group.add_argument(
         "--score-threshold", type=float, metavar="S", help="pixels whose best score (cosine) is lower have no class"
@@ -127,6 +137,8 @@ def run(args: argparse.Namespace) -> int:
         check_one_of("backend", args.backend, BACKENDS)
     check_result_options(args)
     labels = read_labels(args.labels)
+    if args.class_threshold:
+        labels = labels.with_thresholds(dict(args.class_threshold))
     thresholds = {name: getattr(args, name) for name in ("background_threshold", "score_threshold", "area_threshold")}
     options: dict[str, Any] = {name: value for name, value in thresholds.items() if value is not None}
     if args.background is not None:
@@ -136,8 +148,8 @@ def run(args: argparse.Namespace) -> int:
     check_outputs(args)
     check_images(args.images)
     batch, results = Batch(args.images), []
-    asked, of_pipeline = asked_of_results(args)
-    options |= of_pipeline
+    asked = asked_of_results(args)
+    options |= asked.of_pipeline()
     ready = (_on_onnx if on_onnx(args) else _on_pytorch)(args, competing(labels, args), batch, options)
     with Writer(args.output, labels, asked) as writer:
         for path, stem in batch:
@@ -211,7 +223,7 @@ def competing(labels: Labels, args: argparse.Namespace) -> Labels:
 
     if args.against is not None:
         return labels.against(name for name in args.against.split(";") if name.strip())
-    return labels.against(EVERYDAY_WORDS) if len(labels) == 1 and args.background_threshold is not None else labels
+    return labels.against(EVERYDAY_WORDS) if labels.wants_rivals(args.background_threshold) else labels
 
 
 def report(result: dict[str, Any]) -> str:
