@@ -93,6 +93,10 @@ class DenseVisionModel(OffloadedModel):
     blocks: nn.ModuleList
     weights_needed: ClassVar[str]  # which checkpoints hold all of the tower's weights, for the error
 
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:  # transformers guesses it from the file's text
+        return True
+
     def embed(self, pixels: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
         """(B, 3, H, W) -> tokens (B, P + h * w, C) that enter the first block, and (h, w)."""
         raise NotImplementedError

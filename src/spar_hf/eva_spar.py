@@ -232,6 +232,7 @@ class SparEvaVisionModel(DenseVisionModel):
     weights_needed = "a folder that `spar convert --backbone eva` wrote"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
+    _input_embed_layer = "patch_embedding"
     _no_split_modules = ["SparEvaLayer", "SparSiglipHead"]
     _keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"^text_projection\.", r"^logit_scale$"]
 

@@ -237,6 +237,7 @@ class SparRadioVisionModel(DenseVisionModel, RadioModel):
         "a folder that `spar convert --backbone radio` wrote, or a checkpoint of RadioModel and projection_dim=0 for "
         "the trunk's own features"
     )
+    _input_embed_layer = "patch_projection"
     _no_split_modules = ["SparRadioPatchEmbeddings", "SparRadioLayer", "SparRadioAdaptor"]
     _keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"^text_projection\.", r"^logit_scale$", r"^logit_bias$"]
 
