@@ -140,7 +140,7 @@ class SparSiglipVisionEmbeddings(SiglipVisionEmbeddings):  # differs in how posi
         else:
             pixels = pixel_values.to(
                 self.position_embedding.weight.dtype
-            )  # an int8 layer's weight has no type to read
+            )
             patches, grid_hw = embed_flat_patches(self.patch_embedding, pixels, self.config.patch_size)
         table = position_table(self.position_embedding, self.num_positions, patches.device)
         return patches + resize_positions(table, grid_hw, self.config.position_interpolation), grid_hw
