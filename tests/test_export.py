@@ -11,6 +11,7 @@ from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 import torch
@@ -44,7 +45,7 @@ def model(make_spar):
 @pytest.fixture(scope="module")
 def exported(model, spar_processor, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("export") / "onnx-model"
-    export(model, spar_processor, folder, dtypes=("float32", "int8"), scenes=1)
+    export(model, spar_processor, folder, dtypes=("float32", "int8", "int8-static"), scenes=1)
     return folder
 
 
@@ -182,6 +183,7 @@ def test_record_says_what_was_checked(exported):
     exact, coarse = record["dtypes"]["float32"], record["dtypes"]["int8"]
     assert max(exact["vision_difference"].values()) < 2e-5 and exact["text_difference"] < 2e-5
     assert 1e-4 < max(coarse["vision_difference"].values()) < 0.2
+    assert 1e-4 < max(record["dtypes"]["int8-static"]["vision_difference"].values()) < 0.3
     assert exact["picture_book"]["equal_labels"] > 0.999 and 0 < coarse["picture_book"]["equal_labels"] <= 1
     assert {path.relative_to(exported).as_posix() for path in exported.rglob("*") if path.is_file()} >= {
         "config.json", "preprocessor_config.json", "processor_config.json", "tokenizer.json",
@@ -189,6 +191,16 @@ def test_record_says_what_was_checked(exported):
         "onnx/label_map.onnx",
     }  # fmt: skip
     assert not list(exported.glob("*.py")) and not list(exported.parent.glob(".*"))
+
+
+def test_static_int8_has_its_scales_in_the_graph(exported):
+    """QDQ: every product with weights, no scale found at run time, no product of two activations."""
+    graph = onnx.load(exported / "onnx" / "vision_model_int8_static.onnx").graph
+    operators = [node.op_type for node in graph.node]
+    assert {"QuantizeLinear", "DequantizeLinear"} <= set(operators) and "DynamicQuantizeLinear" not in operators
+    made = {name: node.op_type for node in graph.node for name in node.output}
+    products = [node for node in graph.node if node.op_type in ("MatMul", "Gemm")]
+    assert products and all(made.get(node.input[0]) == made.get(node.input[1]) for node in products)
 
 
 @pytest.mark.parametrize("size", ((64, 64), (70, 130), (40, 200), (9, 90)), ids=str)
@@ -219,7 +231,7 @@ def test_a_list_of_pictures_gives_a_list_and_words_are_encoded_once(exported):
     encoded = segment_one.encode_labels(LABELS)
     found = segment_one([picture(50, 60), picture(60, 50, 1)], encoded)
     assert [result["segmentation"].shape for result in found] == [(50, 60), (60, 50)]
-    assert "onnx-model" in repr(segment_one) and segment_one.exported.dtypes == ["float32", "int8"]
+    assert "onnx-model" in repr(segment_one) and segment_one.exported.dtypes == ["float32", "int8", "int8-static"]
 
 
 def test_the_command_runs_without_pytorch(exported, tmp_path):
@@ -326,7 +338,9 @@ def test_broken_folders_are_refused_in_one_line(copy, tmp_path, capfd):
             spar_onnx.load(copy, dtype)
         assert "\n" not in str(error.value)
 
-    refused("holds graphs of float32, int8 and none of float16; choose one of them, or export with", "float16")
+    refused(
+        "holds graphs of float32, int8, int8-static and none of float16; choose one of them, or export with", "float16"
+    )
     graph = copy / "onnx" / "text_model.onnx"
     whole = graph.read_bytes()
     graph.write_bytes(whole[: len(whole) // 2])

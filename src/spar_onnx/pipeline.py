@@ -41,7 +41,8 @@ def load(folder: str | Path, dtype: str | None = None, threads: int | None = Non
 
     Args:
         folder: what `spar export --format onnx` wrote.
-        dtype: `float32`, `float16` or `int8`, those that were exported; None is the first of these that is there.
+        dtype: `float32`, `float16`, `int8` or `int8-static`, of those that were exported; None is the first of these
+            that is there.
         threads: of each session; None is one a core.
 
     Raises:
