@@ -40,6 +40,7 @@ from spar_hf.grid_spar import fit_to_patches
 from spar_onnx.folder import open_session
 
 GRAPHS = (("onnxruntime fp32", ""), ("onnxruntime int8", "_int8"), ("onnxruntime int8-static", "_int8_static"))
+SPAR = [sys.executable, "-c", "import sys; from spar_cli.main import main; sys.exit(main())"]  # the script's content
 RESULTS = Path(__file__).parent / "results" / "backends.json"
 DOCS = Path(__file__).parents[1] / "docs" / "export.md"
 BACKENDS = (
@@ -155,7 +156,7 @@ def quality(scenes: int, scale: float, threads: int) -> dict[str, float]:
 
 
 def start_up(rounds: int) -> dict[str, float]:
-    """Seconds of `spar segment` for one picture of the native size, the least of the rounds, by what runs the model."""
+    """Seconds of `spar segment` for one picture of the native size, the least of the rounds."""
     model, processor = load("tiny")
     native = model.config.vision_config.image_size
     seconds: dict[str, list[float]] = {"pytorch": [], "onnxruntime": []}
@@ -165,15 +166,7 @@ def start_up(rounds: int) -> dict[str, float]:
         Image.new("RGB", (native, native), "green").save(folder / "green.png")
         for _ in range(rounds):
             for backend, checkpoint in (("pytorch", "tiny"), ("onnxruntime", str(folder / "tiny"))):
-                command = [
-                    sys.executable,
-                    "-m",
-                    "spar_hf",
-                    "segment",
-                    str(folder / "green.png"),
-                    "--labels",
-                    "sky; sea",
-                ]
+                command = [*SPAR, "segment", str(folder / "green.png"), "--labels", "sky; sea"]
                 started = time.perf_counter()
                 subprocess.run(
                     [*command, "--model", checkpoint, "--output", str(folder / "out")], check=True, capture_output=True
