@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from .options import check_images
 from .output import table
 from .parser import check_one_of, name_and_value, whole_number
 
 HELP = "Export a model for one pass at any size: ONNX graphs, or programs of torch.export, checked against PyTorch."
 FORMATS = ("onnx", "torch-export")
-DTYPES = ("float32", "float16", "int8")
+DTYPES = ("float32", "float16", "int8", "int8-static")
 EPILOG = """examples:
   spar export tiny --format onnx --output tiny-onnx --dtype float32 --dtype int8
   spar segment street.jpg --labels "road; car; sky" --model tiny-onnx
@@ -29,7 +30,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         action="append",
         metavar="|".join(DTYPES),
-        help="arithmetic of the graphs; may be given again (default: float32)",
+        help="arithmetic of the graphs; int8-static has activations scaled on --calibrate, int8 as they come; may be "
+        "given again (default: float32)",
+    )
+    parser.add_argument(
+        "--calibrate",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="IMAGE",
+        help="a few pictures like those to come, on which int8-static finds its scales (default: drawings)",
     )
     parser.add_argument("--method", metavar="NAME", help="one that is a last block; 'spar methods' lists the names")
     parser.add_argument(
@@ -49,6 +59,7 @@ def run(args: argparse.Namespace) -> None:
     dtypes = args.dtype or ["float32"]
     for dtype in dtypes:
         check_one_of("dtype", dtype, DTYPES)
+    check_images(args.calibrate)
     from spar_hf.checkpoints import load
     from spar_hf.exporting import export
 
@@ -64,6 +75,7 @@ def run(args: argparse.Namespace) -> None:
         reach=args.attention_reach,
         opset=args.opset,
         fused=not args.plain,
+        calibration=[processor.image_processor.open_rgb(path) for path in args.calibrate],
     )
     rows = [("arithmetic", "features", "words", "equal labels", "picture book, mIoU", "in PyTorch")]
     for dtype, measured in done.record["dtypes"].items():
