@@ -9,7 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .exported import EXPORTED, on_onnx
 from .options import (
+    Opened,
     add_image_arguments,
     add_model_options,
     add_refine_option,
@@ -17,6 +19,7 @@ from .options import (
     open_image,
     open_model,
     read_labels,
+    read_vocabulary,
 )
 from .output import Batch, check_outputs, command_line, say, shorten, table
 from .parser import check_one_of, fraction, name_and_value
@@ -28,7 +31,6 @@ if TYPE_CHECKING:
     from spar_hf.prompts_spar import Labels
 
 BACKENDS = ("pytorch", "onnx")
-EXPORTED = "export.json"  # spar_onnx.folder.RECORD, which takes a moment to import
 # Options that an exported folder has settled.
 FIXED_BY_EXPORT = (
     "method", "network", "attention_reach", "window_px", "stride_px", "upsample", "upsample_factor", "refine"
@@ -117,11 +119,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def on_onnx(args: argparse.Namespace) -> bool:
-    """Whether onnxruntime runs, and PyTorch is not imported."""
-    return args.backend == "onnx" or (args.backend is None and (Path(args.model) / EXPORTED).is_file())
-
-
 @dataclass(frozen=True)
 class Ready:
     """What segments pictures, in PyTorch or without it.
@@ -200,7 +197,8 @@ def _on_pytorch(args: argparse.Namespace, labels: Labels, batch: Batch, options:
             with batch.may_fail(path, count=False):
                 yield opened.processor(images=open_image(path, opened), return_tensors="pt")["pixel_values"]
 
-    encoded = segmenter.encode_labels(labels, unlabelled=unlabelled())  # once, for all pictures
+    words = with_saved_features(args, labels, opened)
+    encoded = segmenter.encode_labels(words, unlabelled=unlabelled())  # once, for all pictures
 
     def stream(keep: float) -> Callable[[Any], dict[str, Any]]:
         own = Smoothed(segmenter, keep) if keep else segmenter
@@ -211,6 +209,7 @@ def _on_pytorch(args: argparse.Namespace, labels: Labels, batch: Batch, options:
 
 def _on_onnx(args: argparse.Namespace, labels: Labels, batch: Batch, options: dict[str, Any]) -> Ready:
     import spar_onnx
+    from spar_hf.vocabulary import text_side_of_export
 
     fixed = {f"--{name.replace('_', '-')}": getattr(args, name) for name in FIXED_BY_EXPORT}
     fixed |= {"--set": args.settings, "--smooth": args.smooth}
@@ -225,7 +224,13 @@ def _on_onnx(args: argparse.Namespace, labels: Labels, batch: Batch, options: di
     pipeline.reading = replace(pipeline.reading, **pictures, **limits)
     if args.max_pixels is not None:
         pipeline.pixels = replace(pipeline.pixels, max_input_pixels=args.max_pixels)
-    encoded = pipeline.encode_labels(labels)  # once, for all pictures
+    if (saved := read_vocabulary(args.labels)) is not None:
+        saved.check_made_by(text_side_of_export(pipeline), args.labels[1:], args.model)
+        encoded = spar_onnx.LabelEmbeds(
+            labels, saved.embeds_of(labels, lambda more: pipeline.encode_labels(more).text_embeds)
+        )
+    else:
+        encoded = pipeline.encode_labels(labels)  # once, for all pictures
     facts = {
         "model": args.model,
         "backend": "onnx",
@@ -238,6 +243,29 @@ def _on_onnx(args: argparse.Namespace, labels: Labels, batch: Batch, options: di
         return pipeline(image, encoded, size=args.short_side, **options)
 
     return Ready(pipeline.open_rgb, segment, lambda _: segment, facts)
+
+
+def with_saved_features(args: argparse.Namespace, labels: Labels, opened: Opened) -> Any:
+    """The labels, or where a file holds their text features too, both.
+
+    Raises:
+        ValueError: the file was made by another model.
+    """
+    import torch
+
+    from spar_hf.processing_spar import LabelFeatures
+    from spar_hf.vocabulary import text_side_of
+
+    saved = read_vocabulary(args.labels)
+    if saved is None:
+        return labels
+    model, processor = opened.model, opened.processor
+    saved.check_made_by(text_side_of(model, processor), args.labels[1:], args.model)
+
+    def encode(more: Labels) -> Any:
+        return processor.encode_labels(model, more).text_embeds.cpu().numpy()
+
+    return LabelFeatures(labels, torch.from_numpy(saved.embeds_of(labels, encode)).to(model.device))
 
 
 def competing(labels: Labels, args: argparse.Namespace) -> Labels:
