@@ -6,7 +6,7 @@ import argparse
 import shlex
 import sys
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -87,11 +87,11 @@ def shorten(text: str, columns: int = 48) -> str:
     return text.rstrip() + "…"
 
 
-def progress(pairs: Sequence[T]) -> Iterable[T]:
-    """A progress bar on a terminal where there is more than one image."""
+def progress(items: Iterable[T], unit: str = "image") -> Iterable[T]:
+    """A progress bar on a terminal, where there is more than one item or their number is not known."""
     from tqdm import tqdm
 
-    return tqdm(pairs, unit="image", disable=True if len(pairs) < 2 else None)
+    return tqdm(items, unit=unit, disable=True if isinstance(items, Sized) and len(items) < 2 else None)
 
 
 class Batch:

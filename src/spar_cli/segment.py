@@ -19,9 +19,10 @@ from .options import (
     read_labels,
 )
 from .output import Batch, check_outputs, command_line, say, shorten, table
-from .parser import check_one_of, fraction
+from .parser import check_one_of, fraction, name_and_value
 from .picture_options import asked_of_pictures
 from .result_options import add_result_options, asked_of_results, check_result_options
+from .video import segment_video
 
 if TYPE_CHECKING:
     from spar_hf.prompts_spar import Labels
@@ -64,11 +65,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group = parser.add_argument_group("what counts as nothing (default: every pixel belongs to a class)")
     group.add_argument(
+        "--other",
         "--background-threshold",
+        dest="background_threshold",
         type=fraction,
         metavar="P",
-        help="pixels whose best class has a lower probability have no class; a single class competes with everyday "
-        "words, as it has nothing else to lose against",
+        help="pixels whose best class has a lower probability are something other and have no class; a single class "
+        "competes with everyday words, as it has nothing else to lose against",
+    )
+    group.add_argument(
+        "--class-threshold",
+        action="append",
+        default=[],
+        type=name_and_value,
+        metavar="CLASS=P",
+        help="the same for one class, in the place of --other; may be given again, and a file of labels may hold it",
     )
     group.add_argument(
         "--score-threshold", type=float, metavar="S", help="pixels whose best score (cosine) is lower have no class"
@@ -89,6 +100,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--background", metavar="NAME", help="the class that such pixels become, one of --labels (default: no class)"
     )
     add_result_options(parser)
+    parser.add_argument(
+        "--smooth",
+        type=fraction,
+        default=0.0,
+        metavar="F",
+        help="of a video: the share of the frames before in the scores of a frame, such as 0.8 (default: 0)",
+    )
     add_refine_option(parser)
     add_model_options(parser)
     parser.add_argument(
@@ -111,22 +129,27 @@ class Ready:
     Attributes:
         open: a file to its picture, upright RGB.
         segment: a picture to the pipeline's result.
+        stream: the share of the past in the scores of a video -> what segments its frames, in order.
         facts: what runs and how, for the JSON output.
     """
 
     open: Callable[[Path], Any]
     segment: Callable[[Any], dict[str, Any]]
+    stream: Callable[[float], Callable[[Any], dict[str, Any]]]
     facts: dict[str, Any]
 
 
 def run(args: argparse.Namespace) -> int:
     from spar_hf.files import write_json
     from spar_hf.outputs import Writer
+    from spar_hf.video import is_video
 
     if args.backend is not None:
         check_one_of("backend", args.backend, BACKENDS)
     check_result_options(args)
     labels = read_labels(args.labels)
+    if args.class_threshold:
+        labels = labels.with_thresholds(dict(args.class_threshold))
     thresholds = {name: getattr(args, name) for name in ("background_threshold", "score_threshold", "area_threshold")}
     options: dict[str, Any] = {name: value for name, value in thresholds.items() if value is not None}
     if args.background is not None:
@@ -136,17 +159,20 @@ def run(args: argparse.Namespace) -> int:
     check_outputs(args)
     check_images(args.images)
     batch, results = Batch(args.images), []
-    asked, of_pipeline = asked_of_results(args)
-    options |= of_pipeline
+    asked = asked_of_results(args)
+    options |= asked.of_pipeline()
     ready = (_on_onnx if on_onnx(args) else _on_pytorch)(args, competing(labels, args), batch, options)
     with Writer(args.output, labels, asked) as writer:
         for path, stem in batch:
             with batch.may_fail(path):
-                image = ready.open(path)
-                started = time.perf_counter()
-                found = ready.segment(image)
-                seconds = round(time.perf_counter() - started, 4)
-                results.append({**writer.add(stem, image, found, path), "seconds": seconds})
+                if is_video(path):
+                    results.append(segment_video(path, stem, ready.stream(args.smooth), args.output, labels, asked))
+                else:
+                    image = ready.open(path)
+                    started = time.perf_counter()
+                    found = ready.segment(image)
+                    seconds = round(time.perf_counter() - started, 4)
+                    results.append({**writer.add(stem, image, found, path), "seconds": seconds})
                 say(report(results[-1]))
     if args.json is not None:
         facts = {"command": command_line(args), **ready.facts, **thresholds}
@@ -156,6 +182,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _on_pytorch(args: argparse.Namespace, labels: Labels, batch: Batch, options: dict[str, Any]) -> Ready:
     from spar_hf.pipeline_spar import OpenVocabularySegmentationPipeline
+    from spar_hf.segmenters import Smoothed
+    from spar_hf.video import is_video
 
     if (Path(args.model) / EXPORTED).is_file():
         raise ValueError(f"{args.model} is an exported model, which PyTorch does not run; leave --backend out")
@@ -167,22 +195,25 @@ def _on_pytorch(args: argparse.Namespace, labels: Labels, batch: Batch, options:
 
     def unlabelled() -> Iterator[Any]:
         for path in args.images:
+            if is_video(path):
+                continue
             with batch.may_fail(path, count=False):
                 yield opened.processor(images=open_image(path, opened), return_tensors="pt")["pixel_values"]
 
     encoded = segmenter.encode_labels(labels, unlabelled=unlabelled())  # once, for all pictures
 
-    def segment(image: Any) -> dict[str, Any]:
-        return pipeline(image, candidate_labels=encoded, segmenter=segmenter, **options)
+    def stream(keep: float) -> Callable[[Any], dict[str, Any]]:
+        own = Smoothed(segmenter, keep) if keep else segmenter
+        return lambda image: pipeline(image, candidate_labels=encoded, segmenter=own, **options)
 
-    return Ready(lambda path: open_image(path, opened), segment, opened.facts)
+    return Ready(lambda path: open_image(path, opened), stream(0), stream, opened.facts)
 
 
 def _on_onnx(args: argparse.Namespace, labels: Labels, batch: Batch, options: dict[str, Any]) -> Ready:
     import spar_onnx
 
     fixed = {f"--{name.replace('_', '-')}": getattr(args, name) for name in FIXED_BY_EXPORT}
-    fixed["--set"] = args.settings
+    fixed |= {"--set": args.settings, "--smooth": args.smooth}
     for flag, value in fixed.items():
         if value:
             raise ValueError(f"{flag} is for PyTorch, and an exported model is fixed; leave it out, or export another")
@@ -202,7 +233,11 @@ def _on_onnx(args: argparse.Namespace, labels: Labels, batch: Batch, options: di
         "dtype": pipeline.dtype,
         **pictures,
     }
-    return Ready(pipeline.open_rgb, lambda image: pipeline(image, encoded, size=args.short_side, **options), facts)
+
+    def segment(image: Any) -> dict[str, Any]:
+        return pipeline(image, encoded, size=args.short_side, **options)
+
+    return Ready(pipeline.open_rgb, segment, lambda _: segment, facts)
 
 
 def competing(labels: Labels, args: argparse.Namespace) -> Labels:
@@ -211,7 +246,7 @@ def competing(labels: Labels, args: argparse.Namespace) -> Labels:
 
     if args.against is not None:
         return labels.against(name for name in args.against.split(";") if name.strip())
-    return labels.against(EVERYDAY_WORDS) if len(labels) == 1 and args.background_threshold is not None else labels
+    return labels.against(EVERYDAY_WORDS) if labels.wants_rivals(args.background_threshold) else labels
 
 
 def report(result: dict[str, Any]) -> str:
