@@ -41,6 +41,7 @@ LAYERS = (
     ("spar_hf.picture_book",),
     ("spar_hf.outputs",),
     ("spar_hf.pretrained", "spar_hf.checkpoint_files", "spar_hf.downloads"),
+    ("spar_hf.sources", "spar_hf.journal", "spar_hf.workers", "spar_hf.processes"),
     ("spar_hf.files", "spar_hf.extras", "spar_hf.visualize", "spar_hf.families"),
     ("spar_onnx",),
     tuple(f"spar_hf.{path.stem}" for path in REMOTE_CODE),
