@@ -27,6 +27,7 @@ from spar_hf.exporting.graphs import VISION_OUTPUTS, FusedAttention, to_onnx, vi
 from spar_hf.exporting.label_graph import label_graph
 from spar_hf.families import make_processor
 from spar_hf.hub.publish import PublishError, prepare
+from spar_hf.outputs import FORMATS
 from spar_hf.segmentation_spar import feature_scores, segment
 from spar_onnx.folder import open_session
 from spar_onnx.pipeline import label_map
@@ -65,6 +66,7 @@ THRESHOLDS = (
     {},
     {"with_scores": True},
     {"background_threshold": 0.5, "background_class": 1},
+    {"background_threshold": (0.3, 0.9, 0.0, 0.5), "with_scores": True},
     {"area_threshold": 0.2},
     {"area_threshold": 1.0, "with_scores": True},
     {"score_threshold": 0.2},
@@ -194,7 +196,12 @@ def test_record_says_what_was_checked(exported):
 def test_pipeline_without_pytorch_equals_the_pipeline(size, exported, model, spar_processor):
     ours = spar_onnx.load(exported)
     theirs = OpenVocabularySegmentationPipeline(model=model, processor=spar_processor)
-    for options in ({}, {"background_threshold": 0.3, "return_scores": True}, {"against": ["grass"], "size": 96}):
+    for options in (
+        {},
+        {"background_threshold": 0.3, "return_scores": True},
+        {"against": ["grass"], "size": 96},
+        {"background_threshold": (0.1, 0.5, 0.2, 0.4), "return_top_k": 3, "against": ["grass"]},
+    ):
         image = picture(*size)
         found, expected = ours(image, LABELS, **options), theirs(image, candidate_labels=LABELS, **options)
         assert (found["segmentation"] == expected["segmentation"]).mean() >= 0.999
@@ -202,6 +209,9 @@ def test_pipeline_without_pytorch_equals_the_pipeline(size, exported, model, spa
         assert found["grid_hw"] == expected["grid_hw"] and found["size_hw"] == expected["size_hw"]
         if "scores" in expected:
             np.testing.assert_allclose(found["scores"], expected["scores"], atol=1e-4)
+        if "top_classes" in expected:
+            np.testing.assert_allclose(found["top_probabilities"], expected["top_probabilities"], atol=1e-3)
+            assert (found["top_classes"] == expected["top_classes"]).mean() >= 0.999
 
 
 def test_text_features_equal_those_of_the_processor(exported, model, spar_processor, caplog):
@@ -222,22 +232,29 @@ def test_a_list_of_pictures_gives_a_list_and_words_are_encoded_once(exported):
 
 
 def test_the_command_runs_without_pytorch(exported, tmp_path):
+    formats = [word for name in FORMATS for word in ("--format", name)]
     code = (
         "import sys\nfrom spar_cli.main import main\n"
         f"status = main(['segment', {str(PICTURE)!r}, '--labels', {LABELS!r}, '--model', {str(exported)!r}, "
-        f"'--output', {str(tmp_path)!r}, '--short-side', '64', '--scores'])\n"
+        f"'--output', {str(tmp_path)!r}, '--short-side', '64', '--scores', *{formats!r}])\n"
         "loaded = [name for name in ('torch', 'transformers', 'datasets') if name in sys.modules]\n"
         "assert status == 0 and not loaded, (status, loaded)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert {path.name for path in tmp_path.iterdir()} == {"demo-overlay.png", "demo-labels.png", "demo-scores.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "demo-overlay.png", "demo-labels.png", "demo-scores.png", "demo-labels.tif", "demo.geojson", "demo-scores.npz",
+        "demo-scores.safetensors", "demo-panoptic.png", "coco-instances.json", "coco-panoptic.json", "labels",
+        "data.yaml", ".spar-results",
+    }  # fmt: skip
 
 
 def test_the_library_runs_without_pytorch(exported):
     code = (
         "import sys, spar_onnx\n"
         f"found = spar_onnx.load({str(exported)!r})({str(PICTURE)!r}, 'road; sky', size=64)\n"
+        "assert sum(region['area'] for region in found.to_polygons(instances=True)) == found['segmentation'].size\n"
+        "assert found.to_coco()['categories'][1]['name'] == 'sky' and len(found.to_supervision())\n"
         "assert 'torch' not in sys.modules and 'spar_hf' not in sys.modules\n"
         "assert found['labels'].names == ('road', 'sky')"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePath
@@ -94,9 +95,13 @@ def run(args: argparse.Namespace) -> int:
         if batch.one_by_one:
             say(report(record))
 
-    tool = Tool(source, image_processor.input_pixels.values, partial(write_features, args.output, opened.facts))
+    tool = Tool(source, image_processor.input_pixels.values, partial(_writing, args.output, opened.facts))
     seconds = do_all(batch, tool, encode, opened.batch_size(args.batch_size), tell)
     return batch.close(opened.facts, seconds, network_seconds)
+
+
+def _writing(output: Path, model: dict[str, Any], number: int) -> Callable[..., dict[str, Any]]:
+    return partial(write_features, output, model)
 
 
 def write_features(output: Path, model: dict[str, Any], stem: str, picture: Picture, found: Found) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .many import Batch, workers_of
+from .many import Batch, workers_of, writer_number
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,13 +44,17 @@ class Tool:
 
     Attributes:
         source: of the pictures.
-        prepare: an upright picture to what the network reads.
-        write: stem, picture and what was found -> the record, after the files are written.
+        prepare: an upright picture to what the network reads; None where that is made elsewhere.
+        writing: number of a process -> what writes results there: stem, picture and what was found -> the record.
     """
 
     source: Photographs
     prepare: Callable[[Image.Image, str], np.ndarray] | None
-    write_result: Callable[[str, Picture, Any], dict[str, Any]]
+    writing: Callable[[int], Callable[[str, Picture, Any], dict[str, Any]]]
+
+    def begin(self, number: int) -> None:
+        """In a process, before all else."""
+        self.write = self.writing(writer_number(number))
 
     def read(self, number: int) -> Picture:
         """Raises an `InvalidImageError` that names the picture."""
@@ -58,9 +62,6 @@ class Tool:
         image = self.source.picture(number)
         pixels = None if self.prepare is None else self.prepare(image, f"image '{name}'")
         return Picture(number, name, image, pixels)
-
-    def write(self, stem: str, picture: Picture, found: Any) -> dict[str, Any]:
-        return self.write_result(stem, picture, found)
 
 
 @dataclass

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .output import command_line, complain, output_stems, say
-from .parser import text, whole_number, whole_number_or_0
+from .parser import text, whole_number, whole_number_from, whole_number_or_0
 
 if TYPE_CHECKING:
     from spar_hf.journal import Journal
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from spar_hf.sources import Photographs
 
 MAX_WORKERS = 8  # unless more are asked for
+MOST_WORKERS = 1000
 # Options that change nothing in a picture's results: a run goes on with others.
 NOT_RECORDED = (
     "command", "argv", "verbose", "images", "dataset", "dataset_split", "image_column", "output", "json", "workers",
@@ -57,7 +58,7 @@ def add_image_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--workers",
-        type=whole_number_or_0,
+        type=whole_number_from(0, MOST_WORKERS - 1),
         metavar="N",
         help=f"processes that read ahead and write behind; 0: none (default: one a core, at most {MAX_WORKERS})",
     )
@@ -80,6 +81,11 @@ def workers_of(args: argparse.Namespace, count: int) -> int:
         return int(args.workers)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return 0 if count < 2 else max(1, min(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), MAX_WORKERS))
+
+
+def writer_number(number: int) -> int:
+    """Of the process of a number beside this one, a number that no process of the launch has but that one."""
+    return int(os.environ.get("RANK", "0")) * MOST_WORKERS + number
 
 
 def open_pictures(args: argparse.Namespace) -> tuple[Photographs, list[str]]:
@@ -171,8 +177,20 @@ class Batch:
             self.records[stem] = record
         self.done += 1
 
-    def close(self, facts: Mapping[str, Any], seconds: float, network_seconds: float) -> int:
+    def close(
+        self,
+        facts: Mapping[str, Any],
+        seconds: float,
+        network_seconds: float,
+        finish: Callable[[], None] = lambda: None,
+    ) -> int:
         """Writes what is about all pictures, when every process has done its part.
+
+        Args:
+            facts: what ran, and how.
+            seconds: that it took.
+            network_seconds: that the network took of them.
+            finish: what else is to be done at the end, by one process.
 
         Returns:
             The exit status: 0, or 1 where some pictures could not be done.
@@ -184,6 +202,7 @@ class Batch:
         parts = self.processes.gather((self.failed, self.done))
         if not self.processes.is_main:
             return 0
+        finish()
         failed = [entry for part, _ in parts for entry in part]
         done = sum(count for _, count in parts)
         if self.journal is not None:
@@ -217,7 +236,11 @@ class Batch:
 
 
 def begin(
-    args: argparse.Namespace, source: Photographs, called: list[str], options: Callable[[], Mapping[str, Any]]
+    args: argparse.Namespace,
+    source: Photographs,
+    called: list[str],
+    options: Callable[[], Mapping[str, Any]],
+    recorded: Callable[[str], bool] = lambda stem: True,
 ) -> Batch:
     """The batch of a command, after a look at what is done already.
 
@@ -225,6 +248,7 @@ def begin(
         args: of the command.
         source, called: from `open_pictures`.
         options: gives what decides the results, beside the options of the line, such as the weights.
+        recorded: whether what is about all pictures knows of a stem.
 
     Raises:
         ValueError: with --resume, pictures were done with other options; or the processes see other pictures.
@@ -248,7 +272,7 @@ def begin(
     if args.resume and journal is not None:
         before, finished = _done_before(journal, set(source.names))
     stems = output_stems(called, source.names, before)
-    todo = [number for number, stem in enumerate(stems) if stem not in finished]
+    todo = [number for number, stem in enumerate(stems) if not (stem in finished and recorded(stem))]
     return Batch(args, source, stems, team, journal, list(team.share(todo)), len(stems) - len(todo))
 
 

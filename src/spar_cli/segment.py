@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from .flow import Picture, Tool, do_all
 from .many import EPILOG as MANY
-from .many import add_image_arguments, begin, open_pictures
+from .many import add_image_arguments, begin, open_pictures, writer_number
 from .options import add_model_options, add_refine_option, open_model, read_labels
 from .output import check_outputs, say, shorten, table
-from .parser import check_one_of, fraction
+from .parser import check_one_of, fraction, name_and_value
 from .picture_options import asked_of_pictures
 from .result_options import add_result_options, asked_of_results, check_result_options
 
@@ -67,11 +67,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group = parser.add_argument_group("what counts as nothing (default: every pixel belongs to a class)")
     group.add_argument(
+        "--other",
         "--background-threshold",
+        dest="background_threshold",
         type=fraction,
         metavar="P",
-        help="pixels whose best class has a lower probability have no class; a single class competes with everyday "
-        "words, as it has nothing else to lose against",
+        help="pixels whose best class has a lower probability are something other and have no class; a single class "
+        "competes with everyday words, as it has nothing else to lose against",
+    )
+    group.add_argument(
+        "--class-threshold",
+        action="append",
+        default=[],
+        type=name_and_value,
+        metavar="CLASS=P",
+        help="the same for one class, in the place of --other; may be given again, and a file of labels may hold it",
     )
     group.add_argument(
         "--score-threshold", type=float, metavar="S", help="pixels whose best score (cosine) is lower have no class"
@@ -137,6 +147,8 @@ def run(args: argparse.Namespace) -> int:
         check_one_of("backend", args.backend, BACKENDS)
     check_result_options(args)
     labels = read_labels(args.labels)
+    if args.class_threshold:
+        labels = labels.with_thresholds(dict(args.class_threshold))
     thresholds = {name: getattr(args, name) for name in ("background_threshold", "score_threshold", "area_threshold")}
     options: dict[str, Any] = {name: value for name, value in thresholds.items() if value is not None}
     if args.background is not None:
@@ -145,22 +157,35 @@ def run(args: argparse.Namespace) -> int:
         labels = replace(labels, background=options["background_class"])
     check_outputs(args)
     source, called = open_pictures(args)
-    asked, of_pipeline = asked_of_results(args)
-    options |= of_pipeline
+    asked = asked_of_results(args)
+    options |= asked.of_pipeline()
     rivalled = competing(labels, args)
     ready = (_on_onnx if on_onnx(args) else _on_pytorch)(args, rivalled, source, options)
     source.reading = ready.reading
-    batch = begin(args, source, called, lambda: {"labels": repr(rivalled), "model": [ready.weights(), ready.facts]})
-    writer = Writer(args.output, labels, asked, batch.processes.index)
+    open_writer = partial(Writer, args.output, labels, asked)
+    writer = open_writer(writer_number(0))
+
+    def decides() -> dict[str, Any]:
+        return {"labels": repr(rivalled), "model": [ready.weights(), ready.facts]}
+
+    batch = begin(args, source, called, decides, writer.recorded)
 
     def tell(record: dict[str, Any]) -> None:
         if batch.one_by_one:
             say(report(record))
 
-    tool = Tool(source, ready.prepare, partial(write_result, writer))
-    seconds = do_all(batch, tool, ready.segment, ready.batch_size, tell)
-    writer.close()
-    return batch.close({**ready.facts, **thresholds}, seconds, ready.network_seconds)
+    tool = Tool(source, ready.prepare, partial(_writing, open_writer))
+    try:
+        seconds = do_all(batch, tool, ready.segment, ready.batch_size, tell)
+    except BaseException:
+        writer.close()  # of what is done
+        raise
+    return batch.close({**ready.facts, **thresholds}, seconds, ready.network_seconds, writer.close)
+
+
+def _writing(open_writer: Callable[[int], Writer], number: int) -> Callable[..., dict[str, Any]]:
+    """What writes results in the process of a number."""
+    return partial(write_result, open_writer(number))
 
 
 def write_result(writer: Writer, stem: str, picture: Picture, found: dict[str, Any]) -> dict[str, Any]:
@@ -271,7 +296,7 @@ def competing(labels: Labels, args: argparse.Namespace) -> Labels:
 
     if args.against is not None:
         return labels.against(name for name in args.against.split(";") if name.strip())
-    return labels.against(EVERYDAY_WORDS) if len(labels) == 1 and args.background_threshold is not None else labels
+    return labels.against(EVERYDAY_WORDS) if labels.wants_rivals(args.background_threshold) else labels
 
 
 def report(result: dict[str, Any]) -> str:

@@ -35,7 +35,9 @@ from .image_file_spar import InvalidImageError
 from .image_io_spar import read_image
 from .names_spar import one_of
 from .pipeline_spar import OpenVocabularySegmentationPipeline
+from .results_spar import SegmentationResult
 from .visualize import label_map_image
+
 
 def _column(values: list[Any]) -> np.ndarray:
     """A column of Python objects; NumPy would make fixed-width text of bytes, and cut their zeros."""
@@ -54,8 +56,11 @@ def _areas(result: Mapping[str, Any]) -> str:
     return json.dumps({segment["label"]: segment["area_fraction"] for segment in result["segments"]})
 
 
-def _rle(result: Mapping[str, Any]) -> str:
-    raise NotImplementedError
+def _rle(result: SegmentationResult) -> str:
+    names = result["labels"].class_names
+    ids = dict(zip(result["labels"].written_ids, names, strict=True))
+    masks = result.to_coco()["annotations"]
+    return json.dumps([{"label": ids[mask["category_id"]], **mask} for mask in masks])
 
 
 RESULTS = {"label_map": _png, "rle": _rle, "areas": _areas}
@@ -142,7 +147,8 @@ class Segment(_Pictures):
         labels: the vocabulary, see `Labels.parse`.
         results: the new columns, some of
             `label_map`: a PNG, as bytes; the value of a pixel is the position of its class, the highest is no class.
-            `rle`: JSON, `{"label", "class", "size", "counts"}` of each class that occurs, COCO's compressed masks.
+            `rle`: JSON, COCO's annotation with its compressed mask for each class that occurs, and its `label`; by
+            the extra `results`.
             `areas`: JSON, class to its fraction of the picture.
         column: of the pictures.
         batch_size: pictures of one size that go through the network together.
@@ -199,9 +205,7 @@ class Segment(_Pictures):
         return self.results
 
     def find(self, pixel_values: torch.Tensor, sizes_hw: list[tuple[int, int]]) -> list[dict[str, Any]]:
-        found = self.pipeline.from_pixels(
-            pixel_values, sizes_hw, self.encoded, self.segmenter, **self.thresholds
-        )
+        found = self.pipeline.from_pixels(pixel_values, sizes_hw, self.encoded, self.segmenter, **self.thresholds)
         return [{name: RESULTS[name](result) for name in self.results} for result in found]
 
 

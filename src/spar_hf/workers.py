@@ -35,7 +35,7 @@ class Workers:
     """Calls methods of a tool in processes, each of which has a copy of its own.
 
     Args:
-        tool: what has the methods.
+        tool: what has the methods, and `begin`, which is called first in each process with a number from 0.
         count: of processes; with 0, calls run in this process, at once.
     """
 
@@ -48,7 +48,10 @@ class Workers:
             # Where processes fork they start at once, and with what this one has imported.
             forks = sys.platform == "linux"
             context = multiprocessing.get_context("fork" if forks else "spawn")
-            self._pool = ProcessPoolExecutor(self.count, context, _begin, (self.tool, os.getpid()))
+            started = context.Value("i", 0)
+            self._pool = ProcessPoolExecutor(self.count, context, _begin, (self.tool, os.getpid(), started))
+        else:
+            self.tool.begin(0)
         return self
 
     def __exit__(
@@ -94,7 +97,7 @@ class Workers:
             raise OSError(DIED) from None
 
 
-def _begin(tool: Any, parent: int) -> None:
+def _begin(tool: Any, parent: int, started: Any) -> None:
     """The start of a worker: signals are its parent's to handle, whose end is its own."""
     global _tool
     _tool = tool
@@ -111,6 +114,9 @@ def _begin(tool: Any, parent: int) -> None:
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
+    with started.get_lock():
+        number, started.value = started.value, started.value + 1
+    tool.begin(number)
 
 
 def _call(method: str, *arguments: Any) -> Any:
