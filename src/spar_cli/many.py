@@ -291,13 +291,8 @@ def _done_before(journal: Journal, names: set[str]) -> tuple[dict[str, str], set
     for stem, run in made_by.items():
         if owner[stem] in names and run not in ("", journal.run):
             earlier = runs.get(run, {})
-            changed = sorted(
-                {
-                    f"--{name.replace('_', '-')}"
-                    for name in journal.options
-                    if earlier.get(name) != journal.options[name]
-                }
-            )
+            changed = sorted(name for name in journal.options if earlier.get(name) != journal.options[name])
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in changed)
             raise ValueError(
                 f"--resume: {journal.folder} holds results of other options, {flags}; give the same ones "
                 "or another --output, or leave --resume out to do all pictures again"
