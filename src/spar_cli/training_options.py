@@ -9,10 +9,11 @@ from typing import Any
 
 from spar_hf.distillation.label_teacher import TARGETS
 from spar_hf.distillation.label_teacher import Settings as TargetSettings
-from spar_hf.distillation.sources import PictureBookScenes, Source, hub_dataset, image_folder, tar_files
+from spar_hf.distillation.sources import PictureBookScenes, Source
 from spar_hf.distillation.specs import DTYPES, StudentSpec, TeacherSpec
 from spar_hf.distillation.views import EXTENDED, SCALE_LAWS, Augmentation, Views
 from spar_hf.reach_spar import REACHES
+from spar_hf.sources import hub_dataset, image_folder, tar_files
 
 from .errors import MISTAKE, exit_status, fail
 from .options import read_labels

@@ -20,9 +20,9 @@ from ..encoders.composition import Ensemble, Regridded, Resized
 from ..encoders.sliding_window import SlidingWindow
 from ..files import check_finite, weights_digest
 from ..methods.table import find_method
+from ..sources import BadImage
 from .cache import FeatureStore
 from .label_teacher import LabelTeacher
-from .sources import BadImage
 from .specs import StudentSpec, TeacherSpec
 from .views import Views
 
