@@ -25,7 +25,7 @@ from .configuration_spar import DenseConfig, DenseVisionConfig
 from .dense_spar import attend, attention_map, merge_heads, project_heads
 from .encoder_spar import DenseModel, DenseVisionModel
 from .grid_spar import resize_positions, whole_patches
-from .reach_spar import WindowReach
+from .reach_spar import WindowReach, asking
 
 # The text tower of google/siglip2-giant-opt-patch16-384, the teacher called siglip2-g.
 SIGLIP2_GIANT = {
@@ -185,7 +185,7 @@ class SparRadioLayer(RadioLayer):
 
     def forward(self, hidden_states, need_weights: bool = False, reach: WindowReach | None = None):
         attended, weights = self.attention(self.norm1(hidden_states), need_weights, reach)
-        return self.update(hidden_states, attended), weights
+        return self.update(asking(hidden_states, reach), attended), weights
 
     def update(self, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """The block's output, given its input and what its attention gave, both (B, P + N, C)."""
@@ -259,10 +259,10 @@ class SparRadioVisionModel(DenseVisionModel, RadioModel):
     def embed(self, pixels):
         return self.embeddings(pixels)
 
-    def run_blocks(self, tokens, grid_hw, first_block=0, need_weights=False):
+    def run_blocks(self, tokens, grid_hw, first_block=0, need_weights=False, stop=None):
         inputs, maps = [], []
         reach = self.reach(grid_hw, tokens.device)
-        for layer in self.blocks[first_block:]:
+        for layer in self.blocks[first_block:stop]:
             inputs.append(tokens)
             tokens, weights = layer(tokens, need_weights, reach)
             maps.append(weights)

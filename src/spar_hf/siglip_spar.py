@@ -33,6 +33,7 @@ from .encoder_spar import (
     DenseVisionModel,
     embed_patches,
     position_table,
+    run_in_turn,
 )
 from .grid_spar import resize_positions
 
@@ -237,14 +238,9 @@ class SparSiglipVisionModel(DenseVisionModel, SiglipVisionModel):
     def embed(self, pixels):
         return self.embeddings(pixels)
 
-    def run_blocks(self, tokens, grid_hw, first_block=0, need_weights=False):
-        inputs, maps = [], []
+    def run_blocks(self, tokens, grid_hw, first_block=0, need_weights=False, stop=None):
         reach = self.reach(grid_hw, tokens.device)
-        for layer in self.blocks[first_block:]:
-            inputs.append(tokens)
-            tokens, weights = layer(tokens, inside=lambda layer, x, y: layer.update(x, y, need_weights, reach))
-            maps.append(weights)
-        return tokens, inputs, maps
+        return run_in_turn(self.blocks[first_block:stop], tokens, need_weights, reach)
 
     def project(self, tokens):
         normed = self.post_layernorm(tokens)

@@ -15,7 +15,7 @@ from .configuration_spar import DenseConfig, DenseVisionConfig
 from .dense_spar import attend, attention_map, merge_heads, project_heads
 from .encoder_spar import DenseModel, DenseVisionModel, embed_patches
 from .grid_spar import resize_positions
-from .reach_spar import WindowReach
+from .reach_spar import WindowReach, asking
 
 
 class SparTipsVisionConfig(DenseVisionConfig, Tipsv2VisionConfig):
@@ -94,7 +94,7 @@ class SparTipsLayer(Tipsv2VisionLayer):
 
     def forward(self, hidden_states, need_weights: bool = False, reach: WindowReach | None = None):
         attended, weights = self.attention(self.norm1(hidden_states), need_weights, reach)
-        hidden_states = hidden_states + self.drop_path(self.layer_scale1(attended))
+        hidden_states = asking(hidden_states, reach) + self.drop_path(self.layer_scale1(attended))
         return hidden_states + self.drop_path(self.layer_scale2(self.mlp(self.norm2(hidden_states)))), weights
 
 
@@ -128,10 +128,10 @@ class SparTipsVisionModel(DenseVisionModel, Tipsv2VisionModel):
     def embed(self, pixels):
         return self.embeddings(pixels)
 
-    def run_blocks(self, tokens, grid_hw, first_block=0, need_weights=False):
+    def run_blocks(self, tokens, grid_hw, first_block=0, need_weights=False, stop=None):
         inputs, maps = [], []
         reach = self.reach(grid_hw, tokens.device)
-        for layer in self.blocks[first_block:]:
+        for layer in self.blocks[first_block:stop]:
             inputs.append(tokens)
             tokens, weights = layer(tokens, need_weights, reach)
             maps.append(weights)
