@@ -13,7 +13,11 @@ import torch
 
 from spar_hf.arithmetic_spar import cpu_capability
 
-INSTRUCTION_LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")  # read by PyTorch and by oneDNN
+INSTRUCTION_LIMITS = (
+    "ATEN_CPU_CAPABILITY",
+    "ONEDNN_MAX_CPU_ISA",
+    "MKL_ENABLE_INSTRUCTIONS",
+)  # of torch, oneDNN, MKL
 
 
 def command_line() -> str:

@@ -1,7 +1,8 @@
 """Times one forward pass of ViT-B/16 (random weights) against the obvious alternatives, on this machine.
 
     python benchmarks/speed.py                         # ours, stock transformers, open_clip where it is installed
-    ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 python benchmarks/speed.py         # as on an older CPU
+    ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \\
+        python benchmarks/speed.py                                                      # as on an older CPU
     python benchmarks/speed.py --models ours window stock --sizes 1024x1024 --dtypes float32 \\
         --output benchmarks/results/speed-reach.json                                    # within the window's reach
     python benchmarks/readme.py                        # writes the README's tables from the stored results
@@ -122,24 +123,24 @@ def _measure(connection, name: str, size: str, dtype_name: str) -> None:
     connection.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - baseline) / 1024)
 
 
-def compare(names: list[str], size: str, dtype: str, rounds: int) -> dict[str, dict]:
-    """Seconds and memory of each model at one size and type, models taking turns."""
+def compare(entries: list[tuple[str, str]], size: str, rounds: int) -> dict[tuple[str, str], dict]:
+    """Seconds and memory of each model in its type at one size, all taking turns."""
     context = mp.get_context("spawn")
     pipes, processes = {}, []
-    for name in names:
-        pipes[name], child = context.Pipe()
+    for name, dtype in entries:
+        pipes[name, dtype], child = context.Pipe()
         processes.append(context.Process(target=_measure, args=(child, name, size, dtype), daemon=True))
         processes[-1].start()
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    seconds: dict[tuple[str, str], list[float]] = {entry: [] for entry in entries}
     for turn in range(rounds):
         order = list(pipes.items())
-        for name, pipe in order[turn % len(order) :] + order[: turn % len(order)]:
+        for entry, pipe in order[turn % len(order) :] + order[: turn % len(order)]:
             pipe.send("go")
-            seconds[name].append(pipe.recv())
+            seconds[entry].append(pipe.recv())
     rows = {}
-    for name, pipe in pipes.items():
+    for entry, pipe in pipes.items():
         pipe.send("end")
-        rows[name] = {"seconds": statistics.median(seconds[name]), "peak_mb": pipe.recv()}
+        rows[entry] = {"seconds": statistics.median(seconds[entry]), "peak_mb": pipe.recv()}
     for process in processes:
         process.join()
     return rows
@@ -161,32 +162,34 @@ def kind() -> str:
     return re.sub(r"\W+", "-", cpu_capability().lower())
 
 
+def products_of(dtype: str) -> torch.dtype:
+    """What ours multiplies in."""
+    products = getattr(torch, dtype)
+    return torch.float32 if products in HALF and not fast_half("cpu", products) else products
+
+
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Measures and prints every row."""
     table: list[dict[str, Any]] = []
     print(f"CPU: {cpu_capability()}; one thread")
     print(f"{'size':>10} {'type':>9} {'model':>10} {'seconds':>8} {'vs ours':>8} {'peak MB':>8} {'of rate':>8}")
+    others = [(args.models[0], dtype) for dtype in args.dtypes if dtype != "float32"]
     for size in args.sizes:
         height_px, width_px = map(int, size.split("x"))
-        for dtype in args.dtypes:
-            products = getattr(torch, dtype)
-            if products in HALF and not fast_half("cpu", products):
-                products = torch.float32  # what ours multiplies in
-            rate = matrix_rate(products)
-            names = args.models if dtype == "float32" else args.models[:1]
-            rows = compare(names, size, dtype, args.rounds)
-            rate = max(rate, matrix_rate(products))
-            for name, row in rows.items():
-                flops = forward_flops(height_px, width_px, name)
-                row |= {"size": size, "dtype": dtype, "model": name, "flops": flops}
-                row |= {"of_matrix_rate": flops / row["seconds"] / rate, "matrix_gflops": rate / 1e9}
-                row["ratio_to_ours"] = row["seconds"] / rows[names[0]]["seconds"]
-                table.append(row)
-                print(
-                    f"{size:>10} {dtype:>9} {name:>10} {row['seconds']:>8.3f} {row['ratio_to_ours']:>8.2f} "
-                    f"{row['peak_mb']:>8.0f} {row['of_matrix_rate']:>8.0%}",
-                    flush=True,
-                )
+        before = {dtype: matrix_rate(products_of(dtype)) for dtype in args.dtypes}
+        rows = compare([*((name, "float32") for name in args.models), *others], size, args.rounds)
+        rates = {dtype: max(rate, matrix_rate(products_of(dtype))) for dtype, rate in before.items()}
+        for (name, dtype), row in rows.items():
+            flops = forward_flops(height_px, width_px, name)
+            row |= {"size": size, "dtype": dtype, "model": name, "flops": flops}
+            row |= {"of_matrix_rate": flops / row["seconds"] / rates[dtype], "matrix_gflops": rates[dtype] / 1e9}
+            row["ratio_to_ours"] = row["seconds"] / rows[args.models[0], "float32"]["seconds"]
+            table.append(row)
+            print(
+                f"{size:>10} {dtype:>9} {name:>10} {row['seconds']:>8.3f} {row['ratio_to_ours']:>8.2f} "
+                f"{row['peak_mb']:>8.0f} {row['of_matrix_rate']:>8.0%}",
+                flush=True,
+            )
     return {**origin(), "rows": table}
 
 

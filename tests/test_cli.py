@@ -89,7 +89,7 @@ def test_segment_writes_what_the_pipeline_finds(here, capsys, model_folder):
     assert written["model"] == model_folder and written["method"] == "maskclip"
     (image,) = written["images"]
     assert image["size_hw"] == [90, 150] and image["seconds"] > 0
-    assert image["label_map"] == "out/street-labels.png"
+    assert image["files"]["label_map"] == "out/street-labels.png"
     assert [entry["label"] for entry in image["classes"]] == ["road", "car", "sky"]
     for entry in image["classes"]:
         assert entry["area_fraction"] == pytest.approx((expected == entry["id"]).mean(), abs=1e-6)

@@ -39,6 +39,7 @@ LAYERS = (
     ("spar_hf.checkpoints",),
     ("spar_hf.conversion",),
     ("spar_hf.picture_book",),
+    ("spar_hf.outputs",),
     ("spar_hf.pretrained", "spar_hf.checkpoint_files", "spar_hf.downloads"),
     ("spar_hf.files", "spar_hf.extras", "spar_hf.visualize", "spar_hf.families"),
     ("spar_onnx",),

@@ -21,6 +21,7 @@ from .options import (
 from .output import Batch, check_outputs, command_line, say, shorten, table
 from .parser import check_one_of, fraction
 from .picture_options import asked_of_pictures
+from .result_options import add_result_options, asked_of_results, check_result_options
 
 if TYPE_CHECKING:
     from spar_hf.prompts_spar import Labels
@@ -87,9 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--background", metavar="NAME", help="the class that such pixels become, one of --labels (default: no class)"
     )
-    parser.add_argument(
-        "--scores", action="store_true", help="also write NAME-scores.png: the best probability of each pixel"
-    )
+    add_result_options(parser)
     add_refine_option(parser)
     add_model_options(parser)
     parser.add_argument(
@@ -122,9 +121,11 @@ class Ready:
 
 def run(args: argparse.Namespace) -> int:
     from spar_hf.files import write_json
+    from spar_hf.outputs import Writer
 
     if args.backend is not None:
         check_one_of("backend", args.backend, BACKENDS)
+    check_result_options(args)
     labels = read_labels(args.labels)
     thresholds = {name: getattr(args, name) for name in ("background_threshold", "score_threshold", "area_threshold")}
     options: dict[str, Any] = {name: value for name, value in thresholds.items() if value is not None}
@@ -132,20 +133,21 @@ def run(args: argparse.Namespace) -> int:
         check_one_of("class", args.background, labels.class_names)
         options["background_class"] = labels.class_names.index(args.background)
         labels = replace(labels, background=options["background_class"])
-    if args.scores:
-        options["return_scores"] = True
     check_outputs(args)
     check_images(args.images)
     batch, results = Batch(args.images), []
+    asked, of_pipeline = asked_of_results(args)
+    options |= of_pipeline
     ready = (_on_onnx if on_onnx(args) else _on_pytorch)(args, competing(labels, args), batch, options)
-    for path, stem in batch:
-        with batch.may_fail(path):
-            image = ready.open(path)
-            started = time.perf_counter()
-            found = ready.segment(image)
-            seconds = time.perf_counter() - started
-            results.append(write_result(path, stem, args, image, found, seconds))
-            say(report(results[-1]))
+    with Writer(args.output, labels, asked) as writer:
+        for path, stem in batch:
+            with batch.may_fail(path):
+                image = ready.open(path)
+                started = time.perf_counter()
+                found = ready.segment(image)
+                seconds = round(time.perf_counter() - started, 4)
+                results.append({**writer.add(stem, image, found, path), "seconds": seconds})
+                say(report(results[-1]))
     if args.json is not None:
         facts = {"command": command_line(args), **ready.facts, **thresholds}
         write_json(args.json, {**facts, "images": results, "failed": batch.as_json()})
@@ -212,41 +214,6 @@ def competing(labels: Labels, args: argparse.Namespace) -> Labels:
     return labels.against(EVERYDAY_WORDS) if len(labels) == 1 and args.background_threshold is not None else labels
 
 
-def write_result(
-    path: Path, stem: str, args: argparse.Namespace, image: Any, found: dict[str, Any], seconds: float
-) -> dict[str, Any]:
-    """Writes the pictures of one result; returns what is to know of them."""
-    from spar_hf.files import whole_files
-    from spar_hf.visualize import label_map_image, overlay, scores_image
-
-    labels = found["labels"]
-    made = {
-        "overlay": overlay(image, found["segmentation"], labels),
-        "label_map": label_map_image(found["segmentation"]),
-    }
-    if args.scores:
-        made["scores"] = scores_image(found["scores"])
-    suffixes = {"overlay": "overlay", "label_map": "labels", "scores": "scores"}
-    paths = {what: args.output / f"{stem}-{suffixes[what]}.png" for what in made}
-    with whole_files(*paths.values()) as drafts:
-        for picture, draft in zip(made.values(), drafts, strict=True):
-            picture.save(draft, format="PNG")
-    areas = {entry["id"]: entry["area_fraction"] for entry in found["segments"]}
-    return {
-        "image": str(path),
-        "size_hw": [image.height, image.width],
-        "input_hw": list(found["size_hw"]),
-        "grid_hw": list(found["grid_hw"]),
-        "seconds": round(seconds, 4),
-        "classes": [
-            {"id": index, "label": name, "area_fraction": areas.get(index, 0.0)}
-            for index, name in enumerate(labels.class_names)
-        ],
-        "no_class": areas.get(-1, 0.0),
-        **{what: str(written) for what, written in paths.items()},
-    }
-
-
 def report(result: dict[str, Any]) -> str:
     """One image's table: its classes, largest first; those not found share the last line."""
     from spar_hf.visualize import percent_text, plain_text
@@ -266,8 +233,7 @@ def report(result: dict[str, Any]) -> str:
     absent = [plain_text(entry["label"]) for entry in classes if not entry["area_fraction"]]
     if absent:
         lines.append(f"  not found: {shorten(', '.join(absent), 100)}")
-    lines.append(f"  overlay    {plain_text(result['overlay'])}")
-    lines.append(f"  label map  {plain_text(result['label_map'])}")
-    if "scores" in result:
-        lines.append(f"  scores     {plain_text(result['scores'])}")
+    lines.append(
+        table([(what.replace("_", " "), plain_text(path)) for what, path in result["files"].items()], "<<", "  ")
+    )
     return "\n".join(lines) + "\n"

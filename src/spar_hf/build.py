@@ -311,8 +311,7 @@ def _tower(vision: Any, row: Method | None, settings: Mapping[str, Any] | None, 
 def _parts(row: Method, networks: Networks | None, settings: Mapping[str, Any] | None) -> dict[str, Any]:
     """What the class in a method's file takes beside the tower."""
     own = _with(row.module.Settings(), settings or {}, f"method {row.name!r}")
-    further = {"networks": {**row.needs, **(networks or {})}} if row.networks else {}
-    return {"settings": own, "method": row.name, **further}
+    return {"networks": {**row.needs, **(networks or {})}, "settings": own, "method": row.name}
 
 
 def _split_settings(

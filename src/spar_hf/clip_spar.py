@@ -24,7 +24,6 @@ from .encoder_spar import (
     DenseVisionModel,
     embed_patches,
     position_table,
-    run_in_turn,
 )
 from .grid_spar import resize_positions
 from .methods_spar import Recipe, find_recipe
@@ -232,10 +231,13 @@ class SparVisionModel(DenseVisionModel, CLIPVisionModel):
         return self.pre_layrnorm(tokens), grid_hw
 
     def run_blocks(self, tokens, grid_hw, first_block=0, need_weights=False, stop=None):
-        reach, blocks = self.reach(grid_hw, tokens.device), self.blocks[first_block:stop]
         if stop is not None and stop < len(self.blocks):  # the recipe is the last block's
-            return run_in_turn(blocks, tokens, need_weights, reach)
-        return run_recipe(blocks, tokens, self.recipe, grid_hw, need_weights, reach)
+            return super().run_blocks(tokens, grid_hw, first_block, need_weights, stop)
+        reach = self.reach(grid_hw, tokens.device)
+        return run_recipe(self.blocks[first_block:], tokens, self.recipe, grid_hw, need_weights, reach)
+
+    def run_block(self, layer, tokens, positions, need_weights, reach):
+        return layer(tokens, inside=lambda layer, x, y: layer.update(x, y, need_weights, reach))
 
     def project(self, tokens):
         normed = self.post_layernorm(tokens)

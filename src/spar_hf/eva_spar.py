@@ -25,14 +25,11 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import PrefixChange
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils.generic import can_return_tuple
 
-from .arithmetic_spar import in_fast_arithmetic
 from .configuration_spar import DenseConfig, DenseVisionConfig
 from .dense_spar import attend, attention_map, class_token_attention, merge_heads, project_heads
 from .dinov3_spar import rotate, turns
-from .encoder_spar import DenseModel, DenseVisionModel, embed_patches
+from .encoder_spar import ClipTextSide, DenseVisionModel, embed_patches
 from .grid_spar import grid_places, resize_positions
 from .names_spar import one_of
 from .reach_spar import WindowReach, asking
@@ -280,16 +277,12 @@ class SparEvaVisionModel(DenseVisionModel):
             tokens = torch.cat([class_token, tokens], dim=1)
         return self.pre_norm(tokens), grid_hw
 
-    def run_blocks(self, tokens, grid_hw, first_block=0, need_weights=False, stop=None):
-        inputs, maps = [], []
-        positions = grid_turns(self.config, grid_hw, tokens.device)
-        reach = self.reach(grid_hw, tokens.device)
-        for index, layer in enumerate(self.blocks[first_block:stop], start=first_block):
-            inputs.append(tokens)
-            values_alone = self.config.design == "eva02" and index == len(self.blocks) - 1
-            tokens, weights = layer(tokens, positions, need_weights, reach, values_alone)
-            maps.append(weights)
-        return tokens, inputs, maps
+    def rotary_positions(self, grid_hw, device):
+        return grid_turns(self.config, grid_hw, device)
+
+    def run_block(self, layer, tokens, positions, need_weights, reach):
+        values_alone = self.config.design == "eva02" and layer is self.blocks[-1]
+        return layer(tokens, positions, need_weights, reach, values_alone)
 
     def project(self, tokens):
         normed = self.post_norm(tokens)
@@ -304,46 +297,20 @@ class SparEvaVisionModel(DenseVisionModel):
         }
 
 
-class SparEvaModel(DenseModel):
+class SparEvaModel(ClipTextSide):
     """EVA-02-CLIP or PE-Core for dense features: `vision_model`, `text_model`, `text_projection`, `logit_scale`."""
 
     config: SparEvaConfig
     config_class = SparEvaConfig
     base_model_prefix = "spar_eva"
     weights_needed = SparEvaVisionModel.weights_needed
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
     _no_split_modules = ["CLIPTextEmbeddings", "CLIPEncoderLayer", *SparEvaVisionModel._no_split_modules]
 
     def __init__(self, config: SparEvaConfig):
         super().__init__(config)
         self.vision_model = SparEvaVisionModel._from_config(config.vision_config)
-        self.text_model = CLIPTextModel._from_config(config.text_config)
-        self.text_projection = nn.Linear(
-            config.text_config.hidden_size, config.vision_config.projection_dim, bias=False
-        )
-        self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
+        self.add_text_side(CLIPTextModel._from_config(config.text_config), config.vision_config.projection_dim)
         self.post_init()
-
-    @torch.no_grad()
-    def _init_weights(self, module):
-        if isinstance(module, SparEvaModel):
-            init.normal_(module.text_projection.weight, std=module.text_projection.in_features**-0.5)
-            init.constant_(module.logit_scale, self.config.logit_scale_init_value)
-
-    @can_return_tuple
-    @in_fast_arithmetic
-    def get_text_features(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPooling:
-        """(K, length) -> `pooler_output` (K, D)."""
-        text = self.text_model(input_ids, attention_mask, position_ids, **kwargs)
-        text.pooler_output = self.text_projection(text.pooler_output)
-        return text
 
 
 # Without it, a whole checkpoint would leave the weights of the tower alone random.

@@ -126,9 +126,9 @@ class WindowReach:
 class PartReach(WindowReach):
     """`WindowReach` of some patches of a larger picture, which need not fit in memory as a whole.
 
-    Shares are those of the larger picture's windows. What a patch attends to reaches n - 1 patches far, so with as
-    many around the patches of its own this is exact. The tokens that are no patches attend to the whole picture: `pool`
-    adds that up over its parts, and what they attend to is right once all of them are in.
+    Shares are those of the larger picture's windows. A patch attends n - 1 patches far, so with as many around the
+    patches of its own this is exact. The tokens that are no patches attend to the whole picture: `pool` adds that up
+    over its parts, and what they attend to is right once all of them are in.
 
     Args:
         grid_hw, window, device: as in `WindowReach`, of the patches given.
@@ -155,13 +155,13 @@ class PartReach(WindowReach):
         if self.part.pool is None:
             return super().from_others(query, key, value)
         others = key.shape[2] - self.grid_hw[0] * self.grid_hw[1]
-        keys, values = (
-            [tokens[:, :, :others], tokens[:, :, others:].unflatten(2, self.grid_hw)[:, :, self.own[0], self.own[1]]]
-            for tokens in (key, value)
-        )
         first = self.part.pool.maximum is None  # those that are no patches are in every part, and count once
-        key, value = (torch.cat([t[0], t[1].flatten(2, 3)], 2) if first else t[1].flatten(2, 3) for t in (keys, values))
-        return self.part.pool.add(query, key, value)
+
+        def counted(tokens: torch.Tensor) -> torch.Tensor:
+            patches = tokens[:, :, others:].unflatten(2, self.grid_hw)[:, :, self.own[0], self.own[1]].flatten(2, 3)
+            return torch.cat([tokens[:, :, :others], patches], dim=2) if first else patches
+
+        return self.part.pool.add(query, counted(key), counted(value))
 
 
 class Pool:

@@ -33,7 +33,6 @@ from .encoder_spar import (
     DenseVisionModel,
     embed_patches,
     position_table,
-    run_in_turn,
 )
 from .grid_spar import resize_positions
 
@@ -139,9 +138,7 @@ class SparSiglipVisionEmbeddings(SiglipVisionEmbeddings):  # differs in how posi
         if self.config.num_patches is None:
             patches, grid_hw = embed_patches(self.patch_embedding, pixel_values)
         else:
-            pixels = pixel_values.to(
-                self.position_embedding.weight.dtype
-            )
+            pixels = pixel_values.to(self.position_embedding.weight.dtype)
             patches, grid_hw = embed_flat_patches(self.patch_embedding, pixels, self.config.patch_size)
         table = position_table(self.position_embedding, self.num_positions, patches.device)
         return patches + resize_positions(table, grid_hw, self.config.position_interpolation), grid_hw
@@ -238,9 +235,8 @@ class SparSiglipVisionModel(DenseVisionModel, SiglipVisionModel):
     def embed(self, pixels):
         return self.embeddings(pixels)
 
-    def run_blocks(self, tokens, grid_hw, first_block=0, need_weights=False, stop=None):
-        reach = self.reach(grid_hw, tokens.device)
-        return run_in_turn(self.blocks[first_block:stop], tokens, need_weights, reach)
+    def run_block(self, layer, tokens, positions, need_weights, reach):
+        return layer(tokens, inside=lambda layer, x, y: layer.update(x, y, need_weights, reach))
 
     def project(self, tokens):
         normed = self.post_layernorm(tokens)

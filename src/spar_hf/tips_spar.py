@@ -12,8 +12,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.models.tipsv2.modeling_tipsv2 import Tipsv2VisionAttention, Tipsv2VisionEmbeddings, Tipsv2VisionLayer
 
 from .configuration_spar import DenseConfig, DenseVisionConfig
-from .dense_spar import attend, attention_map, merge_heads, project_heads
-from .encoder_spar import DenseModel, DenseVisionModel, embed_patches
+from .encoder_spar import DenseModel, DenseVisionModel, embed_patches, self_attention
 from .grid_spar import resize_positions
 from .reach_spar import WindowReach, asking
 
@@ -80,11 +79,7 @@ class SparTipsEmbeddings(Tipsv2VisionEmbeddings):  # differs from TIPSv2 only in
 
 class SparTipsAttention(Tipsv2VisionAttention):  # differs in its arithmetic on the CPU, and shows its map
     def forward(self, hidden_states, need_weights: bool = False, reach: WindowReach | None = None):
-        heads = project_heads(self, hidden_states, "qkv")
-        if not need_weights:
-            return self.o_proj(merge_heads(attend(heads["q"], heads["k"], heads["v"], reach=reach))), None
-        weights = attention_map(heads["q"], heads["k"], reach=reach)
-        return self.o_proj(merge_heads(weights @ heads["v"])), weights
+        return self_attention(self, self.o_proj, hidden_states, need_weights, reach)
 
 
 class SparTipsLayer(Tipsv2VisionLayer):
@@ -127,15 +122,6 @@ class SparTipsVisionModel(DenseVisionModel, Tipsv2VisionModel):
 
     def embed(self, pixels):
         return self.embeddings(pixels)
-
-    def run_blocks(self, tokens, grid_hw, first_block=0, need_weights=False, stop=None):
-        inputs, maps = [], []
-        reach = self.reach(grid_hw, tokens.device)
-        for layer in self.blocks[first_block:stop]:
-            inputs.append(tokens)
-            tokens, weights = layer(tokens, need_weights, reach)
-            maps.append(weights)
-        return tokens, inputs, maps
 
     def project(self, tokens):
         normed = self.layernorm(tokens)

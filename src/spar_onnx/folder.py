@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 RECORD = "export.json"
-LAYOUT = 1  # of the folder; another number is another spar-hf's
+LAYOUT = 2  # of the folder; another number is another spar-hf's
 VISION, TEXT, LABEL_MAP = "vision_model", "text_model", "label_map"
 # Endings of the files by arithmetic, as @huggingface/transformers and Optimum have them.
 SUFFIXES = {"float32": "", "float16": "_fp16", "int8": "_int8"}

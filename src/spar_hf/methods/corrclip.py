@@ -22,23 +22,21 @@ the shorter side at 336 px (ADE20K 448, Cityscapes 448 with windows of 224 px).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from ..clip_spar import SparVisionModel
 from ..dense_spar import attend, merge_heads, project_heads
 from ..encoder_spar import SparVisionOutput, check_pixels
 from ..encoders.composition import resample
 from ..encoders.sliding_window import window_starts
 from ..networks.masks import SamSettings, region_source
 from ..networks.vit import ViT
-from .encoder import ROW_NUMBERS, MethodEncoder, needed
+from .encoder import ROW_NUMBERS, MethodEncoder
 
 
 @dataclass(frozen=True)
@@ -88,19 +86,13 @@ class Encoder(MethodEncoder):
     """
 
     settings: Settings
+    dino: ViT
+    regions: Any
 
-    def __init__(
-        self,
-        vision: SparVisionModel,
-        networks: Mapping[str, Any],
-        settings: Settings | None = None,
-        method: str = "corrclip",
-    ):
-        super().__init__(vision, method, settings or Settings())
-        self.dino = ViT.of(needed(networks, "dino", method)).to(vision.device, vision.dtype)
-        self.regions: Any = region_source(needed(networks, "regions", method), self.settings.masks)
-        if isinstance(self.regions, nn.Module):
-            self.regions.to(vision.device, vision.dtype)
+    def adapters(self) -> dict[str, Any]:
+        return {"dino": ViT.of, "regions": lambda given: region_source(given, self.settings.masks)}
+
+    def prepare(self) -> None:
         self.config.patch_size = self.dino.patch_px
 
     def extra_repr(self) -> str:
