@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import raster
 from .options import (
     add_image_arguments,
     add_model_options,
@@ -91,6 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_result_options(parser)
     add_refine_option(parser)
     add_model_options(parser)
+    raster.add_raster_options(parser)
     parser.add_argument(
         "--backend",
         metavar="pytorch|onnx",
@@ -126,6 +128,8 @@ def run(args: argparse.Namespace) -> int:
     if args.backend is not None:
         check_one_of("backend", args.backend, BACKENDS)
     check_result_options(args)
+    if raster.asked(args):
+        return raster.run(args, competing, report)
     labels = read_labels(args.labels)
     thresholds = {name: getattr(args, name) for name in ("background_threshold", "score_threshold", "area_threshold")}
     options: dict[str, Any] = {name: value for name, value in thresholds.items() if value is not None}

@@ -140,8 +140,8 @@ class Grid:
         if min(rows, columns) == 0:
             height, width = self.raster.size_hw
             raise ValueError(
-                f"{self.raster.name} is {height} x {width} px (height x width); both sides must be at least one patch, "
-                f"{self.patch_px} px."
+                f"{self.raster.name} is {height} x {width} px (height x width); both sides must be at least one "
+                f"patch, {self.patch_px} px."
             )
         return rows, columns
 

@@ -143,7 +143,7 @@ def tower_features(vision: DenseVisionModel, grid: Grid, journal: Journal, side:
 
 
 def _asked(block: Block, last: bool) -> tuple[slice, slice]:
-    """The patches that attend: the block's own, but in the last block, which may be a recipe, all; some are cut off."""
+    """The patches that attend: the block's own. In the last step, which may be a recipe, all, to be cut off after."""
     return (slice(0, block.given_hw[0]), slice(0, block.given_hw[1])) if last else block.own_in_given
 
 

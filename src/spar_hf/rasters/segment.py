@@ -65,8 +65,8 @@ def raster_encoder(
     """
     if type(segmenter) is not FromFeatures:
         raise ValueError(
-            "a raster is done in blocks of features, and this method, refinement or upsampler looks at whole pictures; "
-            "leave it out, or cut the raster into pictures."
+            "a raster is done in blocks of features, and this method, refinement or upsampler looks at whole "
+            "pictures; leave it out, or cut the raster into pictures."
         )
     encoder, patch_px = segmenter.encoder, segmenter.config.patch_size
     side = block_side(memory_bytes, segmenter.config.hidden_size, patch_px)
@@ -84,7 +84,7 @@ def raster_encoder(
 
 
 def _is_local(vision: DenseVisionModel) -> bool:
-    """Whether the last block asks for nothing beyond the reach: no statistics of the image, no matrix of all patches."""
+    """Whether the last block asks for nothing beyond reach: no statistics of the image, no matrix of all patches."""
     recipe = getattr(vision, "recipe", None)
     if recipe is None:
         return True

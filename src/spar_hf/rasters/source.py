@@ -95,7 +95,7 @@ class Raster:
         if self._colours is None:
             self._range = self._black_and_white()
         if self._alpha is not None and not self._composes and options.alpha == "auto":
-            glance = self._read([self._alpha], (slice(0, height), slice(0, width)), glance=True)
+            glance = self._read([self._alpha], (slice(0, height), slice(0, width)), shape=self._glance_hw)
             say_that_alpha_is_ignored(bool((glance == glance.max()).all()), name)
 
     @property
@@ -115,6 +115,12 @@ class Raster:
     def rgb(self, window: Rectangle) -> np.ndarray:
         """The window as (h, w, 3) uint8; pixels that the raster says are none are black."""
         return self._in_whole_rows(window)[..., :3]
+
+    def shrunk(self, size_hw: tuple[int, int]) -> np.ndarray:
+        """The whole as (h, w, 3) uint8 of another, smaller size: every so many pixels."""
+        whole = (slice(0, self.dataset.height), slice(0, self.dataset.width))
+        out = self._rgba(whole, size_hw[::-1] if self._turn[0] else size_hw)
+        return self._turned(out)[..., :3]
 
     def valid(self, window: Rectangle) -> np.ndarray:
         """Which pixels (h, w) of the window are any: not of the nodata value, masked, NaN or wholly transparent."""
@@ -149,19 +155,22 @@ class Raster:
         for top in range(0, height, step):
             part = slice(top, min(top + step, height))
             out[part] = self._rgba((slice(rows.start + part.start, rows.start + part.stop), columns))
-        if transposed:
-            out = out.swapaxes(0, 1)
-        return out[:: -1 if reversed_axes[0] else 1, :: -1 if reversed_axes[1] else 1]
+        return self._turned(out)
 
-    def _rgba(self, stored: Rectangle) -> np.ndarray:
+    def _turned(self, stored: np.ndarray) -> np.ndarray:
+        transposed, *reversed_axes = self._turn
+        upright = stored.swapaxes(0, 1) if transposed else stored
+        return upright[:: -1 if reversed_axes[0] else 1, :: -1 if reversed_axes[1] else 1]
+
+    def _rgba(self, stored: Rectangle, shape: tuple[int, int] | None = None) -> np.ndarray:
         """A window of the stored pixels as (h, w, 4): colours, and 255 where the pixel is one, else 0."""
-        values, valid = self._values(stored)
+        values, valid = self._values(stored, shape)
         if self._colours is not None:
             colours = self._colours[values[0]]
         else:
             colours = scaled_values(values.transpose(1, 2, 0), *self._range)
         if self._composes:
-            alpha = self._read([self._alpha], stored)[0]
+            alpha = self._read([self._alpha], stored, shape)[0]
             opaque = black_and_white(alpha.dtype, 0, 1, ReadOptions(), self.name)[1]
             alpha = scaled_values(alpha, 0, opaque)
             rgba = np.dstack([np.broadcast_to(colours, (*alpha.shape, 3)), alpha])
@@ -172,16 +181,16 @@ class Raster:
         out[~valid] = 0
         return out
 
-    def _values(self, stored: Rectangle) -> tuple[np.ndarray, np.ndarray]:
+    def _values(self, stored: Rectangle, shape: tuple[int, int] | None = None) -> tuple[np.ndarray, np.ndarray]:
         """The chosen bands (C, h, w), 0 where they are none; and the pixels (h, w) that are some in any band."""
-        values = self._read(self._bands, stored)
+        values = self._read(self._bands, stored, shape)
         if values.dtype.kind not in "iuf":
             raise InvalidImageError(
                 f"{self.name} holds {values.dtype} values; allowed are 8 and 16-bit integers and floats."
             )
         given = np.ones(values.shape, dtype=bool)
         if self._masked:
-            given = self._read(self._bands, stored, masks=True) > 0
+            given = self._read(self._bands, stored, shape, masks=True) > 0
         valid = given.any(axis=0)
         if values.dtype.kind == "f":
             finite = np.isfinite(values)
@@ -190,14 +199,17 @@ class Raster:
             values[~given] = 0
         return values, valid
 
+    @property
+    def _glance_hw(self) -> tuple[int, int]:
+        return min(self.dataset.height, GLANCE_PX), min(self.dataset.width, GLANCE_PX)
+
     def _read(
-        self, bands: list[int | None], stored: Rectangle, masks: bool = False, glance: bool = False
+        self, bands: list[Any], stored: Rectangle, shape: tuple[int, int] | None = None, masks: bool = False
     ) -> np.ndarray:
+        """Bands, or their masks, (C, h, w) of a window of the stored pixels; every so many if `shape` is smaller."""
         rows, columns = stored
         window = ((rows.start, rows.stop), (columns.start, columns.stop))
-        shape = (rows.stop - rows.start, columns.stop - columns.start)
-        if glance:
-            shape = (min(shape[0], GLANCE_PX), min(shape[1], GLANCE_PX))
+        shape = shape or (rows.stop - rows.start, columns.stop - columns.start)
         read = self.dataset.read_masks if masks else self.dataset.read
         try:
             return read(bands, window=window, out_shape=(len(bands), *shape))
@@ -222,7 +234,7 @@ class Raster:
             say_once(f"{held}; {black:g} becomes black and {white:g} white.")
         elif asked is None and dtype.itemsize > 1:
             whole = (slice(0, self.dataset.height), slice(0, self.dataset.width))
-            glance = self._read(self._bands, whole, glance=True).astype(np.float64)  # type: ignore[arg-type]
+            glance = self._read(self._bands, whole, shape=self._glance_hw).astype(np.float64)
             bright = np.nan_to_num(glance, nan=0.0) >= black + (white - black) * DARK / 255
             if glance.max(initial=0) > 0 and bright.mean() < 0.01:
                 say_once(
