@@ -29,6 +29,7 @@ LAYERS = (
     ("spar_hf.demo",),
     ("spar_hf.exporting", "spar_hf.ray"),
     ("spar_hf.build",),
+    ("spar_hf.rasters",),
     ("spar_hf.evaluation",),
     ("spar_hf.methods",),
     ("spar_hf.networks",),

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import raster
 from .flow import Picture, Tool, do_all
 from .many import EPILOG as MANY
 from .many import add_image_arguments, begin, open_pictures, writer_number
@@ -112,6 +113,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_refine_option(parser)
     add_model_options(parser)
+    raster.add_raster_options(parser)
     parser.add_argument(
         "--backend",
         metavar="pytorch|onnx",
@@ -156,6 +158,8 @@ def run(args: argparse.Namespace) -> int:
     if args.backend is not None:
         check_one_of("backend", args.backend, BACKENDS)
     check_result_options(args)
+    if raster.asked(args):
+        return raster.run(args, competing, report)
     labels = read_labels(args.labels)
     if args.class_threshold:
         labels = labels.with_thresholds(dict(args.class_threshold))

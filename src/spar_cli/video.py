@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .output import command_line, complain, output_stems, say
+from .output import one_by_one
 
 if TYPE_CHECKING:
     from spar_hf.outputs import ResultOptions
@@ -42,7 +42,7 @@ def segment_videos(
     facts: dict[str, Any],
     report: Callable[[dict[str, Any]], str],
 ) -> int:
-    """Segments videos one after the other; returns the exit status. A bad one is named, and the others are done.
+    """Segments videos one after the other; returns the exit status.
 
     Args:
         videos: files.
@@ -55,24 +55,11 @@ def segment_videos(
     Raises:
         InvalidImageError: the only one is no video, or breaks off.
     """
-    from spar_hf.files import write_json
-    from spar_hf.image_file_spar import InvalidImageError
 
-    records, failed = [], []
-    for path, stem in zip(videos, output_stems([path.name for path in videos]), strict=True):
-        try:
-            records.append(segment_video(path, stem, segment, args.output, labels, options))
-            say(report(records[-1]))
-        except InvalidImageError as error:
-            if len(videos) == 1:
-                raise
-            failed.append({"image": str(path), "error": str(error)})
-            complain(str(error))
-    if args.json is not None:
-        write_json(args.json, {"command": command_line(args), **facts, "images": records, "failed": failed})
-    if failed:
-        complain(f"{len(failed)} of {len(videos)} videos could not be done; the others are.")
-    return 1 if failed else 0
+    def do(path: Path, stem: str) -> dict[str, Any]:
+        return segment_video(path, stem, segment, args.output, labels, options)
+
+    return one_by_one(videos, do, report, args, facts, "videos")
 
 
 def segment_video(
