@@ -28,6 +28,7 @@ LAYERS = (
     ("spar_hf.distillation",),
     ("spar_hf.demo",),
     ("spar_hf.exporting",),
+    ("spar_hf.prototypes",),
     ("spar_hf.build",),
     ("spar_hf.evaluation",),
     ("spar_hf.methods",),
