@@ -42,6 +42,7 @@ SETTINGS: dict[str | None, dict[str, Any]] = {
     "reco": {"side_px": 48, "pictures": 2},
     "freeda": {"side_px": 64, "neighbours": 3},
     "knn_clip": {"neighbours": 3, "threshold": 0.5, "weight": 0.7},
+    "corrclip_v2_bank": {"neighbours": 3},
 }
 NAMES = "road; car, automobile; sky; grass"
 

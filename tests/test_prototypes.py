@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from second_networks import NAMES, bank_for, pictures, small
+from second_networks import NAMES, SETTINGS, bank_for, networks_for, pictures, small
 from test_cli import fails
 
 import spar_hf.prototypes
@@ -20,6 +20,7 @@ from spar_hf.methods.bank import Bank, network_digest
 from spar_hf.methods.knn_clip import Prototypes
 from spar_hf.networks.vit import ViT
 from spar_hf.prototypes import Pictures, build_bank
+from spar_hf.segmentation_spar import label_map
 
 CHOSEN = {"neighbours": 3, "threshold": 0.5, "weight": 0.5}
 
@@ -183,8 +184,6 @@ def test_the_command(monkeypatch, tmp_path, make_spar, spar_processor, capsys):
 @torch.no_grad()
 def test_banks_of_half_precision_networks_are_those_of_fp32(method, make_spar, spar_processor, pixels, tmp_path):
     """A bank made in fp32 is read by the same networks in bf16."""
-    from second_networks import SETTINGS, networks_for
-
     model, networks = make_spar(num_hidden_layers=5), networks_for(method)
     networks["bank"] = bank_for(method, tmp_path / "bank", model, spar_processor, networks)
     half = {
@@ -195,3 +194,18 @@ def test_banks_of_half_precision_networks_are_those_of_fp32(method, make_spar, s
     segmenter = build_segmenter(copy.deepcopy(model).bfloat16(), spar_processor, method, **given)
     (maps,) = segmenter(pixels((64, 80)).bfloat16(), segmenter.encode_labels("road; sky"))
     assert maps(slice(0, 2)).isfinite().all()
+
+
+@pytest.mark.parametrize("method", ["freeda", "reco", "corrclip_v2_bank", "knn_clip", "clip_diy"])
+@torch.no_grad()
+def test_one_class_and_images_of_a_patch(method, make_spar, spar_processor, tmp_path):
+    model, networks = make_spar(num_hidden_layers=2), networks_for(method)
+    if method != "clip_diy":
+        networks["bank"] = bank_for(method, tmp_path / "bank", model, spar_processor, networks)
+    segmenter = build_segmenter(model, spar_processor, method, networks=networks, settings=SETTINGS[method])
+    encoded = segmenter.encode_labels("sky")
+    assert segmenter.encode_labels(encoded) is encoded
+    for size in ((16, 16), (17, 40)):
+        (maps,) = segmenter(torch.zeros(1, 3, *size), encoded)
+        assert maps(slice(0, 1)).isfinite().all() and maps(slice(0, 1)).shape == (1, *size)
+        assert label_map(maps.at((20, 30)), encoded.class_ids).unique().tolist() == [0]

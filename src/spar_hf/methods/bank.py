@@ -145,15 +145,15 @@ def network_digest(network: nn.Module) -> str:
 def nearest(queries: Tensor, entries: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The largest inner products of queries (R, F) with entries (M, F): values and indices (R, min(count, M)).
 
-    Some queries at a time; equal products by lower index.
+    Some queries at a time; of equal products any.
     """
     count = min(count, len(entries))
     step = max(SIMILARITY_NUMBERS // max(len(entries), 1), 1)
     values, indices = [queries.new_zeros(0, count)], [torch.zeros(0, count, dtype=torch.int64, device=queries.device)]
     for some in queries.split(step):
-        ordered, order = (some @ entries.T).sort(dim=1, descending=True, stable=True)
-        values.append(ordered[:, :count])
-        indices.append(order[:, :count])
+        found = (some @ entries.T).topk(count, dim=1)
+        values.append(found.values)
+        indices.append(found.indices)
     return torch.cat(values), torch.cat(indices)
 
 

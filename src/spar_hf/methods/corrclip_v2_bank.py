@@ -57,6 +57,7 @@ class Segmenter(MethodSegmenter):
     def prepare(self) -> None:
         networks = {"dino": self.encoder.dino, "clip": self.model.vision_model}
         self.bank.check(self.config.method, {}, networks)
+        self.entries: dict[str, Tensor] = {}  # the bank's, at length one, where they were last wanted
 
     def __repr__(self) -> str:
         return f"{self.config.method}({self.encoder!r}, {self.bank!r})"
@@ -70,8 +71,9 @@ class Segmenter(MethodSegmenter):
         ids = encoder.regions(image, self.config).map
         own = torch.einsum("kd,dhw->khw", text, F.normalize(encoder.of_image(image, seen).float(), dim=0))
         _, means = pixel_means(seen[0], ids, unit=True)
-        _, found = nearest(F.normalize(means, dim=-1), self.entries("features"), settings.neighbours)
-        support = text @ F.normalize(self.entries("clip")[found].mean(dim=1), dim=-1).T  # (K, R)
+        entries = self.normalised_entries()
+        _, found = nearest(F.normalize(means, dim=-1), entries["features"], settings.neighbours)
+        support = text @ F.normalize(entries["clip"][found].mean(dim=1), dim=-1).T  # (K, R)
         place = ids.unique(return_inverse=True)[1]
 
         def make(names: slice, size_hw: tuple[int, int]) -> Tensor:
@@ -83,9 +85,14 @@ class Segmenter(MethodSegmenter):
             patches_hw=(own.shape[1], own.shape[2]),
         )  # fmt: skip
 
-    def entries(self, name: str) -> Tensor:
-        """The bank's tensor of that name at length one, where the tower is."""
-        return F.normalize(self.bank.tensors[name].to(self.device).float(), dim=-1)
+    def normalised_entries(self) -> dict[str, Tensor]:
+        """The bank's features and CLIP features at length one, where the tower is; made once."""
+        if not self.entries or self.entries["clip"].device != self.device:
+            self.entries = {
+                name: F.normalize(self.bank.tensors[name].to(self.device).float(), dim=-1)
+                for name in ("features", "clip")
+            }
+        return self.entries
 
 
 class Prototypes(MethodPrototypes):

@@ -194,18 +194,23 @@ class Prototypes(MethodPrototypes):
         """See `MethodPrototypes`."""
         if labels is None:
             raise ValueError(f"method {self.config.method!r} makes a prototype for each name; give --labels.")
-        context = list(self.settings.context)
+        context, every = list(self.settings.context), joined(rows)
         names = list(dict.fromkeys(labels.names))
-        every = joined(rows)
-        found = steps(
-            "context", len(context), lambda number, before: self.of_name(context[number], None, before, every, read)
-        )
+        ids = dict(zip(labels.names, labels.class_ids, strict=True))  # negative: a name of no class
+        texts = self.texts([*context, *names])
+
+        def of_context(number: int, before: list[Rows]) -> Rows:
+            return self.of_name(texts[number], None, before, every, read)
+
+        found = steps("context", len(context), of_context)
         known = {name.casefold(): row for name, row in zip(context, found, strict=True)}
-        places = {name: labels.class_ids[labels.names.index(name)] for name in names}
 
         def work(number: int, before: list[Rows]) -> Rows:
             name = names[number]
-            return known.get(name.casefold()) or self.of_name(name, places[name], found, every, read)
+            class_id = ids[name] if ids[name] >= 0 else None
+            return known.get(name.casefold()) or self.of_name(
+                texts[len(context) + number], class_id, found, every, read
+            )
 
         made = joined(steps("names", len(names), work))
         return {**made, "name": torch.arange(len(names))}, names
@@ -220,17 +225,29 @@ class Prototypes(MethodPrototypes):
             self.kept[number] = features, DenseClip(self, pixels)
         return self.kept[number]
 
+    def texts(self, names: list[str]) -> list[tuple[Tensor, Tensor]]:
+        """The texts of each name: the retriever's (D), and the model's (1, D')."""
+        alone = Labels(tuple((name,) for name in names))
+        ours = self.processor.encode_labels(self.model, alone).text_embeds
+        own = self.retriever is self.model
+        theirs = ours if own else self.reader.encode_labels(self.retriever, alone).text_embeds
+        return list(zip(theirs.cpu(), ours[:, None], strict=True))
+
     def of_name(
-        self, name: str, class_id: int | None, context: list[Rows], pictures: Rows, read: Callable[[int], Reference]
+        self,
+        texts: tuple[Tensor, Tensor],
+        class_id: int | None,
+        context: list[Rows],
+        pictures: Rows,
+        read: Callable[[int], Reference],
     ) -> Rows:
-        """The prototype of a name, `features` (1, F), given those of the context."""
-        of_class = pictures["class"] == (-1 if class_id is None else class_id)
-        some = of_class.nonzero().flatten() if of_class.any() and class_id is not None else torch.arange(len(of_class))
-        alone = Labels(((name,),))
-        wanted = self.reader.encode_labels(self.retriever, alone).text_embeds[0].cpu()
+        """The prototype of a name, `features` (1, F), given its texts and the vectors of the context."""
+        wanted, text = texts
+        some = torch.arange(len(pictures["class"]))
+        if class_id is not None and (pictures["class"] == class_id).any():
+            some = some[pictures["class"] == class_id]
         order = (pictures["embeds"][some] @ wanted).argsort(descending=True, stable=True)
         chosen = some[order[: self.settings.pictures]].tolist()
-        text = self.processor.encode_labels(self.model, alone).text_embeds
         known = torch.cat([row["features"] for row in context]).to(self.device) if context else None
         maps, weights = [], []
         for number in chosen:
