@@ -2,8 +2,8 @@
 // fixed point of 22 bits, and 8 bits in between. tests/test_static_page.py compares it with Pillow, bit by bit.
 
 const sinc = (x) => (x === 0 ? 1 : Math.sin(Math.PI * x) / (Math.PI * x));
-const cubic = (x, a = -0.5) =>
-  x < 1 ? ((a + 2) * x - (a + 3)) * x * x + 1 : x < 2 ? (((x - 5) * x + 8) * x - 4) * a : 0;
+const A = -0.5;   // of Keys' cubic
+const cubic = (x) => (x < 1 ? ((A + 2) * x - (A + 3)) * x * x + 1 : x < 2 ? (((x - 5) * x + 8) * x - 4) * A : 0);
 
 // By Pillow's number of the filter: reach in pixels, and weight at a distance of 0 or more.
 const FILTERS = {
