@@ -223,8 +223,12 @@ def test_a_truncated_video_keeps_what_was_done(tmp_path, monkeypatch, capsys, mo
     count = int(re.search(r"after (\d+) frames", err)[1])
     assert 0 < count < 40 and len(list(Path("spar-output/clip").iterdir())) == count
     assert len(list(read_frames(Path("spar-output/clip-overlay.mp4")))) == count
-    assert main(["segment", name, "good.png", *words[2:], "--output", "both"]) == 1
-    assert Path("both/good-labels.png").is_file()
+    make_video(Path("good.mkv"), count=2)
+    assert main(["segment", name, "good.mkv", *words[2:], "--output", "both"]) == 1
+    assert "1 of 2 videos could not be done; the others are." in capsys.readouterr().err
+    assert len(list(Path("both/good").iterdir())) == 2
+    assert main(["segment", "good.mkv", "good.png", *words[2:]]) == 2
+    assert "good.mkv is a video and good.png is none" in capsys.readouterr().err
 
 
 def test_files_that_are_no_video(tmp_path):

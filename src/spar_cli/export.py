@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
-from .options import check_images
 from .output import table
 from .parser import check_one_of, name_and_value, whole_number
 
@@ -59,11 +59,17 @@ def run(args: argparse.Namespace) -> None:
     dtypes = args.dtype or ["float32"]
     for dtype in dtypes:
         check_one_of("dtype", dtype, DTYPES)
-    check_images(args.calibrate)
     from spar_hf.checkpoints import load
     from spar_hf.exporting import export
+    from spar_hf.sources import pictures
+
+    calibration = pictures(args.calibrate)[0] if args.calibrate else None
 
     model, processor = load(args.model, **({} if args.size_rule is None else {"size_rule": args.size_rule}))
+    seen: list[Any] = []
+    if calibration is not None:
+        calibration.reading = processor.image_processor.read_options
+        seen = [calibration.picture(number) for number in range(len(calibration.names))]
     done = export(
         model,
         processor,
@@ -75,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
         reach=args.attention_reach,
         opset=args.opset,
         fused=not args.plain,
-        calibration=[processor.image_processor.open_rgb(path) for path in args.calibrate],
+        calibration=seen,
     )
     rows = [("arithmetic", "features", "words", "equal labels", "picture book, mIoU", "in PyTorch")]
     for dtype, measured in done.record["dtypes"].items():

@@ -7,12 +7,13 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from .exported import on_onnx
-from .options import DTYPES, device_of, read_labels
+from .options import DTYPES, Opened, device_of, read_labels, read_vocabulary
 from .output import shorten, table
 from .parser import check_one_of, path, whole_number
 
 if TYPE_CHECKING:
     from spar_hf.prompts_spar import Labels
+    from spar_onnx import LabelEmbeds, OnnxPipeline
 
 MOST_SHOWN = 40
 HELP = "Show the classes of a vocabulary; save it with its text features, so that large ones start at once."
@@ -82,6 +83,45 @@ def _on_onnx(args: argparse.Namespace, labels: Labels) -> tuple[Any, str]:
 
     pipeline = spar_onnx.load(args.model, args.dtype)
     return pipeline.encode_labels(labels).text_embeds, text_side_of_export(pipeline)
+
+
+def words_to_encode(args: argparse.Namespace, labels: Labels, opened: Opened) -> Any:
+    """The labels, or where `--labels` is a file with their text features, both.
+
+    Raises:
+        ValueError: the file was made by another model.
+    """
+    import torch
+
+    from spar_hf.processing_spar import LabelFeatures
+    from spar_hf.vocabulary import text_side_of
+
+    saved = read_vocabulary(args.labels)
+    if saved is None:
+        return labels
+    model, processor = opened.model, opened.processor
+    saved.check_made_by(text_side_of(model, processor), args.labels[1:], args.model)
+
+    def encode(more: Labels) -> Any:
+        return processor.encode_labels(model, more).text_embeds.cpu().numpy()
+
+    return LabelFeatures(labels, torch.from_numpy(saved.embeds_of(labels, encode)).to(model.device))
+
+
+def embeds_of_export(args: argparse.Namespace, labels: Labels, pipeline: OnnxPipeline) -> LabelEmbeds:
+    """The labels with their text features, read where `--labels` is a file with them, for an exported model.
+
+    Raises:
+        ValueError: the file was made by another model.
+    """
+    from spar_hf.vocabulary import text_side_of_export
+    from spar_onnx import LabelEmbeds
+
+    saved = read_vocabulary(args.labels)
+    if saved is None:
+        return pipeline.encode_labels(labels)
+    saved.check_made_by(text_side_of_export(pipeline), args.labels[1:], args.model)
+    return LabelEmbeds(labels, saved.embeds_of(labels, lambda more: pipeline.encode_labels(more).text_embeds))
 
 
 def listing(labels: Labels) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 
-from . import convert, demo, evaluate, export, features, labels, methods, models, publish, segment
+from . import convert, demo, evaluate, export, features, labels, methods, models, prototypes, publish, segment
 from .errors import MISTAKE, clean, exit_status, fail
 from .exported import on_onnx
 from .parser import Parser, check_one_of, with_flags
@@ -22,6 +22,7 @@ COMMANDS = {
     "methods": methods,
     "models": models,
     "evaluate": evaluate,
+    "prototypes": prototypes,
     "convert": convert,
     "export": export,
     "publish": publish,

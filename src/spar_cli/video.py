@@ -2,19 +2,64 @@
 
 from __future__ import annotations
 
+import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .output import progress
+from .output import one_by_one
 
 if TYPE_CHECKING:
     from spar_hf.outputs import ResultOptions
     from spar_hf.prompts_spar import Labels
+
+
+def videos_among(paths: Sequence[Path]) -> list[Path]:
+    """The videos, where a command is about videos.
+
+    Raises:
+        ValueError: pictures are among them.
+    """
+    from spar_hf.video import is_video
+
+    videos = [path for path in paths if is_video(path)]
+    others = [path for path in paths if not is_video(path)]
+    if videos and others:
+        raise ValueError(f"{videos[0]} is a video and {others[0]} is none; give pictures in a command of their own")
+    return videos
+
+
+def segment_videos(
+    videos: Sequence[Path],
+    segment: Callable[[Any], Any],
+    args: argparse.Namespace,
+    labels: Labels,
+    options: ResultOptions,
+    facts: dict[str, Any],
+    report: Callable[[dict[str, Any]], str],
+) -> int:
+    """Segments videos one after the other; returns the exit status.
+
+    Args:
+        videos: files.
+        segment: a frame to the pipeline's result, called in order.
+        args: of the command.
+        labels, options: see `Writer`.
+        facts: what runs and how, for the JSON output.
+        report: what is told of each.
+
+    Raises:
+        InvalidImageError: the only one is no video, or breaks off.
+    """
+
+    def do(path: Path, stem: str) -> dict[str, Any]:
+        return segment_video(path, stem, segment, args.output, labels, options)
+
+    return one_by_one(videos, do, report, args, facts, "videos")
 
 
 def segment_video(
@@ -36,6 +81,8 @@ def segment_video(
         InvalidImageError: it is no video, or breaks off; what was made of its frames until then is kept.
         OSError: the disk is full; what was written of earlier frames is kept.
     """
+    from tqdm import tqdm
+
     from spar_hf.files import whole_files
     from spar_hf.image_file_spar import InvalidImageError
     from spar_hf.outputs import Writer
@@ -54,7 +101,7 @@ def segment_video(
     started = time.perf_counter()
     with Writer(folder, labels, of_frames) as writer, whole_files(target) as (draft,), VideoWriter(draft) as video:
         try:
-            for frame in progress(_chained(first, frames), "frame"):
+            for frame in tqdm(_chained(first, frames), unit="frame", disable=None):
                 count += 1
                 result = cleaned(segment(frame.image), options.min_area, options.fill_holes)
                 facts = writer.add(f"{stem}/{count:06d}", frame.image, result, f"{path}#{count}")
@@ -79,6 +126,6 @@ def segment_video(
     }
 
 
-def _chained(first: Any, rest: Any) -> Any:
+def _chained(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
     yield first
     yield from rest

@@ -20,7 +20,8 @@ from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT
 
 from .configuration_spar import DenseConfig, DenseVisionConfig
 from .encoder_spar import ClipTextSide, DenseVisionModel, self_attention
-from .reach_spar import WindowReach
+from .grid_spar import grid_places
+from .reach_spar import WindowReach, asking
 
 
 class SparDinov3VisionConfig(DenseVisionConfig, DINOv3ViTConfig):
@@ -133,7 +134,7 @@ def rotary_angles(
     the patch centres from -1 to 1 along each side, whatever the grid. In fp32, as DINOv3's released ViTs have it:
     bf16 moves the features by 5e-3. Computed anew each time: a buffer would be cast with the weights.
     """
-    rows, columns = ((2 * torch.arange(n, dtype=torch.float32, device=periods.device) + 1) / n - 1 for n in grid_hw)
+    rows, columns = ((2 * places + 1) / n - 1 for places, n in grid_places(grid_hw, periods.device))
     places = torch.stack([rows[:, None].expand(grid_hw), columns[None, :].expand(grid_hw)], dim=-1)  # (h, w, 2)
     return turns((2 * math.pi * places[..., None] / periods).reshape(-1, 2 * len(periods)), num_prefix_tokens)
 
@@ -165,7 +166,7 @@ class SparDinov3Layer(DINOv3ViTLayer):
 
     def forward(self, hidden_states, positions, need_weights: bool = False, reach: WindowReach | None = None):
         attended, weights = self.attention(self.norm1(hidden_states), positions, need_weights, reach)
-        hidden_states = hidden_states + self.layer_scale1(attended)
+        hidden_states = asking(hidden_states, reach) + self.layer_scale1(attended)
         return hidden_states + self.layer_scale2(self.mlp(self.norm2(hidden_states))), weights
 
 

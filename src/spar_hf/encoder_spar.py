@@ -18,8 +18,8 @@ from transformers.utils.generic import can_return_tuple
 from .arithmetic_spar import in_fast_arithmetic
 from .configuration_spar import DenseConfig, DenseVisionConfig
 from .dense_spar import attend, attention_map, merge_heads, project_heads
-from .grid_spar import fit_to_patches
-from .reach_spar import WindowReach
+from .grid_spar import current_part, fit_to_patches
+from .reach_spar import PartReach, WindowReach, asking
 
 
 @dataclass
@@ -103,9 +103,14 @@ class DenseVisionModel(OffloadedModel):
         raise NotImplementedError
 
     def run_blocks(
-        self, tokens: torch.Tensor, grid_hw: tuple[int, int], first_block: int = 0, need_weights: bool = False
+        self,
+        tokens: torch.Tensor,
+        grid_hw: tuple[int, int],
+        first_block: int = 0,
+        need_weights: bool = False,
+        stop: int | None = None,
     ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor | None]]:
-        """Runs the blocks from `first_block` (0-based) on.
+        """Runs the blocks from `first_block` (0-based) on, up to the one before `stop`; None is to the end.
 
         Returns:
             The tokens (B, P + h * w, C) after the last block, the input of each block that ran, and the attention map
@@ -113,7 +118,7 @@ class DenseVisionModel(OffloadedModel):
         """
         inputs, maps = [], []
         reach, positions = self.reach(grid_hw, tokens.device), self.rotary_positions(grid_hw, tokens.device)
-        for layer in self.blocks[first_block:]:
+        for layer in self.blocks[first_block:stop]:
             inputs.append(tokens)
             tokens, weights = self.run_block(layer, tokens, positions, need_weights, reach)
             maps.append(weights)
@@ -135,6 +140,9 @@ class DenseVisionModel(OffloadedModel):
         window = config.image_size // config.patch_size
         if config.attention_reach == "image":
             return None
+        part = current_part()
+        if part is not None:
+            return PartReach(grid_hw, window, device, part)
         if not torch.compiler.is_exporting() and max(grid_hw) <= window:  # an exported graph has one path
             return None
         return WindowReach(grid_hw, window, device)
@@ -300,11 +308,29 @@ class DenseEncoderLayer(nn.Module):
     def update(self, x: torch.Tensor, y: torch.Tensor, need_weights: bool = False, reach: WindowReach | None = None):
         """The block as it is, given its input x and y = ln_1(x); returns its output and its map or None."""
         attended, weights = self.self_attn(y, need_weights=need_weights, reach=reach)
-        return self.feed_forward(x + attended), weights
+        return self.feed_forward(asking(x, reach) + attended), weights
 
     def feed_forward(self, x: torch.Tensor) -> torch.Tensor:
         """x + mlp(ln_2(x))."""
         return x + self.mlp(self.layer_norm2(x))
+
+
+class EncoderWrapper:
+    """What is around a dense encoder is as large, as precise and where that one is."""
+
+    encoder: Any
+
+    @property
+    def config(self) -> Any:
+        return self.encoder.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.encoder.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.encoder.device
 
 
 # ------------------------------------------------------------------------------------------- whole models

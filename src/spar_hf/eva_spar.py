@@ -30,9 +30,9 @@ from .configuration_spar import DenseConfig, DenseVisionConfig
 from .dense_spar import attend, attention_map, class_token_attention, merge_heads, project_heads
 from .dinov3_spar import rotate, turns
 from .encoder_spar import ClipTextSide, DenseVisionModel, embed_patches
-from .grid_spar import resize_positions
+from .grid_spar import grid_places, resize_positions
 from .names_spar import one_of
-from .reach_spar import WindowReach
+from .reach_spar import WindowReach, asking
 from .siglip_spar import SparSiglipHead
 
 DESIGNS = {"eva02": "last_values", "pe_core": "attention_pool"}  # and the method of each
@@ -140,8 +140,7 @@ def grid_turns(
     quarter = config.hidden_size // config.num_attention_heads // 4
     frequencies = config.rope_theta ** -(torch.arange(quarter, dtype=torch.float32, device=device) / quarter)
     rows, columns = (
-        (torch.arange(n, dtype=torch.float32, device=device) + config.rope_offset) / n * config.rope_grid
-        for n in grid_hw
+        (places + config.rope_offset) / n * config.rope_grid for places, n in grid_places(grid_hw, device)
     )
     axes = [rows[:, None].expand(grid_hw), columns[None, :].expand(grid_hw)]
     places = torch.stack(axes if config.design == "eva02" else axes[::-1], dim=-1)  # (h, w, 2)
@@ -213,7 +212,7 @@ class SparEvaLayer(GradientCheckpointingLayer):
 
     def forward(self, x, positions, need_weights: bool = False, reach=None, values_alone: bool = False):
         attended, weights = self.self_attn(self.norm1(x), positions, need_weights, reach, values_alone)
-        x = x + attended
+        x = asking(x, reach) + attended
         return x + self.mlp(self.norm2(x)), weights if need_weights else None
 
 

@@ -165,6 +165,31 @@ class OpenVocabularySegmentationPipeline(Pipeline):
             return candidate_labels
         return self.segmenter_of(segmenter, encoder).encode_labels(Labels.parse(candidate_labels), templates)
 
+    @torch.inference_mode()
+    def from_pixels(
+        self,
+        pixel_values: Tensor,
+        sizes_hw: list[tuple[int, int]],
+        encoded: Any,
+        segmenter: Callable[[Tensor, Any], list[ScoreMaps]] | None = None,
+        **options: Any,
+    ) -> list[SegmentationResult]:
+        """The results of images whose pixels are prepared already, elsewhere.
+
+        Args:
+            pixel_values: (B, 3, H, W), from the image processor.
+            sizes_hw: Height and width of each label map: of each image, upright.
+            encoded: From `encode_labels`.
+            segmenter: See `__call__`.
+            **options: Thresholds and what to return; see `__call__`.
+        """
+        found = []
+        of_all = (segmenter or self.segmenter_of())(pixel_values, encoded)
+        for pixels, size_hw, maps in zip(pixel_values, sizes_hw, of_all, strict=True):
+            prepared = PreparedImage(size_hw, pixels, maps, encoded.labels)
+            found.append(self.postprocess({"image": prepared}, **options))
+        return found
+
     def _sanitize_parameters(
         self,
         candidate_labels: Any = None,

@@ -21,7 +21,7 @@ from transformers.models.radio.modeling_radio import RadioAttention, RadioLayer,
 from .configuration_spar import DenseConfig, DenseVisionConfig
 from .encoder_spar import ClipTextSide, DenseVisionModel, self_attention
 from .grid_spar import resize_positions, whole_patches
-from .reach_spar import WindowReach
+from .reach_spar import WindowReach, asking
 
 # The text tower of google/siglip2-giant-opt-patch16-384, the teacher called siglip2-g.
 SIGLIP2_GIANT = {
@@ -177,7 +177,7 @@ class SparRadioLayer(RadioLayer):
 
     def forward(self, hidden_states, need_weights: bool = False, reach: WindowReach | None = None):
         attended, weights = self.attention(self.norm1(hidden_states), need_weights, reach)
-        return self.update(hidden_states, attended), weights
+        return self.update(asking(hidden_states, reach), attended), weights
 
     def update(self, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """The block's output, given its input and what its attention gave, both (B, P + N, C)."""

@@ -14,7 +14,7 @@ from transformers.models.tipsv2.modeling_tipsv2 import Tipsv2VisionAttention, Ti
 from .configuration_spar import DenseConfig, DenseVisionConfig
 from .encoder_spar import DenseModel, DenseVisionModel, embed_patches, self_attention
 from .grid_spar import resize_positions
-from .reach_spar import WindowReach
+from .reach_spar import WindowReach, asking
 
 
 class SparTipsVisionConfig(DenseVisionConfig, Tipsv2VisionConfig):
@@ -89,7 +89,7 @@ class SparTipsLayer(Tipsv2VisionLayer):
 
     def forward(self, hidden_states, need_weights: bool = False, reach: WindowReach | None = None):
         attended, weights = self.attention(self.norm1(hidden_states), need_weights, reach)
-        hidden_states = hidden_states + self.drop_path(self.layer_scale1(attended))
+        hidden_states = asking(hidden_states, reach) + self.drop_path(self.layer_scale1(attended))
         return hidden_states + self.drop_path(self.layer_scale2(self.mlp(self.norm2(hidden_states)))), weights
 
 

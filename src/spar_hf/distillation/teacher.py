@@ -20,9 +20,9 @@ from ..encoders.composition import Ensemble, Regridded, Resized
 from ..encoders.sliding_window import SlidingWindow
 from ..files import check_finite, weights_digest
 from ..methods.table import find_method
+from ..sources import BadImage
 from .cache import FeatureStore
 from .label_teacher import LabelTeacher
-from .sources import BadImage
 from .specs import StudentSpec, TeacherSpec
 from .views import Views
 
@@ -121,6 +121,7 @@ def build_label_teacher(
         processor,
         spec.label_method,
         networks=spec.networks or None,
+        settings=spec.settings,
         window=None if spec.window_px == 0 else spec.window_px or "paper",
         stride_px=spec.strides_px[0] if spec.strides_px else None,
         window_batch=spec.window_batch,
@@ -141,7 +142,7 @@ def build_label_teacher(
         "revision": getattr(model.config, "_commit_hash", None),
         "weights": weights_digest(teacher),
         "method": spec.label_method,
-        **record(spec.label_method, spec.networks, None, spec.refine),
+        **record(spec.label_method, spec.networks, spec.settings, spec.refine),
         "attention_reach": spec.reach or encoder.config.attention_reach,
         "window_px": spec.window_px,
         "stride_px": spec.strides_px[0] if spec.strides_px else None,

@@ -51,7 +51,7 @@ def to_static_int8(source: Path, target: Path, name: str, inputs: Iterable[np.nd
     """
     quantization = extra_package("onnxruntime.quantization", "onnx")
 
-    class Reader(quantization.CalibrationDataReader):  # type: ignore[misc, name-defined]
+    class Reader(quantization.CalibrationDataReader):  # type: ignore[name-defined]
         def __init__(self) -> None:
             self.left = iter(inputs)
 
