@@ -173,7 +173,7 @@ def run(args: argparse.Namespace) -> int:
     if videos := videos_among(args.images):
         ready = make_ready(args, rivalled, None, options)
         facts = {**ready.facts, **thresholds}
-        return segment_videos(videos, ready.stream(args.smooth), args, labels, asked, facts, report)
+        return segment_videos(videos, partial(ready.stream, args.smooth), args, labels, asked, facts, report)
     if args.smooth:
         raise ValueError("--smooth is for videos, and there is none; leave it out")
     source, called = open_pictures(args)
