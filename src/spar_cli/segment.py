@@ -156,9 +156,7 @@ def run(args: argparse.Namespace) -> int:
     check_result_options(args)
     if raster.asked(args):
         return raster.run(args, competing, report)
-    labels = read_labels(args.labels)
-    if args.class_threshold:
-        labels = labels.with_thresholds(dict(args.class_threshold))
+    labels = read_labels(args.labels).with_thresholds(dict(args.class_threshold))
     thresholds = {name: getattr(args, name) for name in ("background_threshold", "score_threshold", "area_threshold")}
     options: dict[str, Any] = {name: value for name, value in thresholds.items() if value is not None}
     if args.background is not None:
