@@ -459,7 +459,7 @@ def test_evaluate_runs_the_window_of_the_command_line(here, capsys, model_folder
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "no command given; choose one of segment, features, methods, models, evaluate"),
+        ([], "no command given; choose one of segment, features, labels, methods, models, evaluate"),
         (["segmnt"], "there is no command 'segmnt'; choose one of segment, .* Did you mean 'segment'"),
         (["segment", "street.png"], "required: --labels"),
         (

@@ -9,14 +9,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 
-from . import convert, demo, evaluate, export, features, methods, models, prototypes, publish, segment
+from . import convert, demo, evaluate, export, features, labels, methods, models, prototypes, publish, segment
 from .errors import MISTAKE, clean, exit_status, fail
+from .exported import on_onnx
 from .parser import Parser, check_one_of, with_flags
 from .picture_options import PICTURE_FLAGS
 
 COMMANDS = {
     "segment": segment,
     "features": features,
+    "labels": labels,
     "methods": methods,
     "models": models,
     "evaluate": evaluate,
@@ -97,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         return fail("spar", " ".join(str(error).split()), MISTAKE)
 
-    with_pytorch = args.command != "segment" or not segment.on_onnx(args)
+    with_pytorch = args.command not in ("segment", "labels") or not on_onnx(args)
     if not with_pytorch:
         from spar_onnx.library import without_pytorch
 

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import raster
+from .exported import EXPORTED, on_onnx
 from .flow import Picture, Tool, do_all
+from .labels import embeds_of_export, words_to_encode
 from .many import EPILOG as MANY
 from .many import add_image_arguments, begin, open_pictures, writer_number
 from .options import add_model_options, add_refine_option, open_model, read_labels
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
     from spar_hf.sources import Photographs
 
 BACKENDS = ("pytorch", "onnx")
-EXPORTED = "export.json"  # spar_onnx.folder.RECORD, which takes a moment to import
 # Options that an exported folder has settled.
 FIXED_BY_EXPORT = (
     "method", "network", "attention_reach", "window_px", "stride_px", "upsample", "upsample_factor", "refine"
@@ -122,11 +123,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def on_onnx(args: argparse.Namespace) -> bool:
-    """Whether onnxruntime runs, and PyTorch is not imported."""
-    return args.backend == "onnx" or (args.backend is None and (Path(args.model) / EXPORTED).is_file())
-
-
 @dataclass
 class Ready:
     """What segments pictures, in PyTorch or without it.
@@ -160,9 +156,7 @@ def run(args: argparse.Namespace) -> int:
     check_result_options(args)
     if raster.asked(args):
         return raster.run(args, competing, report)
-    labels = read_labels(args.labels)
-    if args.class_threshold:
-        labels = labels.with_thresholds(dict(args.class_threshold))
+    labels = read_labels(args.labels).with_thresholds(dict(args.class_threshold))
     thresholds = {name: getattr(args, name) for name in ("background_threshold", "score_threshold", "area_threshold")}
     options: dict[str, Any] = {name: value for name, value in thresholds.items() if value is not None}
     if args.background is not None:
@@ -177,7 +171,7 @@ def run(args: argparse.Namespace) -> int:
     if videos := videos_among(args.images):
         ready = make_ready(args, rivalled, None, options)
         facts = {**ready.facts, **thresholds}
-        return segment_videos(videos, ready.stream(args.smooth), args, labels, asked, facts, report)
+        return segment_videos(videos, partial(ready.stream, args.smooth), args, labels, asked, facts, report)
     if args.smooth:
         raise ValueError("--smooth is for videos, and there is none; leave it out")
     source, called = open_pictures(args)
@@ -243,7 +237,8 @@ def _on_pytorch(
                 image = opened.tell_masks(name, source.picture(number))  # type: ignore[union-attr]
                 yield opened.processor(images=image, return_tensors="pt")["pixel_values"]
 
-    encoded = segmenter.encode_labels(labels, unlabelled=unlabelled())  # once, for all pictures
+    words = words_to_encode(args, labels, opened)
+    encoded = segmenter.encode_labels(words, unlabelled=unlabelled())  # once, for all pictures
 
     def network(pixel_values: Any, encoded: Any) -> Any:
         started = time.perf_counter()
@@ -295,7 +290,7 @@ def _on_onnx(args: argparse.Namespace, labels: Labels, source: Photographs | Non
     pipeline.reading = replace(pipeline.reading, **pictures, **limits)
     if args.max_pixels is not None:
         pipeline.pixels = replace(pipeline.pixels, max_input_pixels=args.max_pixels)
-    encoded = pipeline.encode_labels(labels)  # once, for all pictures
+    encoded = embeds_of_export(args, labels, pipeline)  # once, for all pictures
     facts = {
         "model": args.model,
         "backend": "onnx",

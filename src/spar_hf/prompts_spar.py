@@ -289,6 +289,8 @@ class Labels:
         Raises:
             ValueError: there is no class of that name, or a number is not from 0 to 1.
         """
+        if not thresholds:
+            return self
         own = list(self.thresholds or (None,) * len(self.classes))
         for name, threshold in thresholds.items():
             if name not in self.class_names:
