@@ -208,9 +208,15 @@ class Batch:
         if self.journal is not None:
             self.journal.merge()
         if self.args.json is not None:
-            content = {"command": command_line(self.args), **facts, "images": self._all_records()}
-            bad = [{"image": name, "error": reason} for name, reason in failed]
-            write_json(self.args.json, {**content, "failed": bad})
+            content = {
+                "command": command_line(self.args),
+                **facts,
+                "seconds": round(seconds, 3),
+                "network_seconds": round(network_seconds, 3),
+                "images": self._all_records(),
+                "failed": [{"image": name, "error": reason} for name, reason in failed],
+            }
+            write_json(self.args.json, content)
         if not self.one_by_one:
             rate = f"{done / seconds:.2f} images/s, " if done and seconds else ""
             before = f", {self.done_before} were done before" if self.done_before else ""
