@@ -10,7 +10,7 @@ Three ways to the same two files for each picture, an overlay and a label map:
     command        `spar segment FOLDER`, which reads ahead and writes behind in other processes
 
 Seconds are those from the first picture to the last file, without start and loading. The ways take turns in every
-round, each in a process of its own. The share of the network is the time in the segmenter over all the time of the command.
+round, each in a process of its own. The network's share is the time in the segmenter over all the time of the command.
 Writes benchmarks/results/throughput.json.
 """
 

@@ -343,7 +343,7 @@ class Echo:
 @pytest.mark.parametrize("count", [0, 2])
 def test_workers_keep_order_and_pass_errors_on(count):
     with Workers(Echo(), count) as workers:
-        found = [(item, workers.result(future)) for item, future in workers.ahead("who", range(20), 4)]
+        found = [(item, workers.result(future)) for item, future in workers.ahead("who", range(20), lambda: 4)]
         assert [item for item, _ in found] == [answer[0] for _, answer in found] == list(range(20))
         pids = {answer[2] for _, answer in found}
         assert pids == {os.getpid()} if count == 0 else os.getpid() not in pids
