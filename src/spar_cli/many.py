@@ -143,7 +143,7 @@ class Batch:
         return self.args.dataset is None and len(self.source.names) == len(self.args.images)
 
     @contextmanager
-    def may_fail(self, *numbers: int, count: bool = True) -> Iterator[None]:
+    def may_fail(self, *numbers: int) -> Iterator[None]:
         """Counts pictures that cannot be read instead of ending the command; other errors pass.
 
         Raises:
@@ -156,8 +156,6 @@ class Batch:
         except InvalidImageError as error:
             if len(self.source.names) == 1:
                 raise
-            if not count:
-                return
             for number in numbers:
                 self.failed.append((self.source.names[number], str(error)))
                 complain(str(error))
@@ -264,7 +262,7 @@ def begin(
     from spar_hf.processes import processes
 
     team = processes()
-    if len(set(team.gather(digest(name.encode("utf-8", "replace") for name in source.names)))) > 1:
+    if len(set(team.gather(digest(f"{name}\0".encode("utf-8", "replace") for name in source.names)))) > 1:
         raise ValueError("the processes see different pictures; give all of them the same folder, and change it later")
     journal: Journal | None = None
     if len(called) > 1 or args.resume or Journal.exists(args.output, args.command):  # else nothing to go on from
