@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from families import spar_dinov3, spar_radio, spar_siglip
-from second_networks import networks_for
+from families import KINDS, spar_radio, whole_model
+from second_networks import SETTINGS, bank_for, networks_for
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from spar_hf import METHODS, REFINEMENTS, arithmetic_spar, build_encoder, build_segmenter
@@ -60,13 +60,11 @@ def small(make_spar: Any, clip_tokenizer: Any) -> dict[str, tuple[Any, Any]]:
     return {name: (model, make_processor(model.config, clip_tokenizer)) for name, model in models.items()}
 
 
-@pytest.fixture(scope="module", params=["clip", "siglip", "dinov3", "radio"])
+@pytest.fixture(scope="module", params=["clip", *KINDS])
 def model(request: Any, make_spar: Any, clip_tokenizer: Any, tmp_path_factory: Any) -> Any:
     if request.param == "clip":
         return make_spar(num_hidden_layers=3, method="gem")
-    if request.param == "siglip":
-        return spar_siglip(clip_tokenizer, tmp_path_factory.mktemp("siglip")).eval()
-    return {"dinov3": spar_dinov3, "radio": spar_radio}[request.param](clip_tokenizer)
+    return whole_model(request.param, clip_tokenizer, tmp_path_factory.mktemp(request.param))
 
 
 @pytest.fixture(scope="module")
@@ -134,16 +132,20 @@ def test_methods_that_are_a_file(method: str, make_vision: Any, inputs: Any, slo
     ("method", "refine"), [*((name, ()) for name in METHODS), *((None, (name,)) for name in REFINEMENTS)]
 )
 @torch.no_grad()
-def test_every_row_of_the_tables(method: Any, refine: Any, small: Any, slow_half: None) -> None:
+def test_every_row_of_the_tables(method: Any, refine: Any, small: Any, slow_half: None, tmp_path: Any) -> None:
     model, processor = small[METHODS[method].family if method else "clip"]
     networks = {
         name: copy.deepcopy(network).bfloat16() if isinstance(network, torch.nn.Module) else network
         for name, network in networks_for(method, refine).items()
     }
-    settings = {"side_px": 96} if method == "lavg" else None  # its own 640 px take half a minute
+    labels = replace(Labels.parse("a red car; the sky, clouds; grass"), definitions=("a thing", None, "it is green"))
+    if method and "bank" in METHODS[method].needs:  # made in fp32
+        whole = networks_for(method, refine)
+        exact = copy.deepcopy(model).float()
+        networks["bank"] = bank_for(method, tmp_path / "bank", exact, processor, whole, labels)
+    settings = SETTINGS.get(method)
     segmenter = build_segmenter(model, processor, method, networks=networks, settings=settings, refine=refine)
     image = torch.randn(1, 3, 90, 112, dtype=torch.bfloat16)
-    labels = replace(Labels.parse("a red car; the sky, clouds; grass"), definitions=("a thing", None, "it is green"))
     with Products() as seen:
         encoded = segmenter.encode_labels(labels, unlabelled=[image])
         (maps,) = segmenter(image, encoded)

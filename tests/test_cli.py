@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from transformers import ViTConfig, ViTModel
 
 import spar_hf
-from spar_cli.main import COMMANDS, main
+from spar_cli.compare import command_for, pairs
+from spar_cli.main import COMMANDS, main, parse
 from spar_cli.output import output_stems, shorten, table
 from spar_hf.checkpoints import ASSETS
 from spar_hf.families import FAMILIES
@@ -267,8 +268,20 @@ def test_evaluate_compares_methods_and_goes_on(here, capfd, model_folder):
     assert "clip: done before" in err and "naclip: done before" in err
     assert "all/clip.json was made by another command" in fails(capfd, *words[:6], "3", *words[7:])
     assert "--methods needs --json-dir" in fails(capfd, *words[:-4])
+    assert pairs("--set", {"a": "1", "b": "x=2"}) == ["--set", "a=1", "--set", "b=x=2"]
     words = ["evaluate", "--benchmark", "picturebook", "--methods", "naclib", "--json-dir", "b"]
     assert "there is no method 'naclib'" in fails(capfd, *words)
+
+
+def test_networks_and_settings_of_many_methods_may_be_one_methods_own():
+    words = ["evaluate", "--benchmark", "picturebook", "--methods", "lposs,lavg,clip", "--json-dir", "c"]
+    words += ["--network", "dino=a", "--network", "lavg.dino=b", "--set", "lposs.steps=3", "--set", "lavg.cuts=2"]
+    args = parse(words)
+    own = {name: command_for(name, args)[:-4] for name in ("lposs", "lavg", "clip")}
+    common = ["evaluate", "--benchmark", "picturebook", "--method"]
+    assert own["lposs"] == [*common, "lposs", "--network", "dino=a", "--set", "steps=3"]
+    assert own["lavg"] == [*common, "lavg", "--network", "dino=b", "--set", "cuts=2"]
+    assert own["clip"] == [*common, "clip"]
 
 
 @pytest.mark.parametrize("protocol", ["spar", "sclip"])

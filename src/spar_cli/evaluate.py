@@ -53,7 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--methods",
         metavar="all|NAME,NAME",
-        help="evaluate many methods under one protocol, each in a process of its own, and compare them in one table",
+        help="evaluate many methods under one protocol, each in a process of its own, and compare them in one table; "
+        "--network METHOD.NAME=ID and --set METHOD.NAME=VALUE are for one of them alone",
     )
     parser.add_argument(
         "--json-dir",

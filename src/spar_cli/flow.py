@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -116,7 +116,11 @@ class Buckets:
 
 
 def do_all(
-    batch: Batch, tool: Tool, infer: Callable[[list[Picture]], list[Any]], batch_size: int, report: Callable[..., None]
+    batch: Batch,
+    tool: Tool,
+    infer: Callable[[list[Picture]], Sequence[Any]],
+    batch_size: int,
+    report: Callable[..., None],
 ) -> float:
     """Does every picture of a batch.
 

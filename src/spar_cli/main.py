@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 
-from . import convert, demo, evaluate, export, features, methods, models, publish, segment
+from . import convert, demo, evaluate, export, features, methods, models, prototypes, publish, segment
 from .errors import MISTAKE, clean, exit_status, fail
 from .parser import Parser, check_one_of, with_flags
 from .picture_options import PICTURE_FLAGS
@@ -21,6 +21,7 @@ COMMANDS = {
     "methods": methods,
     "models": models,
     "evaluate": evaluate,
+    "prototypes": prototypes,
     "convert": convert,
     "export": export,
     "publish": publish,

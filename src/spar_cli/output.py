@@ -6,8 +6,9 @@ import argparse
 import shlex
 import sys
 import unicodedata
-from collections.abc import Mapping, Sequence
-from pathlib import PurePosixPath
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 MAX_NAME_BYTES = 120  # of an output file's stem: room for suffixes within the 255 bytes that file systems allow
 
@@ -101,6 +102,50 @@ def shorten(text: str, columns: int = 48) -> str:
     while width_of(text) > columns - 1:
         text = text[:-1]
     return text.rstrip() + "…"
+
+
+def one_by_one(
+    files: Sequence[Path],
+    do: Callable[[Path, str], dict[str, Any]],
+    report: Callable[[dict[str, Any]], str],
+    args: argparse.Namespace,
+    facts: Mapping[str, Any],
+    what: str,
+) -> int:
+    """Does files that each take long, in their order: a bad one is named and counted, and the others are done.
+
+    Args:
+        files: of which each has results of its own.
+        do: a file and the name of its outputs -> what is to know of it.
+        report: the text about it.
+        args: of the command; with `json`, what is known goes there.
+        facts: what runs and how, for that.
+        what: the files are called, in the plural.
+
+    Returns:
+        The exit status: 0, or 1 where some could not be done.
+
+    Raises:
+        InvalidImageError: the only file cannot be done.
+    """
+    from spar_hf.files import write_json
+    from spar_hf.image_file_spar import InvalidImageError
+
+    records, failed = [], []
+    for path, stem in zip(files, output_stems([path.name for path in files]), strict=True):
+        try:
+            records.append(do(path, stem))
+            say(report(records[-1]))
+        except InvalidImageError as error:
+            if len(files) == 1:
+                raise
+            failed.append({"image": str(path), "error": str(error)})
+            complain(str(error))
+    if args.json is not None:
+        write_json(args.json, {"command": command_line(args), **facts, "images": records, "failed": failed})
+    if failed:
+        complain(f"{len(failed)} of {len(files)} {what} could not be done; the others are.")
+    return 1 if failed else 0
 
 
 def complain(text: str) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import raster
 from .flow import Picture, Tool, do_all
 from .many import EPILOG as MANY
 from .many import add_image_arguments, begin, open_pictures, writer_number
@@ -20,6 +21,7 @@ from .output import check_outputs, say, shorten, table
 from .parser import check_one_of, fraction, name_and_value
 from .picture_options import asked_of_pictures
 from .result_options import add_result_options, asked_of_results, check_result_options
+from .video import segment_videos, videos_among
 
 if TYPE_CHECKING:
     from spar_hf.image_values_spar import ReadOptions
@@ -102,8 +104,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--background", metavar="NAME", help="the class that such pixels become, one of --labels (default: no class)"
     )
     add_result_options(parser)
+    parser.add_argument(
+        "--smooth",
+        type=fraction,
+        default=0.0,
+        metavar="F",
+        help="of a video: the share of the frames before in the scores of a frame, such as 0.8 (default: 0)",
+    )
     add_refine_option(parser)
     add_model_options(parser)
+    raster.add_raster_options(parser)
     parser.add_argument(
         "--backend",
         metavar="pytorch|onnx",
@@ -125,6 +135,7 @@ class Ready:
         reading: what is read of a picture, and what is refused.
         prepare: an upright picture to what the network reads, outside of this process; None where `segment` does it.
         segment: pictures of one size to the pipeline's results.
+        stream: the share of the past in the scores of a video -> what segments its frames, in order.
         facts: what runs and how, for the JSON output.
         weights: makes a few signs of the weights, by which others are told.
         batch_size: pictures that `segment` takes together.
@@ -133,7 +144,8 @@ class Ready:
 
     reading: ReadOptions
     prepare: Callable[[Any, str], Any] | None
-    segment: Callable[[list[Picture]], list[dict[str, Any]]]
+    segment: Callable[[list[Picture]], Sequence[dict[str, Any]]]
+    stream: Callable[[float], Callable[[Any], Any]]
     facts: dict[str, Any]
     weights: Callable[[], str]
     batch_size: int = 1
@@ -146,6 +158,8 @@ def run(args: argparse.Namespace) -> int:
     if args.backend is not None:
         check_one_of("backend", args.backend, BACKENDS)
     check_result_options(args)
+    if raster.asked(args):
+        return raster.run(args, competing, report)
     labels = read_labels(args.labels)
     if args.class_threshold:
         labels = labels.with_thresholds(dict(args.class_threshold))
@@ -156,11 +170,18 @@ def run(args: argparse.Namespace) -> int:
         options["background_class"] = labels.class_names.index(args.background)
         labels = replace(labels, background=options["background_class"])
     check_outputs(args)
-    source, called = open_pictures(args)
     asked = asked_of_results(args)
     options |= asked.of_pipeline()
     rivalled = competing(labels, args)
-    ready = (_on_onnx if on_onnx(args) else _on_pytorch)(args, rivalled, source, options)
+    make_ready = _on_onnx if on_onnx(args) else _on_pytorch
+    if videos := videos_among(args.images):
+        ready = make_ready(args, rivalled, None, options)
+        facts = {**ready.facts, **thresholds}
+        return segment_videos(videos, ready.stream(args.smooth), args, labels, asked, facts, report)
+    if args.smooth:
+        raise ValueError("--smooth is for videos, and there is none; leave it out")
+    source, called = open_pictures(args)
+    ready = make_ready(args, rivalled, source, options)
     source.reading = ready.reading
     open_writer = partial(Writer, args.output, labels, asked)
     writer = open_writer(writer_number(0))
@@ -194,13 +215,16 @@ def write_result(writer: Writer, stem: str, picture: Picture, found: dict[str, A
     return {**writer.add(stem, picture.image, found, picture.name), "seconds": seconds}
 
 
-def _on_pytorch(args: argparse.Namespace, labels: Labels, source: Photographs, options: dict[str, Any]) -> Ready:
+def _on_pytorch(
+    args: argparse.Namespace, labels: Labels, source: Photographs | None, options: dict[str, Any]
+) -> Ready:
     import numpy as np
     import torch
 
     from spar_hf.files import weights_digest
     from spar_hf.image_file_spar import InvalidImageError
     from spar_hf.pipeline_spar import OpenVocabularySegmentationPipeline
+    from spar_hf.segmenters import Smoothed
 
     if (Path(args.model) / EXPORTED).is_file():
         raise ValueError(f"{args.model} is an exported model, which PyTorch does not run; leave --backend out")
@@ -210,12 +234,13 @@ def _on_pytorch(args: argparse.Namespace, labels: Labels, source: Photographs, o
         model=opened.model, processor=opened.processor, device=opened.model.device
     )
     image_processor = opened.processor.image_processor
-    source.reading = image_processor.read_options
+    if source is not None:
+        source.reading = image_processor.read_options
 
     def unlabelled() -> Iterator[Any]:
-        for number, name in enumerate(source.names):
+        for number, name in enumerate([] if source is None else source.names):
             with suppress(InvalidImageError):  # told when its turn comes
-                image = opened.tell_masks(name, source.picture(number))
+                image = opened.tell_masks(name, source.picture(number))  # type: ignore[union-attr]
                 yield opened.processor(images=image, return_tensors="pt")["pixel_values"]
 
     encoded = segmenter.encode_labels(labels, unlabelled=unlabelled())  # once, for all pictures
@@ -226,7 +251,7 @@ def _on_pytorch(args: argparse.Namespace, labels: Labels, source: Photographs, o
         ready.network_seconds += time.perf_counter() - started
         return maps
 
-    def segment(pictures: list[Picture]) -> list[dict[str, Any]]:
+    def segment(pictures: list[Picture]) -> Sequence[dict[str, Any]]:
         for picture in pictures:
             opened.tell_masks(picture.name, picture.image)
         started = time.perf_counter()
@@ -237,10 +262,15 @@ def _on_pytorch(args: argparse.Namespace, labels: Labels, source: Photographs, o
             result["seconds"] = round((time.perf_counter() - started) / len(pictures), 4)
         return found
 
+    def stream(keep: float) -> Callable[[Any], Any]:
+        own = Smoothed(segmenter, keep) if keep else segmenter
+        return lambda image: pipeline(image, candidate_labels=encoded, segmenter=own, **options)
+
     ready = Ready(
         reading=image_processor.read_options,
         prepare=image_processor.input_pixels.values,
         segment=segment,
+        stream=stream,
         facts=opened.facts,
         weights=lambda: weights_digest(*segmenter.networks),
         batch_size=opened.batch_size(args.batch_size),
@@ -248,12 +278,12 @@ def _on_pytorch(args: argparse.Namespace, labels: Labels, source: Photographs, o
     return ready
 
 
-def _on_onnx(args: argparse.Namespace, labels: Labels, source: Photographs, options: dict[str, Any]) -> Ready:
+def _on_onnx(args: argparse.Namespace, labels: Labels, source: Photographs | None, options: dict[str, Any]) -> Ready:
     import spar_onnx
     from spar_hf.files import digest
 
     fixed = {f"--{name.replace('_', '-')}": getattr(args, name) for name in FIXED_BY_EXPORT}
-    fixed["--set"] = args.settings
+    fixed |= {"--set": args.settings, "--smooth": args.smooth}
     for flag, value in fixed.items():
         if value:
             raise ValueError(f"{flag} is for PyTorch, and an exported model is fixed; leave it out, or export another")
@@ -274,11 +304,14 @@ def _on_onnx(args: argparse.Namespace, labels: Labels, source: Photographs, opti
         **pictures,
     }
 
+    def one(image: Any) -> Any:
+        return pipeline(image, encoded, size=args.short_side, **options)
+
     def segment(pictures: list[Picture]) -> list[dict[str, Any]]:
         found = []
         for picture in pictures:
             started = time.perf_counter()
-            result = pipeline(picture.image, encoded, size=args.short_side, **options)
+            result = one(picture.image)
             seconds = time.perf_counter() - started
             ready.network_seconds += seconds
             result["seconds"] = round(seconds, 4)
@@ -286,7 +319,7 @@ def _on_onnx(args: argparse.Namespace, labels: Labels, source: Photographs, opti
         return found
 
     record = json.dumps(pipeline.exported.record, sort_keys=True).encode()
-    ready = Ready(pipeline.reading, None, segment, facts, weights=lambda: digest([record]))
+    ready = Ready(pipeline.reading, None, segment, lambda _: one, facts, weights=lambda: digest([record]))
     return ready
 
 

@@ -132,6 +132,14 @@ def add_teacher_flags(parser: argparse.ArgumentParser) -> None:
         "--labels", metavar="TEXT|@FILE", type=text, help="the words of --teacher-labels, as 'spar segment' takes them"
     )
     group.add_argument(
+        "--teacher-set",
+        action="append",
+        default=[],
+        type=name_and_value,
+        metavar="NAME=VALUE",
+        help="a number of the method of --teacher-labels that differs from its authors'; may be given again",
+    )
+    group.add_argument(
         "--teacher-refine", action="append", default=[], type=text, metavar="NAME", help="refinement of its score maps"
     )
     group.add_argument(
@@ -193,6 +201,7 @@ def teacher_spec(args: argparse.Namespace) -> TeacherSpec:
         dtype=args.teacher_dtype,
         label_method=args.teacher_labels,
         labels=None if args.labels is None else read_labels(args.labels),
+        settings=dict(args.teacher_set),
         refine=tuple(args.teacher_refine),
         target=TargetSettings(target=args.target),
     )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .encoder_spar import EncoderWrapper
 from .grid_spar import axis_block, coverage, upsample
 from .names_spar import one_of
 from .results_spar import COSINE_SCALE, NO_CLASS, SYNONYMS, check_thresholds
@@ -217,7 +218,7 @@ class Segmenter(Protocol):
         ...
 
 
-class FromFeatures:
+class FromFeatures(EncoderWrapper):
     """The segmenter of a dense encoder: cosine of patch features and text features.
 
     Args:
@@ -233,18 +234,6 @@ class FromFeatures:
 
     def __repr__(self) -> str:
         return f"FromFeatures({self.encoder!r})"
-
-    @property
-    def config(self) -> Any:
-        return self.encoder.config
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.encoder.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.encoder.device
 
     @property
     def networks(self) -> tuple[torch.nn.Module, ...]:

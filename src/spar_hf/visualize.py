@@ -265,6 +265,16 @@ def overlay(
     return canvas
 
 
+def tinted(
+    image: Image.Image, segmentation: np.ndarray, labels: Labels | Sequence[str], opacity: float = 0.6
+) -> Image.Image:
+    """`overlay` without a legend, at the picture's own size, as the frames of a video want it."""
+    canvas = Image.new("RGB", image.size)
+    for rows, part in _tinted(image, _class_ids(segmentation), colours_of(labels), opacity):
+        canvas.paste(part, (0, rows.start))
+    return canvas
+
+
 def _bands(shape: tuple[int, ...]) -> Iterator[slice]:
     """Rows of a picture, about `BAND_PIXELS` at a time."""
     step = max(1, BAND_PIXELS // shape[1])

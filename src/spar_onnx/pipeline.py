@@ -41,7 +41,8 @@ def load(folder: str | Path, dtype: str | None = None, threads: int | None = Non
 
     Args:
         folder: what `spar export --format onnx` wrote.
-        dtype: `float32`, `float16` or `int8`, those that were exported; None is the first of these that is there.
+        dtype: `float32`, `float16`, `int8` or `int8-static`, of those that were exported; None is the first of these
+            that is there.
         threads: of each session; None is one a core.
 
     Raises:
@@ -286,8 +287,10 @@ def label_map(
     classes, groups = np.unique(ids, return_inverse=True) if synonyms == "sum" else (ids, np.arange(len(ids)))
     called = np.where(classes == results.NO_CLASS, background, classes).astype(np.int32)  # of each, in the result
     contending = np.ones(len(ids), bool)
+    scale = np.array(results.COSINE_SCALE if logit_scale is None else logit_scale, np.float32)
     if area_threshold is not None:
-        (found,) = run(["labels"], class_ids=groups)
+        plain = {"contending": contending, "logit_scale": scale, "with_probabilities": np.array(False)}
+        (found,) = run(["labels"], class_ids=groups, **plain)
         labels = called[found]
         area = np.bincount(labels.ravel() + 1, minlength=max(ids.max(), background) + 2)[1:]
         foreground = np.arange(len(area)) != background
@@ -300,7 +303,7 @@ def label_map(
         ["labels", "cosines", "probabilities"],
         class_ids=groups,
         contending=contending,
-        logit_scale=np.array(results.COSINE_SCALE if logit_scale is None else logit_scale, np.float32),
+        logit_scale=scale,
         with_probabilities=np.array(background_threshold is not None or with_scores),
     )
     labels = called[found]

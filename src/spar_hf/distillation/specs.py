@@ -53,6 +53,7 @@ class TeacherSpec:
         dtype: of weights and arithmetic; `auto` is the fastest that the device has.
         label_method: a row of `METHODS` whose score maps teach, in the place of features; see `LabelTeacher`.
         labels: the vocabulary of those score maps.
+        settings: numbers of the label method and its refinements that differ from the authors'; see `build_segmenter`.
         refine: refinements of those score maps, keys of `REFINEMENTS`.
         target: how score maps become features.
     """
@@ -68,6 +69,7 @@ class TeacherSpec:
     dtype: str = "auto"
     label_method: str | None = None
     labels: Labels | None = None
+    settings: Mapping[str, str] = field(default_factory=dict)
     refine: tuple[str, ...] = ()
     target: Settings = field(default_factory=Settings)
 
@@ -80,6 +82,8 @@ class TeacherSpec:
             raise ValueError("a label method teaches about words: give both, the method and the labels.")
         if self.label_method is not None and (self.methods or len(self.strides_px) > 1 or self.short_sides_px):
             raise ValueError("a label method teaches alone; leave other methods, strides and sizes out.")
+        if self.settings and self.label_method is None:
+            raise ValueError(f"setting {next(iter(self.settings))!r} is of a label method; name the method.")
         if self.refine and self.label_method is None:
             raise ValueError(f"refinement {self.refine[0]!r} is of score maps; name the method that makes them.")
         for name in self.networks:

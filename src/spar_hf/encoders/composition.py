@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..encoder_spar import SparVisionOutput, check_pixels
+from ..encoder_spar import EncoderWrapper, SparVisionOutput, check_pixels
 from ..grid_spar import fit_to_patches
-from .base import DenseEncoder, EncoderWrapper
+from .base import DenseEncoder
 
 
 class Resized(EncoderWrapper, nn.Module):

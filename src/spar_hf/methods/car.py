@@ -33,8 +33,6 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..arithmetic_spar import with_fast_products
-from ..encoder_spar import check_pixels
 from ..encoders.base import rgb
 from ..grid_spar import upsample
 from ..names_spar import one_of
@@ -42,10 +40,10 @@ from ..networks.clip import open_clip
 from ..processing_spar import LabelFeatures
 from ..prompts_spar import Labels
 from ..refinement import dense_crf
-from ..segmentation_spar import FromFeatures, ScoreMaps
+from ..segmentation_spar import ScoreMaps
 from .car_proposals import Proposals, embed, normalised
-from .encoder import MethodEncoder
 from .nothing import names_of_background, scores_with_nothing
+from .segmenter import MethodSegmenter
 from .visual_prompts import PROMPTS, prompted
 
 PROPOSAL_TEMPLATE = "a clean origami {}."
@@ -112,7 +110,7 @@ class CarTexts(LabelFeatures):
     judged: Tensor
 
 
-class Segmenter(FromFeatures):
+class Segmenter(MethodSegmenter):
     """CaR; see the head of the file.
 
     Args:
@@ -129,26 +127,19 @@ class Segmenter(FromFeatures):
         model: Any,
         processor: Any,
         vision: Any,
-        networks: Mapping[str, str | nn.Module] | None = None,
+        networks: Mapping[str, Any] | None = None,
         settings: Any = None,
-        method: str = "car",
+        method: str = "",
     ) -> None:
-        super().__init__(MethodEncoder(vision, method, settings or Settings()), model, processor)
+        super().__init__(model, processor, vision, networks, settings, method)
         self.judge, self.judge_processor = model, processor
         if networks:
             self.judge, self.judge_processor = open_clip(networks["judge"], processor)
             self.judge.to(vision.device, vision.dtype)
 
     @property
-    def settings(self) -> Settings:
-        return self.encoder.settings
-
-    @property
     def networks(self) -> tuple[nn.Module, ...]:
         return super().networks if self.judge is self.model else (*super().networks, self.judge)
-
-    def __repr__(self) -> str:
-        return f"{self.config.method}({self.settings})"
 
     def encode_labels(
         self, labels: Any, templates: str | Iterable[str] | None = None, unlabelled: Iterable[Tensor] = ()
@@ -176,14 +167,9 @@ class Segmenter(FromFeatures):
             torch.stack([encoded(labels.names, template, judge=True) for template in self.settings.templates]),
         )
 
-    @torch.no_grad()
-    @with_fast_products
-    def __call__(self, pixel_values: Tensor, encoded: Any) -> list[ScoreMaps]:
-        """See `Segmenter`; `encoded` are `CarTexts`."""
-        check_pixels(pixel_values, self.config.num_channels)
-        return [self._of_one(image[None], encoded) for image in pixel_values]
-
-    def _of_one(self, image: Tensor, texts: CarTexts) -> ScoreMaps:
+    def of_one(self, image: Tensor, encoded: Any) -> ScoreMaps:
+        """See `MethodSegmenter`; `encoded` are `CarTexts`."""
+        texts: CarTexts = encoded
         bytes_ = (rgb(image, self.config)[0] * 255).round().clamp(0, 255).byte()
         colours = np.ascontiguousarray(bytes_.permute(1, 2, 0).cpu().numpy())
         size_hw = (colours.shape[0], colours.shape[1])

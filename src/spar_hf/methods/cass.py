@@ -23,20 +23,18 @@ To reach: mean IoU 65.8 on VOC21, 40.2 on Context59 with CLIP ViT-B/16 and DINO 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from ..clip_spar import SparVisionModel
 from ..dense_spar import merge_heads, project_heads, split_heads
 from ..encoder_spar import SparVisionOutput
 from ..extras import extra_package
 from ..networks.vit import ViT
-from .encoder import ROW_NUMBERS, MethodEncoder, needed
+from .encoder import ROW_NUMBERS, MethodEncoder
 
 
 @dataclass(frozen=True)
@@ -74,21 +72,17 @@ class Encoder(MethodEncoder):
     """
 
     settings: Settings
+    dino: ViT
 
-    def __init__(
-        self,
-        vision: SparVisionModel,
-        networks: Mapping[str, str | nn.Module],
-        settings: Settings | None = None,
-        method: str = "cass",
-    ):
-        super().__init__(vision, method, settings or Settings())
-        self.dino = ViT.of(needed(networks, "dino", method)).to(vision.device, vision.dtype)
-        ours, theirs = vision.config.num_attention_heads, self.dino.num_heads
+    def adapters(self) -> dict[str, Any]:
+        return {"dino": ViT.of}
+
+    def prepare(self) -> None:
+        ours, theirs = self.vision.config.num_attention_heads, self.dino.num_heads
         if ours != theirs:
             raise ValueError(
-                f"method {method!r} matches heads, and the tower has {ours} and network 'dino' {theirs}; give a ViT "
-                f"with {ours} heads."
+                f"method {self.config.method!r} matches heads, and the tower has {ours} and network 'dino' {theirs}; "
+                f"give a ViT with {ours} heads."
             )
 
     @torch.no_grad()

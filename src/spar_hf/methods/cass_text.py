@@ -11,22 +11,21 @@ To reach: mean IoU 65.8 on VOC21, 40.2 on Context59 with CLIP ViT-B/16, DINO ViT
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from ..arithmetic_spar import with_fast_products
-from ..encoder_spar import check_pixels
 from ..extras import extra_package
 from ..grid_spar import coverage
 from ..processing_spar import LabelFeatures
-from ..segmentation_spar import FromFeatures, GridScores, ScoreMaps
+from ..segmentation_spar import GridScores, ScoreMaps
 from ..segmenters import SlidingScores
 from . import cass
+from .segmenter import MethodSegmenter
 
 ALIKE_PATCHES = 2  # whose mean a name is pulled towards
 
@@ -59,7 +58,7 @@ class CassTexts(LabelFeatures):
     clusters: tuple[tuple[int, ...], ...]
 
 
-class Segmenter(FromFeatures):
+class Segmenter(MethodSegmenter):
     """CASS with its text side; see the head of the file.
 
     Args:
@@ -71,20 +70,7 @@ class Segmenter(FromFeatures):
         method: the row's name.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        processor: Any,
-        vision: Any,
-        networks: Mapping[str, str | nn.Module],
-        settings: Any = None,
-        method: str = "cass_text",
-    ) -> None:
-        super().__init__(cass.Encoder(vision, networks, settings or Settings(), method), model, processor)
-
-    @property
-    def settings(self) -> Settings:
-        return self.encoder.settings
+    encoder_class = cass.Encoder
 
     def __repr__(self) -> str:
         return f"{self.config.method}({self.settings}, {self.encoder.dino!r})"
@@ -98,17 +84,11 @@ class Segmenter(FromFeatures):
         plain = super().encode_labels(labels, templates)
         return CassTexts(plain.labels, plain.text_embeds, clusters_of(plain.text_embeds, self.settings.height))
 
-    @torch.no_grad()
-    @with_fast_products
-    def __call__(self, pixel_values: Tensor, encoded: Any) -> list[ScoreMaps]:
-        """See `Segmenter`; `encoded` are `CassTexts`."""
-        check_pixels(pixel_values, self.config.num_channels)
-        return [self._of_one(image[None], encoded) for image in pixel_values.to(self.device, self.dtype)]
-
-    def _of_one(self, image: Tensor, texts: CassTexts) -> ScoreMaps:
-        x, grid_hw, _ = self.encoder.embed(image)
-        whole = self.encoder.vision.project(self.encoder.class_token(self.encoder.run_to_last(x, grid_hw)))
-        g = F.normalize(whole["image_embeds"][0].float(), dim=-1)
+    def of_one(self, image: Tensor, encoded: Any) -> ScoreMaps:
+        """See `MethodSegmenter`; `encoded` are `CassTexts`."""
+        texts: CassTexts = encoded
+        image = image.to(self.dtype)
+        g = self.encoder.image_embeds(image)[0]
 
         def scored(crops: Tensor, encoded: CassTexts) -> list[ScoreMaps]:
             return [self.scores(crop, g, encoded) for crop in crops.split(1)]

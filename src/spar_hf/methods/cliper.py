@@ -16,13 +16,12 @@ To reach: mean IoU 62.1 on VOC21, 39.6 on Context59 with CLIP ViT-B/16 (with the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ..clip_spar import SparVisionModel
 from ..dense_spar import attend, attention_map, merge_heads, project_heads
 from ..encoder_spar import SparVisionOutput
 from ..reach_spar import WindowReach
@@ -48,15 +47,6 @@ class Encoder(MethodEncoder):
     """CLIPer around a CLIP vision tower; see the head of the file."""
 
     settings: Settings
-
-    def __init__(
-        self,
-        vision: SparVisionModel,
-        networks: Mapping[str, Any] | None = None,
-        settings: Settings | None = None,
-        method: str = "cliper",
-    ):
-        super().__init__(vision, method, settings or Settings())
 
     @torch.no_grad()
     def forward(self, pixel_values: torch.Tensor) -> SparVisionOutput:

@@ -23,18 +23,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..arithmetic_spar import with_fast_products
 from ..dense_spar import merge_heads, project_heads
-from ..encoder_spar import check_pixels
 from ..grid_spar import coverage, upsample
 from ..processing_spar import LabelFeatures
 from ..prompts_spar import Labels
 from ..results_spar import COSINE_SCALE
-from ..segmentation_spar import FromFeatures, FullScores, ScoreMaps
+from ..segmentation_spar import FullScores, ScoreMaps
 from .car import BACKGROUND
 from .cliper import HEAD_NUMBERS, Balanced, look_through, sum_of_maps
-from .encoder import MethodEncoder
 from .nothing import names_of_background
+from .segmenter import MethodSegmenter
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ class CliperTexts(LabelFeatures):
     background: Tensor
 
 
-class Segmenter(FromFeatures):
+class Segmenter(MethodSegmenter):
     """CLIPer's labels; see the head of the file.
 
     Args:
@@ -80,18 +78,6 @@ class Segmenter(FromFeatures):
         settings: the method's constants.
         method: the row's name.
     """
-
-    def __init__(
-        self, model: Any, processor: Any, vision: Any, settings: Any = None, method: str = "cliper_labels"
-    ) -> None:
-        super().__init__(MethodEncoder(vision, method, settings or Settings()), model, processor)
-
-    @property
-    def settings(self) -> Settings:
-        return self.encoder.settings
-
-    def __repr__(self) -> str:
-        return f"{self.config.method}({self.settings})"
 
     def encode_labels(
         self, labels: Any, templates: str | Iterable[str] | None = None, unlabelled: Iterable[Tensor] = ()
@@ -107,14 +93,10 @@ class Segmenter(FromFeatures):
             background = torch.cat([background, super().encode_labels(Labels(words), templates).text_embeds])
         return CliperTexts(plain.labels, plain.text_embeds, background)
 
-    @torch.no_grad()
-    @with_fast_products
-    def __call__(self, pixel_values: Tensor, encoded: Any) -> list[ScoreMaps]:
-        """See `Segmenter`; `encoded` are `CliperTexts`."""
-        check_pixels(pixel_values, self.config.num_channels)
-        return [self._of_one(image[None], encoded) for image in pixel_values.to(self.device, self.dtype)]
-
-    def _of_one(self, image: Tensor, texts: CliperTexts) -> ScoreMaps:
+    def of_one(self, image: Tensor, encoded: Any) -> ScoreMaps:
+        """See `MethodSegmenter`; `encoded` are `CliperTexts`."""
+        texts: CliperTexts = encoded
+        image = image.to(self.dtype)
         background = names_of_background(texts.labels)
         count = len(texts.labels.names)
         names = [number for number in range(count) if number not in background]

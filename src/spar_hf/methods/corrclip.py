@@ -22,23 +22,21 @@ the shorter side at 336 px (ADE20K 448, Cityscapes 448 with windows of 224 px).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from ..clip_spar import SparVisionModel
 from ..dense_spar import attend, merge_heads, project_heads
 from ..encoder_spar import SparVisionOutput, check_pixels
 from ..encoders.composition import resample
 from ..encoders.sliding_window import window_starts
 from ..networks.masks import SamSettings, region_source
 from ..networks.vit import ViT
-from .encoder import ROW_NUMBERS, MethodEncoder, needed
+from .encoder import ROW_NUMBERS, MethodEncoder
 
 
 @dataclass(frozen=True)
@@ -88,19 +86,13 @@ class Encoder(MethodEncoder):
     """
 
     settings: Settings
+    dino: ViT
+    regions: Any
 
-    def __init__(
-        self,
-        vision: SparVisionModel,
-        networks: Mapping[str, Any],
-        settings: Settings | None = None,
-        method: str = "corrclip",
-    ):
-        super().__init__(vision, method, settings or Settings())
-        self.dino = ViT.of(needed(networks, "dino", method)).to(vision.device, vision.dtype)
-        self.regions: Any = region_source(needed(networks, "regions", method), self.settings.masks)
-        if isinstance(self.regions, nn.Module):
-            self.regions.to(vision.device, vision.dtype)
+    def adapters(self) -> dict[str, Any]:
+        return {"dino": ViT.of, "regions": lambda given: region_source(given, self.settings.masks)}
+
+    def prepare(self) -> None:
         self.config.patch_size = self.dino.patch_px
 
     def extra_repr(self) -> str:
@@ -116,8 +108,8 @@ class Encoder(MethodEncoder):
             patch_embeds=torch.stack(maps).permute(0, 2, 3, 1), image_hw=image_hw, extent_hw=image_hw
         )
 
-    def of_image(self, image: Tensor) -> Tensor:
-        """(1, 3, H, W) -> (D, h, w)."""
+    def of_image(self, image: Tensor, seen: Any = None) -> Tensor:
+        """(1, 3, H, W) -> (D, h, w); `seen` is what `whole` gave, where that has been asked before."""
         settings, config = self.settings, self.config
         sides = image.shape[2:]
         ids = self.regions(image, config).map
@@ -127,7 +119,7 @@ class Encoder(MethodEncoder):
         around = (pads[1] // 2, pads[1] - pads[1] // 2, pads[0] // 2, pads[0] - pads[0] // 2)
         places = list(product(*(window_starts(side, window_px, stride_px) for side in sides)))
 
-        seen = self.whole(image)
+        seen = self.whole(image) if seen is None else seen
         grid = [max(round(side / config.patch_size), 1) for side in sides]
         cells = [side / count for side, count in zip(sides, grid, strict=True)]  # their sides in pixels
         total = count = torch.empty(0)

@@ -14,7 +14,6 @@ C-RADIOv3-L.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +21,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..clip_spar import SparVisionModel
 from ..grid_spar import axis_positions
 from . import corrclip
 
@@ -37,15 +35,8 @@ class Settings(corrclip.Settings):
 class Encoder(corrclip.Encoder):
     """CorrCLIP v2 around a CLIP vision tower; see the head of the file and `corrclip.Encoder`."""
 
-    def __init__(
-        self,
-        vision: SparVisionModel,
-        networks: Mapping[str, Any],
-        settings: corrclip.Settings | None = None,
-        method: str = "corrclip_v2",
-    ):
-        super().__init__(vision, networks, settings or Settings(), method)
-        self.config.patch_size = max(vision.config.patch_size // 2, 1)
+    def prepare(self) -> None:
+        self.config.patch_size = max(self.vision.config.patch_size // 2, 1)
 
     def whole(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """The second network's features of the image, (F, h, w) fp32 over all of it, and the image's size."""

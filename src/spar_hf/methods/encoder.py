@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -24,25 +25,59 @@ ROW_NUMBERS = 2**22
 class MethodEncoder(nn.Module):
     """A dense encoder around a vision tower, mostly CLIP's; its `forward` is the method.
 
-    It computes no gradients: a method is a teacher or a baseline. The tower's weights are shared, never changed.
+    It computes no gradients: a method is a teacher or a baseline. The tower's weights are shared, never changed. The
+    class in a method's file says in `adapters` what its further networks are and has each by its name.
 
     Args:
         vision: the tower. Of its configuration only the position and size rules matter, not the recipe.
-        method: the row's name, for `config`.
-        settings: the method's constants, a frozen dataclass; they show in `repr`.
+        networks: the further networks by name, each an adapter, a module, or the id or folder to load it from.
+        settings: the method's constants, a frozen dataclass; they show in `repr`. None is the file's `Settings()`.
+        method: the row's name, for `config`; that of the file where it is left out.
 
     Raises:
-        ValueError: the tower has a single block.
+        ValueError: the tower has a single block, a network is missing or of another kind, or does not fit.
     """
 
-    def __init__(self, vision: DenseVisionModel, method: str, settings: Any):
+    def __init__(
+        self,
+        vision: DenseVisionModel,
+        networks: Mapping[str, Any] | None = None,
+        settings: Any = None,
+        method: str = "",
+    ) -> None:
         super().__init__()
+        self.settings, method = settings_and_name(self, settings, method)
         if len(vision.blocks) < 2:
             raise ValueError(f"the network has 1 block; method {method!r} needs at least 2. Take a row of the table.")
         self.vision: Any = vision
-        self.settings = settings
         self.config: Any = copy.deepcopy(vision.config)
         self.config.method = method
+        for name, network in opened(self.adapters(), networks, self.vision, method).items():
+            setattr(self, name, network)
+        self.prepare()
+
+    def adapters(self) -> dict[str, Callable[[Any], Any]]:
+        """What makes an adapter of each further network that is given, by name."""
+        return {}
+
+    def prepare(self) -> None:
+        """What is to be checked and set once the networks are there."""
+
+    def whole_window(self, stride_px: int = 0) -> tuple[int, int]:
+        """Side and step in pixels of the method's window; the step is the configuration's where none is given.
+
+        Raises:
+            ValueError: they are no whole patches.
+        """
+        config = self.config
+        window_px, stride_px = config.window_px or config.image_size, stride_px or config.stride_px
+        for name, length in (("window_px", window_px), ("stride_px", stride_px)):
+            if length % config.patch_size or not 0 < length <= window_px:
+                raise ValueError(
+                    f"{name} of method {config.method!r} is {length}; it must be a multiple of the patch "
+                    f"({config.patch_size} px), up to the window's {window_px} px."
+                )
+        return window_px, stride_px
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in asdict(self.settings).items())
@@ -113,6 +148,12 @@ class MethodEncoder(nn.Module):
             extent_hw=extent_hw,
         )
 
+    def image_embeds(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """CLIP's own image embeddings (B, D), at length one, fp32."""
+        tokens, grid_hw, _ = self.embed(pixel_values.to(self.dtype))
+        token = self.class_token(self.run_to_last(tokens, grid_hw))
+        return nn.functional.normalize(self.vision.project(token)["image_embeds"].float(), dim=-1)
+
     def class_token(self, x: torch.Tensor) -> torch.Tensor:
         """CLIP's own class token (B, 1, C) after the last block, given that block's input."""
         layer = self.last_layer
@@ -120,6 +161,27 @@ class MethodEncoder(nn.Module):
         values = project_heads(layer.self_attn, y, "v")["v"]
         attended, _ = class_token_attention(layer.self_attn, y, values)
         return layer.feed_forward(x[:, :1] + layer.self_attn.out_proj(merge_heads(attended)))
+
+
+def settings_and_name(part: Any, settings: Any, method: str) -> tuple[Any, str]:
+    """A method's constants and name as given, or else those of the file that the class of `part` is in."""
+    file: Any = sys.modules[type(part).__module__]
+    return file.Settings() if settings is None else settings, method or file.__name__.rpartition(".")[2]
+
+
+def opened(
+    adapters: Mapping[str, Callable[[Any], Any]], networks: Mapping[str, Any] | None, vision: Any, method: str
+) -> dict[str, Any]:
+    """A method's further networks by name, each through its adapter, where the tower is and as precise.
+
+    Raises:
+        ValueError: one is missing or of another kind.
+    """
+    found = {name: adapter(needed(networks or {}, name, method)) for name, adapter in adapters.items()}
+    for network in found.values():
+        if isinstance(network, nn.Module):  # a source of regions need not be one
+            network.to(vision.device, vision.dtype)
+    return found
 
 
 def needed(networks: Mapping[str, Any], name: str, method: str) -> Any:
@@ -130,7 +192,8 @@ def needed(networks: Mapping[str, Any], name: str, method: str) -> Any:
     """
     if name not in networks:
         given = ", ".join(networks) or "none"
-        raise ValueError(f"method {method!r} needs a network {name!r} and got {given}; give --network {name}=ID.")
+        place = "FILE, which spar prototypes makes" if name == "bank" else "ID"
+        raise ValueError(f"method {method!r} needs a network {name!r} and got {given}; give --network {name}={place}.")
     return networks[name]
 
 

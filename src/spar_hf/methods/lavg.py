@@ -20,17 +20,15 @@ To reach: mean IoU 62.1 on VOC21, 34.7 on Context59 with CLIP ViT-B/16 and DINO 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from ..arithmetic_spar import with_fast_products
 from ..encoders.base import column, rgb
 from ..encoders.sliding_window import window_starts
 from ..extras import extra_package
@@ -38,9 +36,10 @@ from ..grid_spar import axis_block
 from ..networks.vit import ViT
 from ..refinement.dense_crf import Lattice
 from ..results_spar import NO_CLASS
-from ..segmentation_spar import FromFeatures, FullScores, ScoreMaps
-from .encoder import ROW_NUMBERS, MethodEncoder, needed
+from ..segmentation_spar import FullScores, ScoreMaps
+from .encoder import ROW_NUMBERS
 from .lposs import resize
+from .segmenter import MethodSegmenter
 
 # Up to so many free patches the eigenvector comes from a dense matrix.
 DENSE_PATCHES = 512
@@ -78,7 +77,7 @@ class Settings:
     window_batch: int = 32
 
 
-class Segmenter(FromFeatures):
+class Segmenter(MethodSegmenter):
     """LaVG; see the head of the file.
 
     Args:
@@ -93,39 +92,22 @@ class Segmenter(FromFeatures):
         ValueError: the network is missing or of another kind, or the square no whole number of its patches.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        processor: Any,
-        vision: Any,
-        networks: Mapping[str, str | nn.Module],
-        settings: Settings | None = None,
-        method: str = "lavg",
-    ) -> None:
-        super().__init__(MethodEncoder(vision, method, settings or Settings()), model, processor)
-        self.dino = ViT.of(needed(networks, "dino", method)).to(vision.device, vision.dtype)
+    dino: ViT
+
+    def adapters(self) -> dict[str, Any]:
+        return {"dino": ViT.of}
+
+    def prepare(self) -> None:
         side_px, patch_px = self.settings.side_px, self.dino.patch_px
         if side_px % patch_px or side_px < 3 * patch_px:
             raise ValueError(
-                f"side_px of method {method!r} is {side_px}; it must be a multiple of the second network's patch "
-                f"({patch_px} px), at least 3 patches."
+                f"side_px of method {self.config.method!r} is {side_px}; it must be a multiple of the second "
+                f"network's patch ({patch_px} px), at least 3 patches."
             )
 
-    @property
-    def settings(self) -> Settings:
-        return self.encoder.settings
-
-    @property
-    def networks(self) -> tuple[nn.Module, ...]:
-        return (*super().networks, self.dino)
-
-    def __repr__(self) -> str:
-        return f"{self.config.method}({self.settings}, {self.dino!r})"
-
-    @torch.no_grad()
-    @with_fast_products
-    def __call__(self, pixel_values: Tensor, encoded: Any) -> list[ScoreMaps]:
-        """See `Segmenter`; `encoded` are `LabelFeatures`."""
+    def of_one(self, image: Tensor, encoded: Any) -> ScoreMaps:
+        """See `MethodSegmenter`; `encoded` are `LabelFeatures`."""
+        image = image.to(self.dtype)
         text = F.normalize(encoded.text_embeds.float(), dim=-1).to(self.device)
         foreground = None
         if self.settings.empty_rest:
@@ -135,9 +117,6 @@ class Segmenter(FromFeatures):
                 )
             ids = torch.tensor(encoded.labels.class_ids, device=text.device)
             foreground = (ids != encoded.labels.background) & (ids != NO_CLASS)
-        return [self._of_one(image[None], text, foreground) for image in pixel_values.to(self.device, self.dtype)]
-
-    def _of_one(self, image: Tensor, text: Tensor, foreground: Tensor | None) -> ScoreMaps:
         image_hw = (image.shape[2], image.shape[3])
         masks = self.masks(image)
         covered = torch.cat([masks, ~masks.any(dim=0, keepdim=True)])  # (R, H, W)

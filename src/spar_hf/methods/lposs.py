@@ -18,23 +18,22 @@ shorter side at 448 px.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby, product
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from ..arithmetic_spar import with_fast_products
 from ..encoders.sliding_window import window_starts
 from ..networks.vit import ViT
 from ..results_spar import COSINE_SCALE, NO_CLASS
-from ..segmentation_spar import FromFeatures, FullScores, ScoreMaps
-from .encoder import MethodEncoder, needed
+from ..segmentation_spar import FullScores, ScoreMaps
 from .propagation import nearest_neighbours
+from .segmenter import MethodSegmenter
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class Settings:
 Make = Callable[[slice], Tensor]  # some names -> their maps (k, H, W) at the size of the image
 
 
-class Segmenter(FromFeatures):
+class Segmenter(MethodSegmenter):
     """LPOSS; see the head of the file.
 
     Args:
@@ -75,40 +74,17 @@ class Segmenter(FromFeatures):
         method: the row's name.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        processor: Any,
-        vision: Any,
-        networks: Mapping[str, str | nn.Module],
-        settings: Any = None,
-        method: str = "lposs",
-    ) -> None:
-        super().__init__(MethodEncoder(vision, method, settings or Settings()), model, processor)
-        self.dino = ViT.of(needed(networks, "dino", method)).to(vision.device, vision.dtype)
+    dino: ViT
 
-    @property
-    def settings(self) -> Any:
-        return self.encoder.settings
+    def adapters(self) -> dict[str, Any]:
+        return {"dino": ViT.of}
 
-    @property
-    def networks(self) -> tuple[nn.Module, ...]:
-        return (*super().networks, self.dino)
-
-    def __repr__(self) -> str:
-        return f"{self.config.method}({self.settings}, {self.dino!r})"
-
-    @torch.no_grad()
-    @with_fast_products
-    def __call__(self, pixel_values: Tensor, encoded: Any) -> list[ScoreMaps]:
-        """See `Segmenter`; `encoded` are `LabelFeatures`."""
+    def of_one(self, image: Tensor, encoded: Any) -> ScoreMaps:
+        """See `MethodSegmenter`; `encoded` are `LabelFeatures`."""
         text = F.normalize(encoded.text_embeds.float(), dim=-1).to(self.device)
         several = runs(encoded.labels.class_ids)
-        return [self._of_one(image[None], text, several) for image in pixel_values.to(self.device, self.dtype)]
-
-    def _of_one(self, image: Tensor, text: Tensor, several: list[tuple[int, int]]) -> ScoreMaps:
         image_hw = (image.shape[2], image.shape[3])
-        at_pixels = self.maps(image, text)
+        at_pixels = self.maps(image.to(self.dtype), text)
 
         @lru_cache(maxsize=1)  # a class's names follow each other
         def best_first(first: int, last: int, size_hw: tuple[int, int]) -> Tensor:

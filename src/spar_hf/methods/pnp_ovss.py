@@ -19,27 +19,24 @@ The authors' numbers are with BLIP large and the names so chosen.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from ..arithmetic_spar import with_fast_products
-from ..encoder_spar import check_pixels
 from ..encoders.base import column, rgb
 from ..extras import extra_package
 from ..grid_spar import upsample
 from ..networks.blip import Blip
 from ..prompts_spar import Labels
 from ..refinement import dense_crf
-from ..segmentation_spar import FromFeatures, ScoreMaps
-from .encoder import MethodEncoder, needed
+from ..segmentation_spar import ScoreMaps
 from .nothing import names_of_background, scores_with_nothing
+from .segmenter import MethodSegmenter
 
 CRF = dense_crf.Settings(
     steps=10, near_weight=7.0, near_px=3.0, alike_weight=10.0, alike_px=50.0, alike_colour=5.0
@@ -73,7 +70,7 @@ class Settings:
     crf: dense_crf.Settings = CRF
 
 
-class Segmenter(FromFeatures):
+class Segmenter(MethodSegmenter):
     """PnP-OVSS; see the head of the file.
 
     Args:
@@ -88,43 +85,23 @@ class Segmenter(FromFeatures):
         ValueError: the network is missing or another one, or a setting is out of its range.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        processor: Any,
-        vision: Any,
-        networks: Mapping[str, str | nn.Module],
-        settings: Settings | None = None,
-        method: str = "pnp_ovss",
-    ) -> None:
-        super().__init__(MethodEncoder(vision, method, settings or Settings()), model, processor)
-        self.blip = Blip.of(needed(networks, "blip", method)).to(vision.device, vision.dtype)
+    blip: Blip
+
+    def adapters(self) -> dict[str, Any]:
+        return {"blip": Blip.of}
+
+    def prepare(self) -> None:
         side, patch, rounds = self.settings.side_px, self.blip.patch_px, self.settings.rounds
         if side < patch or side % patch or rounds < 1 or not 0 <= self.settings.dropped <= (side // patch) ** 2:
             raise ValueError(
-                f"side_px {side}, rounds {rounds} and dropped {self.settings.dropped} of method {method!r}: the side "
-                f"must be a multiple of BLIP's patch ({patch} px), rounds at least 1, dropped not above all patches."
+                f"side_px {side}, rounds {rounds} and dropped {self.settings.dropped} of method "
+                f"{self.config.method!r}: the side must be a multiple of BLIP's patch ({patch} px), rounds at "
+                "least 1, dropped not above all patches."
             )
 
-    @property
-    def settings(self) -> Settings:
-        return self.encoder.settings
-
-    @property
-    def networks(self) -> tuple[nn.Module, ...]:
-        return (*super().networks, self.blip)
-
-    def __repr__(self) -> str:
-        return f"{self.config.method}({self.settings}, {self.blip!r})"
-
-    @torch.no_grad()
-    @with_fast_products
-    def __call__(self, pixel_values: Tensor, encoded: Any) -> list[ScoreMaps]:
-        """See `Segmenter`; `encoded` are `LabelFeatures`."""
-        check_pixels(pixel_values, self.config.num_channels)
-        return [self._of_one(image[None].to(self.device), encoded.labels) for image in pixel_values]
-
-    def _of_one(self, image: Tensor, labels: Labels) -> ScoreMaps:
+    def of_one(self, image: Tensor, encoded: Any) -> ScoreMaps:
+        """See `MethodSegmenter`; `encoded` are `LabelFeatures`."""
+        labels: Labels = encoded.labels
         bytes_ = (rgb(image, self.config)[0] * 255).round().clamp(0, 255).byte()
         colours = bytes_.permute(1, 2, 0).cpu().numpy()
         size_hw = (colours.shape[0], colours.shape[1])

@@ -16,18 +16,17 @@ To reach: mean IoU 61.3 on VOC21, 39.1 on Context59 with CLIP ViT-B/16 and DINO 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
-from ..clip_spar import SparVisionModel
 from ..dense_spar import merge_heads, project_heads
 from ..encoder_spar import SparVisionOutput
 from ..encoders.composition import resample
 from ..networks.vit import ViT
-from .encoder import MethodEncoder, above_mean, attend_by_similarity, mean_similarity, needed
+from .encoder import MethodEncoder, above_mean, attend_by_similarity, mean_similarity
 
 
 @dataclass(frozen=True)
@@ -57,16 +56,12 @@ class Encoder(MethodEncoder):
     """
 
     settings: Settings
+    dino: ViT
 
-    def __init__(
-        self,
-        vision: SparVisionModel,
-        networks: Mapping[str, str | nn.Module],
-        settings: Settings | None = None,
-        method: str = "proxyclip",
-    ):
-        super().__init__(vision, method, settings or Settings())
-        self.dino = ViT.of(needed(networks, "dino", method)).to(vision.device, vision.dtype)
+    def adapters(self) -> dict[str, Any]:
+        return {"dino": ViT.of}
+
+    def prepare(self) -> None:
         self.config.patch_size = self.dino.patch_px
 
     @torch.no_grad()

@@ -23,7 +23,6 @@ from torch.nn import functional as F
 
 from ..encoder_spar import SparVisionOutput, check_pixels
 from ..encoders.sliding_window import SlidingWindow
-from ..radio_spar import SparRadioVisionModel
 from . import scra
 from .encoder import above_mean, attend_by_similarity, mean_similarity
 
@@ -67,18 +66,9 @@ class Encoder(scra.Encoder):
         ValueError: window and step are no whole patches.
     """
 
-    def __init__(self, vision: SparRadioVisionModel, settings: Settings | None = None, method: str = "radseg"):
-        super().__init__(vision, settings or Settings(), method)
-        config = self.config
-        window_px = config.window_px or config.image_size
-        stride_px = self.settings.stride_px or config.stride_px
-        for name, length in (("window_px", window_px), ("stride_px", stride_px)):
-            if length % config.patch_size or not 0 < length <= window_px:
-                raise ValueError(
-                    f"{name} of method {method!r} is {length}; it must be a multiple of the patch "
-                    f"({config.patch_size} px), up to the window's {window_px} px."
-                )
-        trunk = TrunkPatches(vision, self.settings, method)
+    def prepare(self) -> None:
+        window_px, stride_px = self.whole_window(self.settings.stride_px)
+        trunk = TrunkPatches(self.vision, None, self.settings, self.config.method)
         self.windows = SlidingWindow(trunk, window_px, stride_px, self.settings.window_batch)
 
     @torch.no_grad()

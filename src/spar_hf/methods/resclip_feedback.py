@@ -29,8 +29,9 @@ from ..grid_spar import fit_to_patches, whole_patches
 from ..methods_spar import block_index
 from ..refinement import pamr
 from ..results_spar import COSINE_SCALE
-from ..segmentation_spar import MAP_NUMBERS, FromFeatures, ScoreMaps, feature_scores
+from ..segmentation_spar import MAP_NUMBERS, ScoreMaps, feature_scores
 from .encoder import ROW_NUMBERS, MethodEncoder
+from .segmenter import MethodSegmenter
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Settings:
     pamr: pamr.Settings = field(default_factory=pamr.Settings)
 
 
-class Segmenter(FromFeatures):
+class Segmenter(MethodSegmenter):
     """ResCLIP with semantic feedback; see the head of the file.
 
     Args:
@@ -71,18 +72,6 @@ class Segmenter(FromFeatures):
         settings: the method's constants.
         method: the row's name.
     """
-
-    def __init__(
-        self, model: Any, processor: Any, vision: Any, settings: Any = None, method: str = "resclip_feedback"
-    ) -> None:
-        super().__init__(MethodEncoder(vision, method, settings or Settings()), model, processor)
-
-    @property
-    def settings(self) -> Settings:
-        return self.encoder.settings
-
-    def __repr__(self) -> str:
-        return f"{self.config.method}({self.settings})"
 
     @torch.no_grad()
     @with_fast_products

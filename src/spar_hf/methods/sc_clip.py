@@ -22,14 +22,12 @@ To reach: mean IoU 64.6 on VOC21, 40.1 on Context59 with CLIP ViT-B/16, no post-
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
-from ..clip_spar import SparVisionModel
 from ..dense_spar import attend, merge_heads, project_heads
 from ..encoder_spar import SparVisionOutput
 from ..methods_spar import block_index
@@ -113,15 +111,8 @@ class Encoder(MethodEncoder):
 
     settings: Settings
 
-    def __init__(
-        self,
-        vision: SparVisionModel,
-        networks: Mapping[str, Any] | None = None,
-        settings: Settings | None = None,
-        method: str = "sc_clip",
-    ):
-        super().__init__(vision, method, settings or Settings())
-        num_layers = len(vision.blocks)
+    def prepare(self) -> None:
+        num_layers = len(self.vision.blocks)
         first, late, end = (min(block_index(block, num_layers), num_layers - 2) for block in (4, 9, 10))  # 0-based
         self.first, self.late, self.summed = first, late, range(first, end + 1)
 

@@ -18,7 +18,6 @@ from torch.nn import functional as F
 
 from ..dense_spar import attend, merge_heads, project_heads, split_heads
 from ..encoder_spar import SparVisionOutput
-from ..radio_spar import SparRadioVisionModel
 from .encoder import MethodEncoder, above_mean, attend_by_similarity
 
 
@@ -43,9 +42,6 @@ class Encoder(MethodEncoder):
     """
 
     settings: Any
-
-    def __init__(self, vision: SparRadioVisionModel, settings: Any = None, method: str = "scra"):
-        super().__init__(vision, method, settings or Settings())
 
     def run_to_last(self, x: torch.Tensor, grid_hw: tuple[int, int]) -> torch.Tensor:
         reach = self.vision.reach(grid_hw, x.device)

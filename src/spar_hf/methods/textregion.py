@@ -19,21 +19,19 @@ The authors publish numbers for larger networks than CLIP ViT-B/16 only; they re
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise, product
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from ..arithmetic_spar import with_fast_products
 from ..dense_spar import merge_heads, project_heads
 from ..networks.masks import Regions, SamSettings, region_source
-from ..segmentation_spar import FromFeatures, FullScores, ScoreMaps
-from .encoder import MethodEncoder, needed
+from ..segmentation_spar import FullScores, ScoreMaps
 from .lposs import resize
+from .segmenter import MethodSegmenter
 
 MASKS = SamSettings(
     points_per_side=16,
@@ -62,7 +60,7 @@ class Settings:
     window_batch: int = 16
 
 
-class Segmenter(FromFeatures):
+class Segmenter(MethodSegmenter):
     """TextRegion; see the head of the file.
 
     Args:
@@ -77,40 +75,18 @@ class Segmenter(FromFeatures):
         ValueError: there is no source of regions.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        processor: Any,
-        vision: Any,
-        networks: Mapping[str, Any],
-        settings: Settings | None = None,
-        method: str = "textregion",
-    ) -> None:
-        super().__init__(MethodEncoder(vision, method, settings or Settings()), model, processor)
-        self.regions: Any = region_source(needed(networks, "regions", method), MASKS)
-        if isinstance(self.regions, nn.Module):
-            self.regions.to(vision.device, vision.dtype)
+    regions: Any
+
+    def adapters(self) -> dict[str, Any]:
+        return {"regions": lambda given: region_source(given, MASKS)}
+
+    def prepare(self) -> None:
         self.window_px = self.config.window_px or self.config.image_size
 
-    @property
-    def settings(self) -> Settings:
-        return self.encoder.settings
-
-    @property
-    def networks(self) -> tuple[nn.Module, ...]:
-        return (*super().networks, *(part for part in (self.regions,) if isinstance(part, nn.Module)))
-
-    def __repr__(self) -> str:
-        return f"{self.config.method}({self.settings}, {self.regions!r})"
-
-    @torch.no_grad()
-    @with_fast_products
-    def __call__(self, pixel_values: Tensor, encoded: Any) -> list[ScoreMaps]:
-        """See `Segmenter`; `encoded` are `LabelFeatures`."""
+    def of_one(self, image: Tensor, encoded: Any) -> ScoreMaps:
+        """See `MethodSegmenter`; `encoded` are `LabelFeatures`."""
         text = F.normalize(encoded.text_embeds.float(), dim=-1).to(self.device)
-        return [self._of_one(image[None], text) for image in pixel_values.to(self.device, self.dtype)]
-
-    def _of_one(self, image: Tensor, text: Tensor) -> ScoreMaps:
+        image = image.to(self.dtype)
         values, rest = self.patches(image)
         drawn, regions = self.region_features(values, self.regions(image, self.config))
         outside = drawn.spread(text.new_ones(1, len(regions)))[0] == 0

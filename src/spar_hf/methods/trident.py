@@ -22,22 +22,21 @@ refinement by SAM.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise, product
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from ..clip_spar import SparVisionModel
 from ..dense_spar import merge_heads, project_heads
 from ..encoder_spar import SparVisionOutput, check_pixels
 from ..encoders.composition import resample
 from ..encoders.sliding_window import window_starts
 from ..networks.sam import GlobalAttention, Sam
 from ..networks.vit import ViT
-from .encoder import ROW_NUMBERS, MethodEncoder, above_mean, attend_by_similarity, mean_similarity, needed
+from .encoder import ROW_NUMBERS, MethodEncoder, above_mean, attend_by_similarity, mean_similarity
 
 
 @dataclass(frozen=True)
@@ -81,26 +80,14 @@ class Encoder(MethodEncoder):
     """
 
     settings: Settings
+    dino: ViT
+    sam: Sam
 
-    def __init__(
-        self,
-        vision: SparVisionModel,
-        networks: Mapping[str, str | nn.Module],
-        settings: Settings | None = None,
-        method: str = "trident",
-    ):
-        super().__init__(vision, method, settings or Settings())
-        self.dino = ViT.of(needed(networks, "dino", method)).to(vision.device, vision.dtype)
-        self.sam = Sam.of(needed(networks, "sam", method)).to(vision.device, vision.dtype)
-        config = self.config
-        self.window_px = config.window_px or config.image_size
-        self.stride_px = self.settings.stride_px or config.stride_px
-        for name, length in (("window_px", self.window_px), ("stride_px", self.stride_px)):
-            if length % config.patch_size or not 0 < length <= self.window_px:
-                raise ValueError(
-                    f"{name} of method {method!r} is {length}; it must be a multiple of the patch "
-                    f"({config.patch_size} px), up to the window's {self.window_px} px."
-                )
+    def adapters(self) -> dict[str, Any]:
+        return {"dino": ViT.of, "sam": Sam.of}
+
+    def prepare(self) -> None:
+        self.window_px, self.stride_px = self.whole_window(self.settings.stride_px)
 
     def extra_repr(self) -> str:
         return f"window {self.window_px}/{self.stride_px} px, {super().extra_repr()}"
