@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
+from spar_cli.flow import Buckets, Picture, Room
 from spar_cli.main import main
 from spar_cli.output import output_stems
 from spar_hf.journal import Journal
@@ -285,7 +286,14 @@ def test_sources_that_are_none(photos, segment, capsys):
     import datasets
 
     write_tar(Path("whole.tar"), photos)
-    Path("cut.tar").write_bytes(Path("whole.tar").read_bytes()[:3000])
+    with tarfile.open("whole.tar") as tar:
+        second = tar.getmembers()[1]
+    for name, cut in (
+        ("cut", second.offset_data + 1),
+        ("cut-in-header", second.offset + 99),
+        ("no-end", second.offset),
+    ):
+        Path(f"{name}.tar").write_bytes(Path("whole.tar").read_bytes()[:cut])
     Path("empty").mkdir()
     Path("empty.txt").touch()
     data = datasets.Dataset.from_dict({"photo": ["photos/a.png"], "note": [1]})
@@ -293,7 +301,8 @@ def test_sources_that_are_none(photos, segment, capsys):
     capsys.readouterr()
     cases = [
         (["cut.tar"], "cut.tar cannot be read as a tar (unexpected end of data); give whole, uncompressed tars"),
-        (["photos", "cut.tar"], "cut.tar cannot be read as a tar"),
+        (["photos", "cut-in-header.tar"], "cut-in-header.tar cannot be read as a tar (unexpected end of data)"),
+        (["no-end.tar"], "no-end.tar cannot be read as a tar (unexpected end of data)"),
         (["empty"], "empty: no image there (.jpg, .jpeg"),
         (["photos/*.gif"], "no file is called like photos/*.gif; give another pattern, or a folder"),
         (["@empty.txt"], "empty.txt is empty; give a list of picture files, one a line"),
@@ -380,3 +389,18 @@ def test_shares_are_the_whole_once():
     items = list(range(11))
     shares = [Processes(index, 3).share(items) for index in range(3)]
     assert sorted(item for share in shares for item in share) == items and {len(share) for share in shares} == {3, 4}
+
+
+def test_large_pictures_wait_in_smaller_numbers(monkeypatch):
+    monkeypatch.setattr("spar_cli.flow.MEMORY_BYTES", 100_000)
+    room = Room(32)
+    assert room() == 32
+    buckets = Buckets(8, room)
+    full = []
+    for number in range(10):
+        image = Image.new("RGB", (100, 50))  # 15,000 bytes, and 6,000 of pixels of its own size
+        room.see(picture := Picture(number, str(number), image, np.zeros((3, 1, 500 + number % 2), np.float32)))
+        full.append([waiting.number for waiting in buckets.add(picture)])
+    assert room() == 4
+    assert full == [[], [], [], [0, 2], [], [1, 3, 5], [], [], [4, 6, 8], []]
+    assert [[picture.number for picture in rest] for rest in buckets.rest()] == [[7, 9]]

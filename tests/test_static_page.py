@@ -581,7 +581,9 @@ def test_mistakes_are_told_in_one_line(page, tmp_path):
         choose(page, path)
         page.locator("#words").fill("sky; sand")
         page.locator("#run").click()
-        alert(page, f"“{path.name}” is no picture that this browser can read, or it is damaged; save it as PNG or JPEG.")
+        alert(
+            page, f"“{path.name}” is no picture that this browser can read, or it is damaged; save it as PNG or JPEG."
+        )
     choose(page, PICTURES / "demo.png")
     for typed, told in (
         ("", "There are no words yet. Type what you look for, such as: road; car, automobile; sky"),
@@ -759,5 +761,16 @@ def test_the_keyboard_reaches_everything(page):
     for _ in range(40):
         page.keyboard.press("Tab")
         reached.add(page.evaluate("document.activeElement.id || document.activeElement.closest('[id]').id"))
-    wanted = {"camera", "words", "vocabulary", "model", "examples", "tab-segment", "run", "threshold", "answer", "save-map"}
+    wanted = {
+        "camera",
+        "words",
+        "vocabulary",
+        "model",
+        "examples",
+        "tab-segment",
+        "run",
+        "threshold",
+        "answer",
+        "save-map",
+    }
     assert wanted <= reached, wanted - reached
