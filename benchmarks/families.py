@@ -23,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import mismatched_torchvision  # noqa: F401 - before transformers looks for it
 import torch
 from record import origin
 from torch import nn

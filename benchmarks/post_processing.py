@@ -31,7 +31,7 @@ from spar_hf.segmentation_spar import feature_scores, label_map
 
 RESULTS = Path(__file__).parent / "results" / "post_processing.json"
 PATCH_PX, DIM, LOGIT_SCALE = 16, 512, 40.0
-# Issue 2: 150 classes at 2048x1024 within 250 MB and three times as fast; 847 classes at 2048x2048 within 1 GB.
+# Limits: 150 classes at 2048x1024 within 250 MB and three times as fast; 847 classes at 2048x2048 within 1 GB.
 ROWS = {
     "whole-150": {"formulation": "whole", "classes": 150, "size_hw": (1024, 2048)},
     "tiled-150": {"formulation": "tiled", "classes": 150, "size_hw": (1024, 2048), "limit_mb": 250},

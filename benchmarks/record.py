@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shlex
 import sys
@@ -12,10 +13,17 @@ import torch
 
 from spar_hf.arithmetic_spar import cpu_capability
 
+INSTRUCTION_LIMITS = (
+    "ATEN_CPU_CAPABILITY",
+    "ONEDNN_MAX_CPU_ISA",
+    "MKL_ENABLE_INSTRUCTIONS",
+)  # of torch, oneDNN, MKL
+
 
 def command_line() -> str:
-    """The command that runs, to be pasted into a shell."""
-    return shlex.join(["python", *sys.argv])
+    """The command that runs, to be pasted into a shell, with what limits the CPU's instructions."""
+    limits = [f"{name}={os.environ[name]} " for name in INSTRUCTION_LIMITS if name in os.environ]
+    return "".join(limits) + shlex.join(["python", *sys.argv])
 
 
 def origin(*packages: str, threads: int | None = None) -> dict[str, Any]:

@@ -1,34 +1,40 @@
 """Times one forward pass of ViT-B/16 (random weights) against the obvious alternatives, on this machine.
 
-    python benchmarks/speed.py                         # ours, ours within the window's reach, stock transformers
-    pip install open_clip_torch && python benchmarks/speed.py --models ours stock open_clip
-    ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 python benchmarks/speed.py --models ours   # as on an older CPU
+    python benchmarks/speed.py                         # ours, stock transformers, open_clip where it is installed
+    ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \\
+        python benchmarks/speed.py                                                      # as on an older CPU
+    python benchmarks/speed.py --models ours window stock --sizes 1024x1024 --dtypes float32 \\
+        --output benchmarks/results/speed-reach.json                                    # within the window's reach
+    python benchmarks/readme.py                        # writes the README's tables from the stored results
 
-For each size and type: seconds (median), ratio to ours in the same run, peak memory over the loaded model, and the
-share of this machine's measured matrix-product rate (floating-point operations counted by formula). Models take turns
-in every round, each in a process of its own, so that a noisy machine disturbs all alike. Writes
-benchmarks/results/speed.json with the command.
+For each size and type: seconds of one core (median), ratio to ours in the same run, peak memory over the loaded model,
+and the share of this machine's measured matrix-product rate (floating-point operations counted by formula). Models
+take turns in every round, each in a process of its own, and seconds are the processor's, so that a noisy machine
+disturbs little and all alike. Half precision is ours alone: the others' is many times slower where the CPU has no
+instructions for it. Writes benchmarks/results/speed/KIND.json, KIND being the CPU's.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
 import multiprocessing as mp
+import re
 import resource
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import mismatched_torchvision  # noqa: F401 - before transformers looks for it
 import torch
 from record import origin
 
 from spar_hf.arithmetic_spar import HALF, cpu_capability, fast_half
 from spar_hf.files import write_json
 
-RESULTS = Path(__file__).parent / "results" / "speed.json"
+RESULTS = Path(__file__).parent / "results" / "speed"
 SIZES = ("224x224", "448x448", "672x896", "1024x1024")
 WIDTH, LAYERS, MLP, PROJECTION, PATCH = 768, 12, 3072, 512, 16
 
@@ -58,20 +64,6 @@ def open_clip(height_px: int, width_px: int, dtype: torch.dtype) -> Callable:
 
     model = package.create_model("ViT-B-16", force_image_size=(height_px, width_px)).visual.eval().to(dtype)
     return lambda pixels: model(pixels)
-
-
-def declare_torchvision_operators() -> None:
-    """Lets torchvision be imported where its compiled operators do not match this torch.
-
-    open_clip needs its transforms alone, transformers none of it; the import fails over two operators that neither
-    calls.
-    """
-    if importlib.util.find_spec("torchvision") is None:
-        return
-    for operator in ("nms", "qnms"):
-        schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-        with contextlib.suppress(RuntimeError):  # declared already, by a torchvision that works
-            torch.library.define(f"torchvision::{operator}", schema)
 
 
 MODELS = {"ours": ours, "window": window, "stock": stock, "open_clip": open_clip}
@@ -107,16 +99,15 @@ def matrix_rate(dtype: torch.dtype) -> float:
     left, right = torch.randn(4096, WIDTH, dtype=dtype), torch.randn(WIDTH, MLP, dtype=dtype)
     best = float("inf")
     for _ in range(12):
-        start = time.perf_counter()
+        start = time.process_time()
         left @ right
-        best = min(best, time.perf_counter() - start)
+        best = min(best, time.process_time() - start)
     return 2 * 4096 * WIDTH * MLP / best
 
 
-def _measure(connection, name: str, size: str, dtype_name: str, threads: int) -> None:
+def _measure(connection, name: str, size: str, dtype_name: str) -> None:
     """Runs in a process of its own: answers each 'go' with seconds, and the end with the peak memory."""
-    declare_torchvision_operators()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     dtype = getattr(torch, dtype_name)
     height_px, width_px = map(int, size.split("x"))
@@ -126,31 +117,30 @@ def _measure(connection, name: str, size: str, dtype_name: str, threads: int) ->
     with torch.inference_mode():
         run(pixels)
         while connection.recv() == "go":
-            start = time.perf_counter()
+            start = time.process_time()
             run(pixels)
-            connection.send(time.perf_counter() - start)
+            connection.send(time.process_time() - start)
     connection.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - baseline) / 1024)
 
 
-def compare(names: list[str], size: str, dtype: str, rounds: int, threads: int) -> dict[str, dict]:
-    """Seconds and memory of each model at one size and type, models taking turns."""
+def compare(entries: list[tuple[str, str]], size: str, rounds: int) -> dict[tuple[str, str], dict]:
+    """Seconds and memory of each model in its type at one size, all taking turns."""
     context = mp.get_context("spawn")
     pipes, processes = {}, []
-    for name in names:
-        pipes[name], child = context.Pipe()
-        processes.append(context.Process(target=_measure, args=(child, name, size, dtype, threads), daemon=True))
+    for name, dtype in entries:
+        pipes[name, dtype], child = context.Pipe()
+        processes.append(context.Process(target=_measure, args=(child, name, size, dtype), daemon=True))
         processes[-1].start()
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    seconds: dict[tuple[str, str], list[float]] = {entry: [] for entry in entries}
     for turn in range(rounds):
         order = list(pipes.items())
-        for name, pipe in order[turn % len(order) :] + order[: turn % len(order)]:
-            time.sleep(1)  # the threads of the one before spin for a while after their work
+        for entry, pipe in order[turn % len(order) :] + order[: turn % len(order)]:
             pipe.send("go")
-            seconds[name].append(pipe.recv())
+            seconds[entry].append(pipe.recv())
     rows = {}
-    for name, pipe in pipes.items():
+    for entry, pipe in pipes.items():
         pipe.send("end")
-        rows[name] = {"seconds": statistics.median(seconds[name]), "peak_mb": pipe.recv()}
+        rows[entry] = {"seconds": statistics.median(seconds[entry]), "peak_mb": pipe.recv()}
     for process in processes:
         process.join()
     return rows
@@ -167,46 +157,58 @@ def bf16_error(height_px: int, width_px: int) -> float:
     return float((features[torch.bfloat16] - features[torch.float32]).norm() / features[torch.float32].norm())
 
 
+def kind() -> str:
+    """The CPU's kind, for a file's name: `avx2`, `avx512-fast-bfloat16`."""
+    return re.sub(r"\W+", "-", cpu_capability().lower())
+
+
+def products_of(dtype: str) -> torch.dtype:
+    """What ours multiplies in."""
+    products = getattr(torch, dtype)
+    return torch.float32 if products in HALF and not fast_half("cpu", products) else products
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Measures and prints every row."""
+    table: list[dict[str, Any]] = []
+    print(f"CPU: {cpu_capability()}; one thread")
+    print(f"{'size':>10} {'type':>9} {'model':>10} {'seconds':>8} {'vs ours':>8} {'peak MB':>8} {'of rate':>8}")
+    others = [(args.models[0], dtype) for dtype in args.dtypes if dtype != "float32"]
+    for size in args.sizes:
+        height_px, width_px = map(int, size.split("x"))
+        before = {dtype: matrix_rate(products_of(dtype)) for dtype in args.dtypes}
+        rows = compare([*((name, "float32") for name in args.models), *others], size, args.rounds)
+        rates = {dtype: max(rate, matrix_rate(products_of(dtype))) for dtype, rate in before.items()}
+        for (name, dtype), row in rows.items():
+            flops = forward_flops(height_px, width_px, name)
+            row |= {"size": size, "dtype": dtype, "model": name, "flops": flops}
+            row |= {"of_matrix_rate": flops / row["seconds"] / rates[dtype], "matrix_gflops": rates[dtype] / 1e9}
+            row["ratio_to_ours"] = row["seconds"] / rows[args.models[0], "float32"]["seconds"]
+            table.append(row)
+            print(
+                f"{size:>10} {dtype:>9} {name:>10} {row['seconds']:>8.3f} {row['ratio_to_ours']:>8.2f} "
+                f"{row['peak_mb']:>8.0f} {row['of_matrix_rate']:>8.0%}",
+                flush=True,
+            )
+    return {**origin(), "rows": table}
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=["ours", "window", "stock"])
+    default = [name for name in MODELS if name != "window" and (name != "open_clip" or importlib.util.find_spec(name))]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=default)
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), help="height x width in pixels, such as 672x896")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=RESULTS / f"{kind()}.json", help="default: %(default)s")
     parser.add_argument("--accuracy", action="store_true", help="only print what bf16 does to the features")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(1)
     if args.accuracy:
         for size in args.sizes:
             print(f"{size:>10}: bf16 moves the features by {bf16_error(*map(int, size.split('x'))):.2%} of their norm")
         return
-
-    table = []
-    print(f"CPU: {cpu_capability()}; {args.threads} threads")
-    print(f"{'size':>10} {'type':>9} {'model':>10} {'seconds':>8} {'vs ours':>8} {'peak MB':>8} {'of rate':>8}")
-    for size in args.sizes:
-        height_px, width_px = map(int, size.split("x"))
-        for dtype in args.dtypes:
-            products = getattr(torch, dtype)
-            if products in HALF and not fast_half("cpu", products):
-                products = torch.float32  # what ours multiplies in
-            rate = matrix_rate(products)
-            rows = compare(args.models, size, dtype, args.rounds, args.threads)
-            rate = max(rate, matrix_rate(products))
-            for name, row in rows.items():
-                flops = forward_flops(height_px, width_px, name)
-                row |= {"size": size, "dtype": dtype, "model": name, "flops": flops, "cpu": cpu_capability()}
-                row |= {"of_matrix_rate": flops / row["seconds"] / rate, "matrix_gflops": rate / 1e9}
-                row["ratio_to_ours"] = row["seconds"] / rows[args.models[0]]["seconds"]
-                table.append(row)
-                print(
-                    f"{size:>10} {dtype:>9} {name:>10} {row['seconds']:>8.3f} {row['ratio_to_ours']:>8.2f} "
-                    f"{row['peak_mb']:>8.0f} {row['of_matrix_rate']:>8.0%}",
-                    flush=True,
-                )
-    write_json(args.output, {**origin(), "rows": table})
+    write_json(args.output, measure(args))
     print(f"written to {args.output}")
 
 

@@ -43,6 +43,7 @@ from spar_hf import (
     SparRadioVisionConfig,
     SparRadioVisionModel,
     SparSiglipModel,
+    load,
 )
 from spar_hf.families import make_processor
 
@@ -271,6 +272,16 @@ KINDS: dict[str, Kind] = {
         whole=spar_radio,
     ),
 }
+
+
+def whole_model(name: str, tokenizer: Any, folder: Path) -> Any:
+    """A whole model of ours of a family, towers for images and words."""
+    kind = KINDS[name]
+    if kind.whole is not None:
+        return kind.whole(tokenizer)
+    kind.save(tokenizer, folder)
+    tokenizer.save_pretrained(folder)
+    return load(folder)[0].eval()
 
 
 @dataclass(frozen=True)

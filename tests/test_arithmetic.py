@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import spar_dinov3, spar_radio, spar_siglip
+from families import KINDS, spar_radio, whole_model
 from second_networks import SETTINGS, bank_for, networks_for
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -60,13 +60,11 @@ def small(make_spar: Any, clip_tokenizer: Any) -> dict[str, tuple[Any, Any]]:
     return {name: (model, make_processor(model.config, clip_tokenizer)) for name, model in models.items()}
 
 
-@pytest.fixture(scope="module", params=["clip", "siglip", "dinov3", "radio"])
+@pytest.fixture(scope="module", params=["clip", *KINDS])
 def model(request: Any, make_spar: Any, clip_tokenizer: Any, tmp_path_factory: Any) -> Any:
     if request.param == "clip":
         return make_spar(num_hidden_layers=3, method="gem")
-    if request.param == "siglip":
-        return spar_siglip(clip_tokenizer, tmp_path_factory.mktemp("siglip")).eval()
-    return {"dinov3": spar_dinov3, "radio": spar_radio}[request.param](clip_tokenizer)
+    return whole_model(request.param, clip_tokenizer, tmp_path_factory.mktemp(request.param))
 
 
 @pytest.fixture(scope="module")

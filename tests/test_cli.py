@@ -90,7 +90,7 @@ def test_segment_writes_what_the_pipeline_finds(here, capsys, model_folder):
     assert written["model"] == model_folder and written["method"] == "maskclip"
     (image,) = written["images"]
     assert image["size_hw"] == [90, 150] and image["seconds"] > 0
-    assert image["label_map"] == "out/street-labels.png"
+    assert image["files"]["label_map"] == "out/street-labels.png"
     assert [entry["label"] for entry in image["classes"]] == ["road", "car", "sky"]
     for entry in image["classes"]:
         assert entry["area_fraction"] == pytest.approx((expected == entry["id"]).mean(), abs=1e-6)
@@ -160,7 +160,8 @@ def test_several_images_of_one_name_and_odd_names(here, capsys, model_folder):
     assert main(words) == 0
     written = files_of(here) - before
     stems = ["street", "street-2", "dash", "image", "sp ace;$(x)", "ünï 天", "new_line"]
-    assert written == {f"out/deep/{stem}-{kind}.png" for stem in stems for kind in ("overlay", "labels")}
+    results = {f"out/deep/{stem}-{kind}.png" for stem in stems for kind in ("overlay", "labels")}
+    assert written == {*results, "out/deep/spar-segment.jsonl"}
     out, _ = capsys.readouterr()
     assert out.count("label map") == len(names)
     assert "new line.png: 150 x 90 px" in out  # a line break in a name breaks no line
@@ -461,7 +462,10 @@ def test_evaluate_runs_the_window_of_the_command_line(here, capsys, model_folder
         ([], "no command given; choose one of segment, features, methods, models, evaluate"),
         (["segmnt"], "there is no command 'segmnt'; choose one of segment, .* Did you mean 'segment'"),
         (["segment", "street.png"], "required: --labels"),
-        (["segment", "--labels", "a"], "required: IMAGE"),
+        (
+            ["segment", "--labels", "a"],
+            "there is no IMAGE; name a picture, folder, pattern, tar or @LIST, or give --data",
+        ),
         (["evaluate"], "there is nothing to evaluate on; give --benchmark NAME, or --images, --masks, --classes"),
         (["segment", "street.png", "--lables", "a"], "there is no option '--lables'.* Did you mean '--labels'"),
         (["segment", "street.png", "--labels", ""], "no labels"),
@@ -481,7 +485,7 @@ def test_evaluate_runs_the_window_of_the_command_line(here, capsys, model_folder
         ),
         (["segment", "street.png", "--labels", "a", "--short-side", "9" * 5000], "give a whole number"),
         (["segment", "missing.png", "--labels", "a"], "there is no file missing.png"),
-        (["segment", "empty", "--labels", "a"], "empty is a folder; name the pictures in it"),
+        (["segment", "empty", "--labels", "a"], "empty: no image there .*give a folder of images"),
         (["segment", "street.png", "--labels", "a", "--output", "street.png"], "which is a file; give a folder"),
         (["segment", "street.png", "--labels", "a", "--json", "empty"], "which is a folder; give a file"),
         (["evaluate", "--benchmark", "voc12"], "benchmark 'voc12'.*Did you mean 'voc21'"),
@@ -553,7 +557,8 @@ def test_a_bad_picture_among_good_ones_leaves_whole_results_only(here, capsys, m
     assert [entry["image"] for entry in written["images"]] == ["street.png"]
     assert [entry["image"] for entry in written["failed"]] == ["bad.png"]
     assert files_of(here) == {
-        "street.png", "bad.png", "r.json", "spar-output/street-overlay.png", "spar-output/street-labels.png"
+        "street.png", "bad.png", "r.json", "spar-output/street-overlay.png", "spar-output/street-labels.png",
+        "spar-output/spar-segment.jsonl",
     }  # fmt: skip
 
 
@@ -632,7 +637,7 @@ def test_output_stems_are_safe_and_distinct():
         "\u202ex.png",
         "y" * 999,
     ]
-    stems = output_stems([Path(name) for name in names])
+    stems = output_stems([Path(name).name for name in names])
     assert len({stem.casefold() for stem in stems}) == len(names)
     for stem in stems:
         assert stem and stem not in (".", "..") and not set(stem) & set('/\\:*?"<>|\u202e')

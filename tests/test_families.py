@@ -28,6 +28,7 @@ from families import (
     stock_radio,
     stock_siglip,
     stock_tips,
+    whole_model,
 )
 from plain_families import plain_radio_head, plain_siglip
 from safetensors import safe_open
@@ -91,13 +92,7 @@ def family(request, clip_tokenizer, tmp_path_factory) -> Family:
 def whole(request, clip_tokenizer, tmp_path_factory) -> tuple[Any, Any, Path]:
     """A whole model, its processor, and the folder that holds both."""
     folder, stock = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("stock")
-    kind = KINDS[request.param]
-    if kind.whole is not None:
-        model = kind.whole(clip_tokenizer)
-    else:
-        kind.save(clip_tokenizer, stock)
-        clip_tokenizer.save_pretrained(stock)
-        model, _ = spar_hf.load(stock)
+    model = whole_model(request.param, clip_tokenizer, stock)
     processor = make_processor(model.config, clip_tokenizer)
     processor.templates = ["a photo of a {}.", "my {}"]
     model.save_pretrained(folder)

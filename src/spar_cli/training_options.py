@@ -9,10 +9,11 @@ from typing import Any
 
 from spar_hf.distillation.label_teacher import TARGETS
 from spar_hf.distillation.label_teacher import Settings as TargetSettings
-from spar_hf.distillation.sources import PictureBookScenes, Source, hub_dataset, image_folder, tar_files
+from spar_hf.distillation.sources import PictureBookScenes, Source
 from spar_hf.distillation.specs import DTYPES, StudentSpec, TeacherSpec
 from spar_hf.distillation.views import EXTENDED, SCALE_LAWS, Augmentation, Views
 from spar_hf.reach_spar import REACHES
+from spar_hf.sources import hub_dataset, image_folder, tar_files
 
 from .errors import MISTAKE, exit_status, fail
 from .options import read_labels
@@ -147,6 +148,18 @@ def add_teacher_flags(parser: argparse.ArgumentParser) -> None:
         default=TargetSettings.target,
         help="how score maps become features: the network's own moved towards the words, or the words' mean",
     )
+    group.add_argument(
+        "--teacher-upsample",
+        metavar="NAME[=FOLDER]",
+        type=text,
+        help="an upsampler of its features, as 'spar segment --upsample'; a patch learns the mean of its cells",
+    )
+    group.add_argument(
+        "--teacher-upsample-factor",
+        type=whole_number,
+        metavar="N",
+        help="cells of the finer grid to a patch's side (default: one for each pixel)",
+    )
     group.add_argument("--teacher-reach", choices=REACHES, help="how far its attention reaches")
     group.add_argument(
         "--window-px",
@@ -203,6 +216,8 @@ def teacher_spec(args: argparse.Namespace) -> TeacherSpec:
         settings=dict(args.teacher_set),
         refine=tuple(args.teacher_refine),
         target=TargetSettings(target=args.target),
+        upsample=args.teacher_upsample,
+        upsample_factor=args.teacher_upsample_factor,
     )
 
 

@@ -230,9 +230,14 @@ class SparVisionModel(DenseVisionModel, CLIPVisionModel):
         tokens, grid_hw = self.embeddings(pixels)
         return self.pre_layrnorm(tokens), grid_hw
 
-    def run_blocks(self, tokens, grid_hw, first_block=0, need_weights=False):
+    def run_blocks(self, tokens, grid_hw, first_block=0, need_weights=False, stop=None):
+        if stop is not None and stop < len(self.blocks):  # the recipe is the last block's
+            return super().run_blocks(tokens, grid_hw, first_block, need_weights, stop)
         reach = self.reach(grid_hw, tokens.device)
         return run_recipe(self.blocks[first_block:], tokens, self.recipe, grid_hw, need_weights, reach)
+
+    def run_block(self, layer, tokens, positions, need_weights, reach):
+        return layer(tokens, inside=lambda layer, x, y: layer.update(x, y, need_weights, reach))
 
     def project(self, tokens):
         normed = self.post_layernorm(tokens)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import nn
@@ -13,20 +12,16 @@ from transformers import (
     DINOv3ViTConfig,
     DINOv3ViTModel,
 )
-from transformers import initialization as init
 from transformers.configuration_utils import SubConfigSpec
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import PrefixChange, WeightRenaming
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTAttention, DINOv3ViTLayer
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from transformers.utils.generic import can_return_tuple
 
-from .arithmetic_spar import in_fast_arithmetic
 from .configuration_spar import DenseConfig, DenseVisionConfig
-from .dense_spar import attend, attention_map, merge_heads, project_heads
-from .encoder_spar import DenseModel, DenseVisionModel
-from .reach_spar import WindowReach
+from .encoder_spar import ClipTextSide, DenseVisionModel, self_attention
+from .grid_spar import grid_places
+from .reach_spar import WindowReach, asking
 
 
 class SparDinov3VisionConfig(DenseVisionConfig, DINOv3ViTConfig):
@@ -139,7 +134,7 @@ def rotary_angles(
     the patch centres from -1 to 1 along each side, whatever the grid. In fp32, as DINOv3's released ViTs have it:
     bf16 moves the features by 5e-3. Computed anew each time: a buffer would be cast with the weights.
     """
-    rows, columns = ((2 * torch.arange(n, dtype=torch.float32, device=periods.device) + 1) / n - 1 for n in grid_hw)
+    rows, columns = ((2 * places + 1) / n - 1 for places, n in grid_places(grid_hw, periods.device))
     places = torch.stack([rows[:, None].expand(grid_hw), columns[None, :].expand(grid_hw)], dim=-1)  # (h, w, 2)
     return turns((2 * math.pi * places[..., None] / periods).reshape(-1, 2 * len(periods)), num_prefix_tokens)
 
@@ -159,12 +154,9 @@ def rotate(heads: torch.Tensor, cosine: torch.Tensor, signed_sine: torch.Tensor)
 
 class SparDinov3Attention(DINOv3ViTAttention):  # differs in fp32 rotation, arithmetic on the CPU, and shows its map
     def forward(self, hidden_states, positions, need_weights: bool = False, reach: WindowReach | None = None):
-        heads = project_heads(self, hidden_states, "qkv")
-        query, key = rotate(heads["q"], *positions), rotate(heads["k"], *positions)
-        if not need_weights:
-            return self.o_proj(merge_heads(attend(query, key, heads["v"], reach=reach))), None
-        weights = attention_map(query, key, reach=reach)
-        return self.o_proj(merge_heads(weights @ heads["v"])), weights
+        return self_attention(
+            self, self.o_proj, hidden_states, need_weights, reach, lambda heads: rotate(heads, *positions)
+        )
 
 
 class SparDinov3Layer(DINOv3ViTLayer):
@@ -174,7 +166,7 @@ class SparDinov3Layer(DINOv3ViTLayer):
 
     def forward(self, hidden_states, positions, need_weights: bool = False, reach: WindowReach | None = None):
         attended, weights = self.attention(self.norm1(hidden_states), positions, need_weights, reach)
-        hidden_states = hidden_states + self.layer_scale1(attended)
+        hidden_states = asking(hidden_states, reach) + self.layer_scale1(attended)
         return hidden_states + self.layer_scale2(self.mlp(self.norm2(hidden_states))), weights
 
 
@@ -213,15 +205,11 @@ class SparDinov3VisionModel(DenseVisionModel, DINOv3ViTModel):
         patch_px = self.config.patch_size
         return self.embeddings(pixels), (pixels.shape[2] // patch_px, pixels.shape[3] // patch_px)
 
-    def run_blocks(self, tokens, grid_hw, first_block=0, need_weights=False):
-        inputs, maps = [], []
-        positions = rotary_angles(grid_hw, self.config.rotary_periods().to(tokens.device), self.num_prefix_tokens)
-        reach = self.reach(grid_hw, tokens.device)
-        for layer in self.blocks[first_block:]:
-            inputs.append(tokens)
-            tokens, weights = layer(tokens, positions, need_weights, reach)
-            maps.append(weights)
-        return tokens, inputs, maps
+    def rotary_positions(self, grid_hw, device):
+        return rotary_angles(grid_hw, self.config.rotary_periods().to(device), self.num_prefix_tokens)
+
+    def run_block(self, layer, tokens, positions, need_weights, reach):
+        return layer(tokens, positions, need_weights, reach)
 
     def project(self, tokens):
         normed = self.norm(tokens)
@@ -251,7 +239,7 @@ class SparDinov3TextModel(CLIPTextModel):
         self.post_init()
 
 
-class SparDinov3Model(DenseModel):
+class SparDinov3Model(ClipTextSide):
     """DINOv3.txt for dense features: `vision_model`, `text_model`, `text_projection`, `logit_scale`.
 
     A text's embedding has two halves, one for the image's class token and one for its patches. Text features here are
@@ -262,37 +250,17 @@ class SparDinov3Model(DenseModel):
     config_class = SparDinov3Config
     base_model_prefix = "spar_dinov3"
     weights_needed = "a folder that `spar convert --backbone dinov3` wrote; plain DINOv3 has no text tower"
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
     _no_split_modules = ["CLIPTextEmbeddings", "CLIPEncoderLayer", *SparDinov3VisionModel._no_split_modules]
 
     def __init__(self, config: SparDinov3Config):
         super().__init__(config)
         self.vision_model = SparDinov3VisionModel._from_config(config.vision_config)
-        self.text_model = SparDinov3TextModel._from_config(config.text_config)
-        self.text_projection = nn.Linear(config.text_config.hidden_size, config.text_config.projection_dim, bias=False)
-        self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
+        text = config.text_config
+        self.add_text_side(SparDinov3TextModel._from_config(text), text.projection_dim)
         self.post_init()
 
-    @torch.no_grad()
-    def _init_weights(self, module):
-        if isinstance(module, SparDinov3Model):
-            init.normal_(module.text_projection.weight, std=module.text_projection.in_features**-0.5)
-            init.constant_(module.logit_scale, self.config.logit_scale_init_value)
-
-    @can_return_tuple
-    @in_fast_arithmetic
-    def get_text_features(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPooling:
-        """(K, length) -> `pooler_output` (K, D): the half of the text embedding that belongs to the patches."""
-        text = self.text_model(input_ids, attention_mask, position_ids, **kwargs)
-        text.pooler_output = self.text_projection(text.pooler_output).chunk(2, dim=-1)[1]
-        return text
+    def project_text(self, pooled):
+        return super().project_text(pooled).chunk(2, dim=-1)[1]  # the half that belongs to the patches
 
 
 # transformers names DINOv3's blocks `layer.N` on disk and `model.layer.N` in the class, by the class's name.

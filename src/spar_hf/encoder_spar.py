@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
@@ -17,8 +18,8 @@ from transformers.utils.generic import can_return_tuple
 from .arithmetic_spar import in_fast_arithmetic
 from .configuration_spar import DenseConfig, DenseVisionConfig
 from .dense_spar import attend, attention_map, merge_heads, project_heads
-from .grid_spar import fit_to_patches
-from .reach_spar import WindowReach
+from .grid_spar import current_part, fit_to_patches
+from .reach_spar import PartReach, WindowReach, asking
 
 
 @dataclass
@@ -83,7 +84,7 @@ class OffloadedModel(PreTrainedModel):
 class DenseVisionModel(OffloadedModel):
     """Mixed into a family's vision tower: any size in, one vector of the text space per patch out.
 
-    A family says how pixels become tokens (`embed`), how they pass the blocks (`run_blocks`) and how they enter the
+    A family says how pixels become tokens (`embed`), how they pass a block (`run_block`) and how they enter the
     text space (`project`). Everything else (sizes, output, loading, training on stored tokens) is written here once.
     """
 
@@ -93,20 +94,45 @@ class DenseVisionModel(OffloadedModel):
     blocks: nn.ModuleList
     weights_needed: ClassVar[str]  # which checkpoints hold all of the tower's weights, for the error
 
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:  # transformers guesses it from the file's text
+        return True
+
     def embed(self, pixels: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
         """(B, 3, H, W) -> tokens (B, P + h * w, C) that enter the first block, and (h, w)."""
         raise NotImplementedError
 
     def run_blocks(
-        self, tokens: torch.Tensor, grid_hw: tuple[int, int], first_block: int = 0, need_weights: bool = False
+        self,
+        tokens: torch.Tensor,
+        grid_hw: tuple[int, int],
+        first_block: int = 0,
+        need_weights: bool = False,
+        stop: int | None = None,
     ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor | None]]:
-        """Runs the blocks from `first_block` (0-based) on.
+        """Runs the blocks from `first_block` (0-based) on, up to the one before `stop`; None is to the end.
 
         Returns:
             The tokens (B, P + h * w, C) after the last block, the input of each block that ran, and the attention map
             of each (None unless asked for).
         """
-        raise NotImplementedError
+        inputs, maps = [], []
+        reach, positions = self.reach(grid_hw, tokens.device), self.rotary_positions(grid_hw, tokens.device)
+        for layer in self.blocks[first_block:stop]:
+            inputs.append(tokens)
+            tokens, weights = self.run_block(layer, tokens, positions, need_weights, reach)
+            maps.append(weights)
+        return tokens, inputs, maps
+
+    def rotary_positions(self, grid_hw: tuple[int, int], device: torch.device) -> Any:
+        """What turns queries and keys in every block, where a family has that."""
+        return None
+
+    def run_block(
+        self, layer: nn.Module, tokens: torch.Tensor, positions: Any, need_weights: bool, reach: WindowReach | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """One block's output and its attention map or None."""
+        return layer(tokens, need_weights, reach)
 
     def reach(self, grid_hw: tuple[int, int], device: torch.device) -> WindowReach | None:
         """How far attention reaches on a grid of patches, by `attention_reach`; None is everywhere."""
@@ -114,6 +140,9 @@ class DenseVisionModel(OffloadedModel):
         window = config.image_size // config.patch_size
         if config.attention_reach == "image":
             return None
+        part = current_part()
+        if part is not None:
+            return PartReach(grid_hw, window, device, part)
         if not torch.compiler.is_exporting() and max(grid_hw) <= window:  # an exported graph has one path
             return None
         return WindowReach(grid_hw, window, device)
@@ -207,6 +236,30 @@ def embed_patches(convolution: nn.Conv2d, pixels: torch.Tensor) -> tuple[torch.T
     return patches.flatten(2).transpose(1, 2), (patches.shape[2], patches.shape[3])
 
 
+def self_attention(
+    attention: nn.Module,
+    output: nn.Module,
+    hidden_states: torch.Tensor,
+    need_weights: bool = False,
+    reach: WindowReach | None = None,
+    turn: Callable[[torch.Tensor], torch.Tensor] = lambda heads: heads,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A block's attention among the tokens (B, P + N, C), by the block's own projections.
+
+    Args:
+        turn: what is done to queries and keys (B, heads, P + N, d) before they meet.
+
+    Returns:
+        (B, P + N, C), and the map (B, heads, P + N, P + N) if it is asked for.
+    """
+    heads = project_heads(attention, hidden_states, "qkv")
+    query, key, value = turn(heads["q"]), turn(heads["k"]), heads["v"]
+    if not need_weights:
+        return output(merge_heads(attend(query, key, value, reach=reach))), None
+    weights = attention_map(query, key, reach=reach)
+    return output(merge_heads(weights @ value)), weights
+
+
 class DenseAttention(nn.Module):
     """Mixed into CLIP's and SigLIP's attention: differs in its arithmetic on the CPU, and shows its map."""
 
@@ -222,11 +275,7 @@ class DenseAttention(nn.Module):
     ):
         if self.config._attn_implementation != "sdpa" and not need_weights and reach is None:
             return super().forward(hidden_states, attention_mask, **kwargs)
-        heads = project_heads(self, hidden_states, "qkv")
-        if not need_weights:
-            return self.out_proj(merge_heads(attend(heads["q"], heads["k"], heads["v"], reach=reach))), None
-        weights = attention_map(heads["q"], heads["k"], reach=reach)
-        return self.out_proj(merge_heads(weights @ heads["v"])), weights
+        return self_attention(self, self.out_proj, hidden_states, need_weights, reach)
 
 
 class DenseEncoderLayer(nn.Module):
@@ -259,11 +308,29 @@ class DenseEncoderLayer(nn.Module):
     def update(self, x: torch.Tensor, y: torch.Tensor, need_weights: bool = False, reach: WindowReach | None = None):
         """The block as it is, given its input x and y = ln_1(x); returns its output and its map or None."""
         attended, weights = self.self_attn(y, need_weights=need_weights, reach=reach)
-        return self.feed_forward(x + attended), weights
+        return self.feed_forward(asking(x, reach) + attended), weights
 
     def feed_forward(self, x: torch.Tensor) -> torch.Tensor:
         """x + mlp(ln_2(x))."""
         return x + self.mlp(self.layer_norm2(x))
+
+
+class EncoderWrapper:
+    """What is around a dense encoder is as large, as precise and where that one is."""
+
+    encoder: Any
+
+    @property
+    def config(self) -> Any:
+        return self.encoder.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.encoder.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.encoder.device
 
 
 # ------------------------------------------------------------------------------------------- whole models
@@ -337,6 +404,46 @@ class DenseModel(OffloadedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         return load_whole(cls, super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
+
+
+class ClipTextSide(DenseModel):
+    """Mixed into a whole model whose text side is CLIP's: `text_model`, `text_projection`, `logit_scale`."""
+
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    text_model: nn.Module
+    text_projection: nn.Linear
+
+    def add_text_side(self, text_model: nn.Module, projection_dim: int) -> None:
+        """Gives the model its text side, the projection without a bias."""
+        self.text_model = text_model
+        self.text_projection = nn.Linear(text_model.config.hidden_size, projection_dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(self.config.logit_scale_init_value))
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        if isinstance(module, ClipTextSide):
+            init.constant_(module.logit_scale, self.config.logit_scale_init_value)
+            if hasattr(module, "text_projection"):
+                init.normal_(module.text_projection.weight, std=module.text_projection.in_features**-0.5)
+
+    def project_text(self, pooled: torch.Tensor) -> torch.Tensor:
+        """(K, C) of the text tower -> (K, D) in the space of `patch_embeds`."""
+        return self.text_projection(pooled)
+
+    @can_return_tuple
+    @in_fast_arithmetic
+    def get_text_features(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """(K, length) -> `pooler_output` (K, D), in the space of `patch_embeds`."""
+        text = self.text_model(input_ids, attention_mask, position_ids, **kwargs)
+        text.pooler_output = self.project_text(text.pooler_output)
+        return text
 
 
 def check_pixels(pixel_values: torch.Tensor | None, num_channels: int) -> None:

@@ -25,17 +25,14 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import PrefixChange
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils.generic import can_return_tuple
 
-from .arithmetic_spar import in_fast_arithmetic
 from .configuration_spar import DenseConfig, DenseVisionConfig
 from .dense_spar import attend, attention_map, class_token_attention, merge_heads, project_heads
 from .dinov3_spar import rotate, turns
-from .encoder_spar import DenseModel, DenseVisionModel, embed_patches
-from .grid_spar import resize_positions
+from .encoder_spar import ClipTextSide, DenseVisionModel, embed_patches
+from .grid_spar import grid_places, resize_positions
 from .names_spar import one_of
-from .reach_spar import WindowReach
+from .reach_spar import WindowReach, asking
 from .siglip_spar import SparSiglipHead
 
 DESIGNS = {"eva02": "last_values", "pe_core": "attention_pool"}  # and the method of each
@@ -143,8 +140,7 @@ def grid_turns(
     quarter = config.hidden_size // config.num_attention_heads // 4
     frequencies = config.rope_theta ** -(torch.arange(quarter, dtype=torch.float32, device=device) / quarter)
     rows, columns = (
-        (torch.arange(n, dtype=torch.float32, device=device) + config.rope_offset) / n * config.rope_grid
-        for n in grid_hw
+        (places + config.rope_offset) / n * config.rope_grid for places, n in grid_places(grid_hw, device)
     )
     axes = [rows[:, None].expand(grid_hw), columns[None, :].expand(grid_hw)]
     places = torch.stack(axes if config.design == "eva02" else axes[::-1], dim=-1)  # (h, w, 2)
@@ -216,7 +212,7 @@ class SparEvaLayer(GradientCheckpointingLayer):
 
     def forward(self, x, positions, need_weights: bool = False, reach=None, values_alone: bool = False):
         attended, weights = self.self_attn(self.norm1(x), positions, need_weights, reach, values_alone)
-        x = x + attended
+        x = asking(x, reach) + attended
         return x + self.mlp(self.norm2(x)), weights if need_weights else None
 
 
@@ -232,6 +228,7 @@ class SparEvaVisionModel(DenseVisionModel):
     weights_needed = "a folder that `spar convert --backbone eva` wrote"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
+    _input_embed_layer = "patch_embedding"
     _no_split_modules = ["SparEvaLayer", "SparSiglipHead"]
     _keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"^text_projection\.", r"^logit_scale$"]
 
@@ -280,16 +277,12 @@ class SparEvaVisionModel(DenseVisionModel):
             tokens = torch.cat([class_token, tokens], dim=1)
         return self.pre_norm(tokens), grid_hw
 
-    def run_blocks(self, tokens, grid_hw, first_block=0, need_weights=False):
-        inputs, maps = [], []
-        positions = grid_turns(self.config, grid_hw, tokens.device)
-        reach = self.reach(grid_hw, tokens.device)
-        for index, layer in enumerate(self.blocks[first_block:], start=first_block):
-            inputs.append(tokens)
-            values_alone = self.config.design == "eva02" and index == len(self.blocks) - 1
-            tokens, weights = layer(tokens, positions, need_weights, reach, values_alone)
-            maps.append(weights)
-        return tokens, inputs, maps
+    def rotary_positions(self, grid_hw, device):
+        return grid_turns(self.config, grid_hw, device)
+
+    def run_block(self, layer, tokens, positions, need_weights, reach):
+        values_alone = self.config.design == "eva02" and layer is self.blocks[-1]
+        return layer(tokens, positions, need_weights, reach, values_alone)
 
     def project(self, tokens):
         normed = self.post_norm(tokens)
@@ -304,46 +297,20 @@ class SparEvaVisionModel(DenseVisionModel):
         }
 
 
-class SparEvaModel(DenseModel):
+class SparEvaModel(ClipTextSide):
     """EVA-02-CLIP or PE-Core for dense features: `vision_model`, `text_model`, `text_projection`, `logit_scale`."""
 
     config: SparEvaConfig
     config_class = SparEvaConfig
     base_model_prefix = "spar_eva"
     weights_needed = SparEvaVisionModel.weights_needed
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
     _no_split_modules = ["CLIPTextEmbeddings", "CLIPEncoderLayer", *SparEvaVisionModel._no_split_modules]
 
     def __init__(self, config: SparEvaConfig):
         super().__init__(config)
         self.vision_model = SparEvaVisionModel._from_config(config.vision_config)
-        self.text_model = CLIPTextModel._from_config(config.text_config)
-        self.text_projection = nn.Linear(
-            config.text_config.hidden_size, config.vision_config.projection_dim, bias=False
-        )
-        self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
+        self.add_text_side(CLIPTextModel._from_config(config.text_config), config.vision_config.projection_dim)
         self.post_init()
-
-    @torch.no_grad()
-    def _init_weights(self, module):
-        if isinstance(module, SparEvaModel):
-            init.normal_(module.text_projection.weight, std=module.text_projection.in_features**-0.5)
-            init.constant_(module.logit_scale, self.config.logit_scale_init_value)
-
-    @can_return_tuple
-    @in_fast_arithmetic
-    def get_text_features(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPooling:
-        """(K, length) -> `pooler_output` (K, D)."""
-        text = self.text_model(input_ids, attention_mask, position_ids, **kwargs)
-        text.pooler_output = self.text_projection(text.pooler_output)
-        return text
 
 
 # Without it, a whole checkpoint would leave the weights of the tower alone random.

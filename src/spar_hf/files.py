@@ -252,7 +252,9 @@ def write_json(path: Path, content: Any) -> None:
     write_atomically(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def require_disk(folder: Path, needed_bytes: int) -> None:
+def require_disk(
+    folder: Path, needed_bytes: int, remedy: str = "or take fewer images (--max-images) or draws (--draws)"
+) -> None:
     """Raises an `OSError` when the disk of a folder, which need not be there yet, can't hold so many more bytes."""
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     free = shutil.disk_usage(there).free
@@ -260,7 +262,7 @@ def require_disk(folder: Path, needed_bytes: int) -> None:
         raise OSError(
             errno.ENOSPC,
             f"{folder} needs {needed_bytes / 1e9:.2f} GB more but its disk has {free / 1e9:.2f} GB free. "
-            "Free some space, choose another folder, or take fewer images (--max-images) or draws (--draws)",
+            f"Free some space, choose another folder, {remedy}",
         )
 
 

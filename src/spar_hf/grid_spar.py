@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -67,6 +71,9 @@ def resize_positions(table: torch.Tensor, grid_hw: tuple[int, int], rule: str) -
     Returns:
         (rows * columns, C) in the table's dtype; the table itself on its native grid.
     """
+    part = current_part()
+    if part is not None:
+        return _positions_of_part(table, grid_hw, rule, part)
     side = math.isqrt(table.shape[0])
     rows, columns = grid_hw
     # The grid decides, not the number of tokens: 7 x 28 is not 14 x 14. An exported graph has one path for all grids.
@@ -93,6 +100,85 @@ def resize_positions(table: torch.Tensor, grid_hw: tuple[int, int], rule: str) -
             image, size=size, mode=mode, align_corners=False, antialias=rule.endswith("antialias")
         )[..., :rows, :columns]
     return image.flatten(2).squeeze(0).T.to(table.dtype)  # (1, C, h, w) -> (h * w, C)
+
+
+# ---------------------------------------------------------------------------- a part of a larger picture
+
+
+@dataclass(frozen=True)
+class Part:
+    """The patches that a network is given are a rectangle of a larger picture's; they lie there, not on their own.
+
+    Attributes:
+        whole_hw: rows and columns of the whole picture's patches.
+        start: row and column of the first patch given.
+        own: rows and columns, among those given, of the patches that are asked for; the others are what they reach.
+        pool: adds up what the tokens that are no patches attend to over all parts (`reach_spar.Pool`).
+    """
+
+    whole_hw: tuple[int, int]
+    start: tuple[int, int]
+    own: tuple[slice, slice]
+    pool: Any = None
+
+
+_PART: ContextVar[Part | None] = ContextVar("part", default=None)
+
+
+@contextmanager
+def part_of(part: Part) -> Iterator[None]:
+    """Inside, patches have the positions and the reach that they have in the larger picture."""
+    token = _PART.set(part)
+    try:
+        yield
+    finally:
+        _PART.reset(token)
+
+
+def current_part() -> Part | None:
+    """The part that is given; None for a whole picture, which a compiled graph always has."""
+    return None if torch.compiler.is_compiling() else _PART.get()
+
+
+def grid_places(grid_hw: tuple[int, int], device: torch.device) -> list[tuple[torch.Tensor, int]]:
+    """Rows, then columns: the numbers of the patches of a grid in its whole picture, fp32, and how many that has."""
+    part = current_part()
+    starts, whole_hw = ((0, 0), grid_hw) if part is None else (part.start, part.whole_hw)
+    return [
+        (torch.arange(start, start + length, dtype=torch.float32, device=device), whole)
+        for start, length, whole in zip(starts, grid_hw, whole_hw, strict=True)
+    ]
+
+
+def _positions_of_part(table: torch.Tensor, grid_hw: tuple[int, int], rule: str, part: Part) -> torch.Tensor:
+    """Those rows of `resize_positions` of the whole grid, which is never made.
+
+    All rules are separable: position (y, x) is the sum of down[y, i] across[x, j] table[i, j]. Resizing unit vectors
+    along one axis gives an axis's weights.
+    """
+    side = math.isqrt(table.shape[0])
+    if part.whole_hw == (side, side):
+        image = table.view(side, side, -1)
+        rows, columns = (slice(s, s + n) for s, n in zip(part.start, grid_hw, strict=True))
+        return image[rows, columns].flatten(0, 1)
+    # (1, n, n, 2): n maps of n rows; maps of one column are read as channels last by the filters, and wrongly.
+    units = torch.eye(side, device=table.device)[None, :, :, None].repeat(1, 1, 1, 2)
+    weights = []
+    for start, length, whole in zip(part.start, grid_hw, part.whole_hw, strict=True):
+        if rule == "offset":
+            y = (2 * torch.arange(whole, device=table.device) + 1) / (whole + 0.1) - 1
+            points = torch.stack([torch.full_like(y, -0.5), y], dim=-1)[None, :, None]  # (1, h, 1, 2), x first
+            axis = nn.functional.grid_sample(units, points, mode="bicubic", padding_mode="border", align_corners=False)
+        else:
+            size = (max(part.whole_hw) if rule == "square" else whole, 2)
+            mode = "bicubic" if rule in ("size", "antialias") else "bilinear"
+            axis = nn.functional.interpolate(
+                units, size=size, mode=mode, align_corners=False, antialias=rule.endswith("antialias")
+            )
+        weights.append(axis[0, :, start : start + length, 0].T)  # (length, n)
+    down, across = weights
+    along = torch.einsum("xj,ijc->ixc", across, table.float().view(side, side, -1))
+    return torch.einsum("yi,ixc->yxc", down, along).flatten(0, 1).to(table.dtype)
 
 
 # ---------------------------------------------------------------------------------- a grid over an image

@@ -83,7 +83,7 @@ def chosen_bands(count: int, marked: int | None, options: ReadOptions, name: str
     unused = [band for band in range(count) if band not in chosen and band != marked]
     if unused:
         meaning = "red, green and blue" if len(chosen) == 3 else "grey"
-        _say(
+        say_once(
             f"{name} has {count} bands, of which {_numbers(chosen)} {'are' if len(chosen) > 1 else 'is'} read as "
             f"{meaning}; {'bands=(3, 2, 1)' if len(chosen) == 3 else 'bands=(2,)'} chooses others."
         )
@@ -96,7 +96,7 @@ def _numbers(bands: tuple[int, ...]) -> str:
 
 def say_that_alpha_is_ignored(opaque: bool, name: str) -> None:
     if not opaque:
-        _say(
+        say_once(
             f"{name} has a band marked as alpha, which in a TIFF may hold anything and is left out; "
             "alpha='compose' takes it for opacity."
         )
@@ -133,23 +133,23 @@ def values_to_rgb(
     extremes = [_extremes(block(top, bottom), len(chosen), name) for top, bottom in _rows(*size)]
     lows, highs, opaques = zip(*extremes, strict=True)
     low, high, dtype = min(lows), max(highs), block(0, 1).dtype
-    black, white = _black_and_white(dtype, low, high, options, name)
-    opaque = _black_and_white(dtype, 0, max(opaques), DEFAULTS, name)[1]
+    black, white = black_and_white(dtype, low, high, options, name)
+    opaque = black_and_white(dtype, 0, max(opaques), DEFAULTS, name)[1]
     rgb, bright = Image.new("RGB", size), 0
     for top, bottom in _rows(*size):
         values = block(top, bottom)
-        colour = _scaled(values[..., colours], black, white)
+        colour = scaled_values(values[..., colours], black, white)
         bright += int(np.count_nonzero(colour >= DARK))
         if composes:
-            colour = np.concatenate([colour, _scaled(values[..., -1:], 0, opaque)], axis=2)
+            colour = np.concatenate([colour, scaled_values(values[..., -1:], 0, opaque)], axis=2)
         image = Image.fromarray(colour[..., 0] if colour.shape[2] == 1 else colour)
         rgb.paste(compose_over_white(image) if composes else image.convert("RGB"), (0, top))
     dim = bright < size[0] * size[1] * len(chosen) / 100
     held = f"{name} holds values from {low:g} to {high:g} in band{'s' * (len(chosen) > 1)} {_numbers(chosen)}"
     if options.value_range == "auto":
-        _say(f"{held}; {black:g} becomes black and {white:g} white.")
+        say_once(f"{held}; {black:g} becomes black and {white:g} white.")
     elif options.value_range is None and dtype.itemsize > 1 and high > 0 and dim:
-        _say(
+        say_once(
             f"{held}, read as {black:g} to {white:g}, so it is nearly black; value_range='auto' scales it by its own."
         )
     return rgb
@@ -166,7 +166,7 @@ def _extremes(values: np.ndarray, colours: int, name: str) -> tuple[float, float
     return low, high, opaque
 
 
-def _black_and_white(dtype: np.dtype, low: float, high: float, options: ReadOptions, name: str) -> tuple[float, float]:
+def black_and_white(dtype: np.dtype, low: float, high: float, options: ReadOptions, name: str) -> tuple[float, float]:
     """The values that become 0 and 255."""
     if options.value_range == "auto":
         black = 0.0 if 0 <= low < high / 10 else low
@@ -187,7 +187,7 @@ def _black_and_white(dtype: np.dtype, low: float, high: float, options: ReadOpti
     return 0, 1 if dtype.kind == "f" and high <= 1 else 255
 
 
-def _scaled(values: np.ndarray, black: float, white: float) -> np.ndarray:
+def scaled_values(values: np.ndarray, black: float, white: float) -> np.ndarray:
     if values.dtype == np.uint8 and (black, white) == (0, 255):
         return values
     scaled = (values.astype(np.float64) - black) * (255 / (white - black))
@@ -198,6 +198,6 @@ def _scaled(values: np.ndarray, black: float, white: float) -> np.ndarray:
 
 
 @lru_cache(1024)
-def _say(message: str) -> None:
+def say_once(message: str) -> None:
     """A notice, once: a picture may be read again and again."""
     logger.warning(message)

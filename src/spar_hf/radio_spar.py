@@ -16,16 +16,12 @@ from transformers.conversion_mapping import (
 )
 from transformers.core_model_loading import PrefixChange
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.radio.modeling_radio import RadioAttention, RadioLayer, RadioPatchEmbeddings
-from transformers.utils.generic import can_return_tuple
 
-from .arithmetic_spar import in_fast_arithmetic
 from .configuration_spar import DenseConfig, DenseVisionConfig
-from .dense_spar import attend, attention_map, merge_heads, project_heads
-from .encoder_spar import DenseModel, DenseVisionModel
+from .encoder_spar import ClipTextSide, DenseVisionModel, self_attention
 from .grid_spar import resize_positions, whole_patches
-from .reach_spar import WindowReach
+from .reach_spar import WindowReach, asking
 
 # The text tower of google/siglip2-giant-opt-patch16-384, the teacher called siglip2-g.
 SIGLIP2_GIANT = {
@@ -171,11 +167,7 @@ class SparRadioPatchEmbeddings(RadioPatchEmbeddings):  # differs in the position
 
 class SparRadioAttention(RadioAttention):  # differs in its arithmetic on the CPU, and shows its map
     def forward(self, hidden_states, need_weights: bool = False, reach: WindowReach | None = None):
-        heads = project_heads(self, hidden_states, "qkv")
-        if not need_weights:
-            return self.o_proj(merge_heads(attend(heads["q"], heads["k"], heads["v"], reach=reach))), None
-        weights = attention_map(heads["q"], heads["k"], reach=reach)
-        return self.o_proj(merge_heads(weights @ heads["v"])), weights
+        return self_attention(self, self.o_proj, hidden_states, need_weights, reach)
 
 
 class SparRadioLayer(RadioLayer):
@@ -185,7 +177,7 @@ class SparRadioLayer(RadioLayer):
 
     def forward(self, hidden_states, need_weights: bool = False, reach: WindowReach | None = None):
         attended, weights = self.attention(self.norm1(hidden_states), need_weights, reach)
-        return self.update(hidden_states, attended), weights
+        return self.update(asking(hidden_states, reach), attended), weights
 
     def update(self, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """The block's output, given its input and what its attention gave, both (B, P + N, C)."""
@@ -237,6 +229,7 @@ class SparRadioVisionModel(DenseVisionModel, RadioModel):
         "a folder that `spar convert --backbone radio` wrote, or a checkpoint of RadioModel and projection_dim=0 for "
         "the trunk's own features"
     )
+    _input_embed_layer = "patch_projection"
     _no_split_modules = ["SparRadioPatchEmbeddings", "SparRadioLayer", "SparRadioAdaptor"]
     _keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"^text_projection\.", r"^logit_scale$", r"^logit_bias$"]
 
@@ -258,15 +251,6 @@ class SparRadioVisionModel(DenseVisionModel, RadioModel):
     def embed(self, pixels):
         return self.embeddings(pixels)
 
-    def run_blocks(self, tokens, grid_hw, first_block=0, need_weights=False):
-        inputs, maps = [], []
-        reach = self.reach(grid_hw, tokens.device)
-        for layer in self.blocks[first_block:]:
-            inputs.append(tokens)
-            tokens, weights = layer(tokens, need_weights, reach)
-            maps.append(weights)
-        return tokens, inputs, maps
-
     def project(self, tokens):
         own = tokens[:, self.config.class_token, None]
         patches = tokens[:, self.num_prefix_tokens :]
@@ -284,7 +268,7 @@ class SparRadioVisionModel(DenseVisionModel, RadioModel):
 TEXT_MODELS: dict[str, Any] = {"siglip_text_model": SiglipTextModel, "clip_text_model": CLIPTextModel}
 
 
-class SparRadioModel(DenseModel):
+class SparRadioModel(ClipTextSide):
     """C-RADIO for dense features: `vision_model`, and `text_model` with scale and bias of the head's teacher.
 
     The text tower is the teacher's own, SigLIP2's or CLIP's; RADIO's head learned to give that teacher's vectors.
@@ -294,8 +278,6 @@ class SparRadioModel(DenseModel):
     config_class = SparRadioConfig
     base_model_prefix = "spar_radio"
     weights_needed = "a folder that `spar convert --backbone radio` wrote; NVIDIA's files have no text tower"
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
     _no_split_modules = [
         "CLIPTextEmbeddings",
         "CLIPEncoderLayer",
@@ -309,41 +291,27 @@ class SparRadioModel(DenseModel):
         super().__init__(config)
         text = config.text_config
         self.vision_model = SparRadioVisionModel._from_config(config.vision_config)
-        self.text_model = TEXT_MODELS[text.model_type]._from_config(text)
-        self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
+        text_model = TEXT_MODELS[text.model_type]._from_config(text)
         if isinstance(text, CLIPTextConfig):
-            self.text_projection = nn.Linear(text.hidden_size, text.projection_dim, bias=False)
+            self.add_text_side(text_model, text.projection_dim)
         else:
+            self.text_model = text_model
+            self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
             self.logit_bias = nn.Parameter(torch.zeros(()))
         self.post_init()
 
     @torch.no_grad()
     def _init_weights(self, module):
-        if isinstance(module, SparRadioModel):
-            init.constant_(module.logit_scale, self.config.logit_scale_init_value)
-            if isinstance(self.config.text_config, CLIPTextConfig):
-                init.normal_(module.text_projection.weight, std=module.text_projection.in_features**-0.5)
-            else:
-                init.zeros_(module.logit_bias)
+        super()._init_weights(module)
+        if isinstance(module, SparRadioModel) and hasattr(module, "logit_bias"):
+            init.zeros_(module.logit_bias)
 
     def score(self, cosine: torch.Tensor) -> torch.Tensor:
         scaled = super().score(cosine)
         return scaled if isinstance(self.config.text_config, CLIPTextConfig) else scaled + self.logit_bias
 
-    @can_return_tuple
-    @in_fast_arithmetic
-    def get_text_features(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPooling:
-        """(K, length) -> `pooler_output` (K, D), as the teacher gives it."""
-        text = self.text_model(input_ids, attention_mask, position_ids, **kwargs)
-        if isinstance(self.config.text_config, CLIPTextConfig):
-            text.pooler_output = self.text_projection(text.pooler_output)
-        return text
+    def project_text(self, pooled):
+        return super().project_text(pooled) if isinstance(self.config.text_config, CLIPTextConfig) else pooled
 
 
 # RADIO's files have NVIDIA's names. By model type, not class, so that `RadioModel` reads what is saved here too.

@@ -138,7 +138,8 @@ class SparSiglipVisionEmbeddings(SiglipVisionEmbeddings):  # differs in how posi
         if self.config.num_patches is None:
             patches, grid_hw = embed_patches(self.patch_embedding, pixel_values)
         else:
-            patches, grid_hw = embed_flat_patches(self.patch_embedding, pixel_values, self.config.patch_size)
+            pixels = pixel_values.to(self.position_embedding.weight.dtype)
+            patches, grid_hw = embed_flat_patches(self.patch_embedding, pixels, self.config.patch_size)
         table = position_table(self.position_embedding, self.num_positions, patches.device)
         return patches + resize_positions(table, grid_hw, self.config.position_interpolation), grid_hw
 
@@ -146,7 +147,7 @@ class SparSiglipVisionEmbeddings(SiglipVisionEmbeddings):  # differs in how posi
 def embed_flat_patches(linear: nn.Linear, pixels: torch.Tensor, patch_px: int) -> tuple[torch.Tensor, tuple[int, int]]:
     """(B, 3, H, W) -> (B, h * w, C) and (h, w), by a layer that takes a patch as a row: y, then x, then channel."""
     grid_hw = (pixels.shape[2] // patch_px, pixels.shape[3] // patch_px)
-    pixels = pixels[:, :, : grid_hw[0] * patch_px, : grid_hw[1] * patch_px].to(linear.weight.dtype)
+    pixels = pixels[:, :, : grid_hw[0] * patch_px, : grid_hw[1] * patch_px]
     patches = pixels.unflatten(3, (grid_hw[1], patch_px)).unflatten(2, (grid_hw[0], patch_px))  # (B, 3, h, p, w, p)
     return linear(patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)), grid_hw
 
@@ -234,14 +235,8 @@ class SparSiglipVisionModel(DenseVisionModel, SiglipVisionModel):
     def embed(self, pixels):
         return self.embeddings(pixels)
 
-    def run_blocks(self, tokens, grid_hw, first_block=0, need_weights=False):
-        inputs, maps = [], []
-        reach = self.reach(grid_hw, tokens.device)
-        for layer in self.blocks[first_block:]:
-            inputs.append(tokens)
-            tokens, weights = layer(tokens, inside=lambda layer, x, y: layer.update(x, y, need_weights, reach))
-            maps.append(weights)
-        return tokens, inputs, maps
+    def run_block(self, layer, tokens, positions, need_weights, reach):
+        return layer(tokens, inside=lambda layer, x, y: layer.update(x, y, need_weights, reach))
 
     def project(self, tokens):
         normed = self.post_layernorm(tokens)

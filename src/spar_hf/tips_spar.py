@@ -12,10 +12,9 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.models.tipsv2.modeling_tipsv2 import Tipsv2VisionAttention, Tipsv2VisionEmbeddings, Tipsv2VisionLayer
 
 from .configuration_spar import DenseConfig, DenseVisionConfig
-from .dense_spar import attend, attention_map, merge_heads, project_heads
-from .encoder_spar import DenseModel, DenseVisionModel, embed_patches
+from .encoder_spar import DenseModel, DenseVisionModel, embed_patches, self_attention
 from .grid_spar import resize_positions
-from .reach_spar import WindowReach
+from .reach_spar import WindowReach, asking
 
 
 class SparTipsVisionConfig(DenseVisionConfig, Tipsv2VisionConfig):
@@ -80,11 +79,7 @@ class SparTipsEmbeddings(Tipsv2VisionEmbeddings):  # differs from TIPSv2 only in
 
 class SparTipsAttention(Tipsv2VisionAttention):  # differs in its arithmetic on the CPU, and shows its map
     def forward(self, hidden_states, need_weights: bool = False, reach: WindowReach | None = None):
-        heads = project_heads(self, hidden_states, "qkv")
-        if not need_weights:
-            return self.o_proj(merge_heads(attend(heads["q"], heads["k"], heads["v"], reach=reach))), None
-        weights = attention_map(heads["q"], heads["k"], reach=reach)
-        return self.o_proj(merge_heads(weights @ heads["v"])), weights
+        return self_attention(self, self.o_proj, hidden_states, need_weights, reach)
 
 
 class SparTipsLayer(Tipsv2VisionLayer):
@@ -94,7 +89,7 @@ class SparTipsLayer(Tipsv2VisionLayer):
 
     def forward(self, hidden_states, need_weights: bool = False, reach: WindowReach | None = None):
         attended, weights = self.attention(self.norm1(hidden_states), need_weights, reach)
-        hidden_states = hidden_states + self.drop_path(self.layer_scale1(attended))
+        hidden_states = asking(hidden_states, reach) + self.drop_path(self.layer_scale1(attended))
         return hidden_states + self.drop_path(self.layer_scale2(self.mlp(self.norm2(hidden_states)))), weights
 
 
@@ -127,15 +122,6 @@ class SparTipsVisionModel(DenseVisionModel, Tipsv2VisionModel):
 
     def embed(self, pixels):
         return self.embeddings(pixels)
-
-    def run_blocks(self, tokens, grid_hw, first_block=0, need_weights=False):
-        inputs, maps = [], []
-        reach = self.reach(grid_hw, tokens.device)
-        for layer in self.blocks[first_block:]:
-            inputs.append(tokens)
-            tokens, weights = layer(tokens, need_weights, reach)
-            maps.append(weights)
-        return tokens, inputs, maps
 
     def project(self, tokens):
         normed = self.layernorm(tokens)

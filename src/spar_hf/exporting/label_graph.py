@@ -10,10 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from ..extras import extra_package
-from ..results_spar import COSINE_SCALE
 
 # Positions of one axis' pixels on the grid (`grid_spar.axis_positions`): the patch before, the patch after, the
 # weight of the one after.
@@ -116,21 +113,14 @@ label_map (
 }}
 """
 
-# What may be left out of a call.
-DEFAULTS = {
-    "contending": np.array([True]),
-    "logit_scale": np.array(COSINE_SCALE, np.float32),
-    "with_probabilities": np.array(False),
-}
-
 
 def label_graph(size_rule: str, patch_px: int, opset: int) -> Any:
     """The graph as an `onnx.ModelProto`.
 
     Inputs: `patch_embeds` (h, w, D) of one image; `text_embeds` (K, D); `class_ids` (K), the class of each name;
-    `size_hw`, height and width of the label map; `image_hw`, those of the pixels that the vision tower saw; and, as
-    wanted, `contending` (K), which names may win, `logit_scale`, the factor on cosines before the soft-max, and
-    `with_probabilities`.
+    `size_hw`, height and width of the label map; `image_hw`, those of the pixels that the vision tower saw;
+    `contending` (K or 1), which names may win; `logit_scale`, the factor on cosines before the soft-max; and
+    `with_probabilities`. None has a default: onnxruntime-web takes no value for an input that has one.
 
     Outputs, each (H, W): `labels`, the class of the best name, int32; `cosines`, its score; `probabilities`, of its
     class, those of its names added up; 1 where they are not asked for.
@@ -148,7 +138,5 @@ def label_graph(size_rule: str, patch_px: int, opset: int) -> Any:
     }
     text = GRAPH.format(opset=opset, patch_px=patch_px, patch_less_1=patch_px - 1, **axes)
     model = parser.parse_model(text)
-    for name, value in DEFAULTS.items():  # an input with an initializer may be left out
-        model.graph.initializer.append(onnx.numpy_helper.from_array(value, name))
     onnx.checker.check_model(model)
     return model

@@ -1,0 +1,132 @@
+"""The label map of a raster as a GeoTIFF: tiled, compressed, written window by window, whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from xml.sax.saxutils import escape
+
+import numpy as np
+
+from ..files import whole_files
+from ..image_file_spar import one_line
+from ..visualize import palette
+from .source import Raster, Rectangle, quiet_gdal
+
+TILE_PX = 512
+SMALLEST_OVERVIEW_PX = 256
+
+
+def no_class_value(num_classes: int) -> int:
+    """What a pixel without a class is in a label map: the highest value of its type, as in `label_map_image`."""
+    return 255 if num_classes <= 255 else 65535
+
+
+class MapWriter:
+    """A map that grows in a draft: `write` each window once, then `finish`.
+
+    Args:
+        draft: the file to write.
+        raster: gives size, place on Earth and projection.
+        dtype: of the values.
+        nodata: the value of a pixel that is none; None: there is no such value.
+        class_names: of a label map.
+
+    Raises:
+        OSError: the disk is full.
+    """
+
+    def __init__(
+        self,
+        rasterio: Any,
+        draft: Path,
+        raster: Raster,
+        dtype: str,
+        nodata: int | None,
+        class_names: Sequence[str] = (),
+    ) -> None:
+        self._rasterio, self.draft = rasterio, draft
+        self._sums: dict[tuple[int, int, int, int], int] = {}
+        data, (height, width) = raster.dataset, raster.size_hw
+        gcps, gcps_crs = data.gcps
+        profile = {
+            "driver": "GTiff", "height": height, "width": width, "count": 1, "dtype": dtype, "nodata": nodata,
+            "tiled": True, "blockxsize": TILE_PX, "blockysize": TILE_PX, "compress": "deflate", "bigtiff": "IF_SAFER",
+        }  # fmt: skip
+        if raster.is_georeferenced:
+            profile |= {"crs": gcps_crs, "gcps": gcps} if gcps else {"crs": data.crs, "transform": data.transform}
+            if data.rpcs:
+                profile["rpcs"] = data.rpcs
+        self._file = self._tried(rasterio.open, draft, "w", **profile)
+        if class_names:
+            self._file.update_tags(CLASS_NAMES=json.dumps(list(class_names), ensure_ascii=False))
+            if dtype == "uint8":
+                colours = palette(len(class_names))
+                table = {index: (*map(int, colour), 255) for index, colour in enumerate(colours)}
+                self._file.write_colormap(1, {**table, nodata: (0, 0, 0, 0)})
+
+    def write(self, window: Rectangle, values: np.ndarray) -> None:
+        """Puts (h, w) into a window whose corner is a multiple of `TILE_PX`."""
+        rows, columns = window
+        self._sums[rows.start, rows.stop, columns.start, columns.stop] = zlib.crc32(np.ascontiguousarray(values))
+        self._tried(self._file.write, values, 1, window=((rows.start, rows.stop), (columns.start, columns.stop)))
+
+    def finish(self) -> None:
+        """Makes the overviews and reads all back: GDAL tells of some failed writes to nobody."""
+        height, width = self._file.shape
+        factors = [2**n for n in range(1, 30) if max(height, width) / 2 ** (n - 1) > SMALLEST_OVERVIEW_PX]
+        if factors:
+            mode = self._rasterio.enums.Resampling.mode
+            self._tried(self._file.build_overviews, factors, mode)
+        self._tried(self._file.close)
+        with self._tried(self._rasterio.open, self.draft) as written:
+            for (top, bottom, left, right), expected in self._sums.items():
+                values = self._tried(written.read, 1, window=((top, bottom), (left, right)))
+                if zlib.crc32(np.ascontiguousarray(values)) != expected:
+                    raise self._failure("what was written reads back differently")
+
+    def close(self) -> None:
+        """After a failure."""
+        try:
+            self._file.close()
+        except Exception:  # it failed before
+            return
+
+    def _tried(self, call: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return call(*args, **kwargs)
+        except MemoryError:
+            raise
+        except Exception as error:  # GDAL's errors, by many names
+            raise self._failure(one_line(error.__cause__ or error)) from error
+
+    def _failure(self, reason: str) -> OSError:
+        """A failed write, which is nearly always a full disk or a limit of the file's size."""
+        number = errno.EIO
+        full = any(
+            word in reason for word in ("No space", "too large", "Write error", "writ", "SetSize", "back differently")
+        )
+        if full or shutil.disk_usage(self.draft.parent).free < 2**20:
+            number = errno.ENOSPC
+        return OSError(number, f"{self.draft.name} can't be written ({reason})")
+
+
+def write_categories(path: Path, class_names: Sequence[str]) -> None:
+    """The class names in the file beside a GeoTIFF where GDAL and QGIS look for them."""
+    names = "".join(f"<Category>{escape(_printable(name))}</Category>" for name in class_names)
+    text = f'<PAMDataset><PAMRasterBand band="1"><CategoryNames>{names}</CategoryNames></PAMRasterBand></PAMDataset>\n'
+    with whole_files(path) as (draft,):
+        draft.write_text(text, encoding="utf-8")
+
+
+def _printable(name: str) -> str:
+    """Without what XML can't hold."""
+    return "".join(char if char.isprintable() else " " for char in name)
+
+
+__all__ = ["TILE_PX", "MapWriter", "no_class_value", "quiet_gdal", "write_categories"]
