@@ -102,7 +102,8 @@ def bank_for(
     """A bank of small random pictures for a method and these networks."""
     given = {**{name: small("dino") for name in METHODS[method].bank}, **networks}
     chosen = {"networks": given, "settings": SETTINGS.get(method)}
-    return build_bank(path, method, model, processor, pictures(6, labels), progress=False, **chosen)
+    references = pictures(1, labels, size_hw=(48, 64)) if METHODS[method].bank else pictures(6, labels)  # slow
+    return build_bank(path, method, model, processor, references, progress=False, **chosen)
 
 
 def blip_model() -> Blip:

@@ -1,6 +1,6 @@
 """`spaces/browser`: its modules in Node against the package, and the built page in a real Chromium.
 
-    make browser && SPAR_PAGE=spaces/browser/dist pytest -m browser tests/test_static_page.py
+    make browser && SPAR_PAGE=dist/browser pytest -m browser tests/test_static_page.py
 
 Without SPAR_PAGE the page is built first. Skipped where there is no npm or no Chromium.
 """
@@ -49,7 +49,7 @@ FLAGS = [
     "--use-fake-device-for-media-stream",
     "--use-fake-ui-for-media-stream",
 ]
-WAIT_MS = 300_000
+WAIT_MS = 120_000
 WORDS = "cake; car, automobile; tree; apple; star; sea; sky; sand"
 EXAMPLES = {
     "demo.png": WORDS,
@@ -415,8 +415,10 @@ def alert(page: Any, text: str, viewer: str = "#answer") -> str:
 
 @pytest.fixture(scope="module")
 def page(visit) -> Any:
-    """One page for the tests that leave it as they find it."""
-    return visit()
+    """One page for the tests that leave it as they find it; what is under *Model* can be reached."""
+    opened = visit()
+    opened.locator("#model").evaluate("one => { one.open = true; }")
+    return opened
 
 
 def test_the_page_is_isolated_and_has_threads(page):
@@ -581,7 +583,9 @@ def test_mistakes_are_told_in_one_line(page, tmp_path):
         choose(page, path)
         page.locator("#words").fill("sky; sand")
         page.locator("#run").click()
-        alert(page, f"“{path.name}” is no picture that this browser can read, or it is damaged; save it as PNG or JPEG.")
+        alert(
+            page, f"“{path.name}” is no picture that this browser can read, or it is damaged; save it as PNG or JPEG."
+        )
     choose(page, PICTURES / "demo.png")
     for typed, told in (
         ("", "There are no words yet. Type what you look for, such as: road; car, automobile; sky"),
@@ -595,7 +599,6 @@ def test_mistakes_are_told_in_one_line(page, tmp_path):
 
 
 def load_address(page: Any, address: str) -> None:
-    page.locator("#model").evaluate("one => { one.open = true; }")
     page.locator("#address").fill(address)
     page.locator("#load").click()
 
@@ -759,5 +762,16 @@ def test_the_keyboard_reaches_everything(page):
     for _ in range(40):
         page.keyboard.press("Tab")
         reached.add(page.evaluate("document.activeElement.id || document.activeElement.closest('[id]').id"))
-    wanted = {"camera", "words", "vocabulary", "model", "examples", "tab-segment", "run", "threshold", "answer", "save-map"}
+    wanted = {
+        "camera",
+        "words",
+        "vocabulary",
+        "model",
+        "examples",
+        "tab-segment",
+        "run",
+        "threshold",
+        "answer",
+        "save-map",
+    }
     assert wanted <= reached, wanted - reached

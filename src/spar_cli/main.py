@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -31,7 +32,7 @@ COMMANDS = {
 
 EPILOG = """examples:
   spar segment street.jpg --labels "road; car, automobile; sky"
-  spar segment photos/*.jpg --labels "dog; grass" --model openai/clip-vit-base-patch16 --output results
+  spar segment photos/ --labels "dog; grass" --model openai/clip-vit-base-patch16 --output results --resume
   spar features street.jpg --output features
   spar methods
   spar evaluate --benchmark picturebook --scale 4 --limit 20
@@ -107,7 +108,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def run() -> int | None:
         with _loudness(verbose, with_pytorch):
-            return COMMANDS[args.command].run(args)
+            status = COMMANDS[args.command].run(args)
+        if "WORLD_SIZE" in os.environ:
+            from spar_hf.processes import leave
+
+            leave()
+        return status
 
     remedy = "give a smaller --short-side, or --dtype bfloat16"
     return exit_status(run, "spar", FLAGS, remedy, verbose)

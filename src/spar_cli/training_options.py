@@ -148,6 +148,18 @@ def add_teacher_flags(parser: argparse.ArgumentParser) -> None:
         default=TargetSettings.target,
         help="how score maps become features: the network's own moved towards the words, or the words' mean",
     )
+    group.add_argument(
+        "--teacher-upsample",
+        metavar="NAME[=FOLDER]",
+        type=text,
+        help="an upsampler of its features, as 'spar segment --upsample'; a patch learns the mean of its cells",
+    )
+    group.add_argument(
+        "--teacher-upsample-factor",
+        type=whole_number,
+        metavar="N",
+        help="cells of the finer grid to a patch's side (default: one for each pixel)",
+    )
     group.add_argument("--teacher-reach", choices=REACHES, help="how far its attention reaches")
     group.add_argument(
         "--window-px",
@@ -204,6 +216,8 @@ def teacher_spec(args: argparse.Namespace) -> TeacherSpec:
         settings=dict(args.teacher_set),
         refine=tuple(args.teacher_refine),
         target=TargetSettings(target=args.target),
+        upsample=args.teacher_upsample,
+        upsample_factor=args.teacher_upsample_factor,
     )
 
 

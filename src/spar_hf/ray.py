@@ -48,7 +48,7 @@ def _column(values: list[Any]) -> np.ndarray:
 
 def _png(result: Mapping[str, Any]) -> bytes:
     buffer = io.BytesIO()
-    label_map_image(result["segmentation"]).save(buffer, format="PNG")
+    label_map_image(result["segmentation"], result["labels"]).save(buffer, format="PNG")
     return buffer.getvalue()
 
 

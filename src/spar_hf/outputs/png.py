@@ -11,12 +11,14 @@ from ..visualize import label_map_image, overlay, scores_image
 from .classes import class_text
 from .picture import File, PictureResult
 
+QUICK = 1  # zlib's level: of an overlay, a sixth larger than at 6 and made in a quarter of the time
+
 
 def png(found: PictureResult) -> dict[str, File]:
     """The overlay with its legend, the label map, and the scores where they are asked for."""
     result = found.result
     tinted = overlay(found.image, result["segmentation"], result["labels"])
-    files = {"overlay": _file(found, "overlay", tinted), **label_map(found)}
+    files = {"overlay": _file(found, "overlay", tinted, compress_level=QUICK), **label_map(found)}
     if found.with_scores:
         files["scores"] = _file(found, "scores", scores_image(result["scores"]))
     return files
