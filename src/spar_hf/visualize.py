@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # only `pca_picture` needs PyTorch; the others serve without 
 
 MIN_SIDE_PX = 480  # smaller pictures are enlarged by a whole factor, so that outlines and legend can be read
 MIN_LEGEND_PX = 240
+DISTINCT_COLOURS = 1024  # nobody tells more apart, and finding them takes a second
 MAX_LEGEND_ROWS = 24  # more classes than this share one last line
 BAND_PIXELS = 2**21  # of a picture that is worked on at a time
 INK, PAPER, FRAME = (32, 33, 36), (255, 255, 255), (140, 140, 140)
@@ -77,7 +78,8 @@ def palette(num_classes: int) -> np.ndarray:
     """Colours that stay apart from each other, with and without red-green colour blindness.
 
     Begins with the colours of Okabe and Ito. Each further one is the candidate farthest (in OKLab, under the least
-    favourable of the three visions) from all before it, so `palette(n)` is the beginning of `palette(n + 1)`.
+    favourable of the three visions) from all before it, so `palette(n)` is the beginning of `palette(n + 1)`. After
+    `DISTINCT_COLOURS` they come again.
 
     Args:
         num_classes: How many colours; at least 0.
@@ -96,11 +98,11 @@ def palette(num_classes: int) -> np.ndarray:
     nearest = np.full(len(candidates), np.inf)
     for chosen in _seen_by_each_vision(np.array(colours)):
         nearest = np.minimum(nearest, np.linalg.norm(seen - chosen, axis=-1).min(axis=-1))
-    while len(colours) < num_classes:
+    while len(colours) < min(num_classes, DISTINCT_COLOURS):
         best = int(nearest.argmax())
         colours.append(candidates[best])
         nearest = np.minimum(nearest, np.linalg.norm(seen - seen[best], axis=-1).min(axis=-1))
-    table = np.array(colours, dtype=np.uint8)[:num_classes].reshape(num_classes, 3)
+    table = np.resize(np.array(colours, dtype=np.uint8), (max(num_classes, len(colours)), 3))[:num_classes]
     table.setflags(write=False)
     return table
 

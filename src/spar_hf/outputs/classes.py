@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import lru_cache
 from typing import Any
 
 from ..prompts_spar import Labels
@@ -15,6 +16,7 @@ def class_table(labels: Labels) -> list[dict[str, Any]]:
     return [{"id": index, "name": name, "colour": "#{:02x}{:02x}{:02x}".format(*rgb)} for index, name, rgb in rows]
 
 
+@lru_cache(maxsize=4)  # every picture has it
 def class_text(labels: Labels) -> str:
     """`class_table` as JSON, for the metadata of files."""
     return json.dumps(class_table(labels), ensure_ascii=False)

@@ -13,6 +13,8 @@ from .picture import File, PictureResult
 
 QUICK = 1  # zlib's level: of an overlay, a sixth larger than at 6 and made in a quarter of the time
 
+LONG_TEXT = 4096  # characters; more are compressed
+
 
 def png(found: PictureResult) -> dict[str, File]:
     """The overlay with its legend, the label map, and the scores where they are asked for."""
@@ -26,8 +28,8 @@ def png(found: PictureResult) -> dict[str, File]:
 
 def label_map(found: PictureResult) -> dict[str, File]:
     """The label map in the classes' colours, with their ids, names and colours as JSON in the text `classes`."""
-    text = PngInfo()
-    text.add_itxt("classes", class_text(found.labels))
+    text, classes = PngInfo(), class_text(found.labels)
+    text.add_itxt("classes", classes, zip=len(classes) > LONG_TEXT)
     picture = label_map_image(found.result["segmentation"], found.labels)
     return {"label_map": _file(found, "labels", picture, pnginfo=text)}
 
