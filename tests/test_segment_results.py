@@ -209,10 +209,8 @@ def test_rasters_have_the_ids_colours_and_thresholds_of_a_saved_vocabulary(here,
     with rasterio.open("spar-output/scene-labels.tif") as raster:
         values, colours = raster.read(1), raster.colormap(1)
         assert [row["id"] for row in json.loads(raster.tags(1)["classes"])] == [7, 26, 23]
-    assert set(np.unique(values)) <= {7, 26, 23, 255} and (colours[26], colours[7]) == (
-        (0, 0, 128, 255),
-        (128, 64, 128, 255),
-    )
+    assert set(np.unique(values)) <= {7, 26, 23, 255}
+    assert (colours[26], colours[7]) == ((0, 0, 128, 255), (128, 64, 128, 255))
     (record,) = json.loads(Path("r.json").read_text())["images"]
     assert {entry["id"]: entry["area_fraction"] for entry in record["classes"]} == {
         number: pytest.approx((values == number).mean()) for number in (7, 26, 23)

@@ -47,15 +47,19 @@ EPILOG = """examples:
       edges that follow the picture; 'spar methods' lists the refinements
   spar segment street.jpg --labels "road; car; sky" --method textregion --masks masks
       regions from masks/street.png or masks/street.json; --network regions=slic: superpixels; else SAM 2
-  spar segment street.jpg --labels car --background-threshold 0.5
+  spar segment street.jpg --labels car --other 0.5
       only what is surely a car; the rest has no class
   spar segment street.jpg --labels "road; car; sky" --window-px native --stride-px 24
       slow: a window slides over the picture, SPAR's teacher
+  spar segment photos/*.jpg --labels @classes.csv --format coco --instances --min-area 64
+      what other tools read: coco, geojson, geotiff, yolo, score maps (docs/results.md)
+  spar segment clip.mp4 --labels "road; car; sky" --smooth 0.8
+      a video, frame by frame
 
 files:
   NAME-overlay.png  the picture tinted by class, with a legend
-  NAME-labels.png   the label map: the value of a pixel is the position of its class in --labels, from 0; a pixel
-                    without a class has the highest value, 255 or 65535
+  NAME-labels.png   the label map: the value of a pixel is the position of its class in --labels, from 0, or its id
+                    in a file of labels; a pixel without a class has the highest value, 255 or 65535
 
 """ + MANY.replace("COMMAND", "segment")
 

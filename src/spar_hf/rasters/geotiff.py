@@ -67,7 +67,7 @@ class MapWriter:
             self._file.update_tags(CLASS_NAMES=json.dumps(labels.class_names, ensure_ascii=False))
             self._file.update_tags(1, classes=class_text(labels))
             if dtype == "uint8":
-                self._file.write_colormap(1, {**colour_table(labels), nodata: (0, 0, 0, 0)})
+                self._file.write_colormap(1, {**colour_table(labels), 255: (0, 0, 0, 0)})  # no class
 
     def write(self, window: Rectangle, values: np.ndarray) -> None:
         """Puts (h, w) into a window whose corner is a multiple of `TILE_PX`."""
