@@ -33,7 +33,7 @@ from .build import build_encoder, build_segmenter
 from .checkpoints import load
 from .image_file_spar import InvalidImageError
 from .image_io_spar import read_image
-from .names_spar import one_of
+from .names_spar import unknown
 from .pipeline_spar import OpenVocabularySegmentationPipeline
 from .results_spar import SegmentationResult
 from .visualize import label_map_image
@@ -181,7 +181,10 @@ class Segment(_Pictures):
         refine: Iterable[str] = (),
         **thresholds: Any,
     ) -> None:
-        self.results = tuple(one_of("result", name, RESULTS) for name in results)
+        self.results = tuple(results)
+        for name in self.results:
+            if name not in RESULTS:
+                raise ValueError(unknown("result", name, RESULTS))
         super().__init__(model, column, batch_size, dtype, device, short_side)
         self.segmenter = build_segmenter(
             self.model,
