@@ -104,7 +104,7 @@ class _Pictures:
         if self.column not in batch:
             raise ValueError(f"the data have no column {self.column!r}; their columns: {', '.join(batch)}")
         errors: list[str | None] = []
-        of_one_size = defaultdict(list)  # (number, pixel values, size before)
+        of_one_size: defaultdict[Any, list[Any]] = defaultdict(list)  # (number, pixel values, size before)
         for number, stored in enumerate(batch[self.column]):
             try:
                 pixels, size_hw = self._read(stored, f"picture {number} of the batch")
@@ -115,8 +115,8 @@ class _Pictures:
         rows: list[dict[str, Any]] = [dict.fromkeys(self.columns) for _ in errors]
         for pictures in of_one_size.values():
             for start in range(0, len(pictures), self.batch_size):
-                numbers, pixels, sizes_hw = zip(*pictures[start : start + self.batch_size], strict=True)
-                for number, row in zip(numbers, self.find(torch.stack(pixels), list(sizes_hw)), strict=True):
+                numbers, of_all, sizes_hw = zip(*pictures[start : start + self.batch_size], strict=True)
+                for number, row in zip(numbers, self.find(torch.stack(of_all), list(sizes_hw)), strict=True):
                     rows[number] = row
         return {
             **{name: values for name, values in batch.items() if name != self.column},
@@ -224,8 +224,6 @@ class Features(_Pictures):
         encoder: method, networks, settings, window, ...; see `build_encoder`.
     """
 
-    columns = ("features",)  # type: ignore[assignment]
-
     def __init__(
         self,
         model: str,
@@ -239,6 +237,10 @@ class Features(_Pictures):
     ) -> None:
         super().__init__(model, column, batch_size, dtype, device, short_side)
         self.encoder = build_encoder(self.model.vision_model, encoder.pop("method", None), **encoder)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return ("features",)
 
     @torch.inference_mode()
     def find(self, pixel_values: torch.Tensor, sizes_hw: list[tuple[int, int]]) -> list[dict[str, Any]]:
