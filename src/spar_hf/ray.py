@@ -85,8 +85,11 @@ class _Pictures:
         raise NotImplementedError
 
     @property
-    def columns(self) -> tuple[str, ...]:
-        """The names of the new columns."""
+    def columns(self) -> dict[str, Any]:
+        """The new columns by name, and what stands there for a picture that cannot be read.
+
+        It has the type of the others, for a block of nothing but nulls would have another in Parquet.
+        """
         raise NotImplementedError
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,23 +99,24 @@ class _Pictures:
             batch: column by name, as Ray Data gives it (`batch_format="numpy"`).
 
         Returns:
-            The other columns, the new ones, and `error`: why a picture cannot be read; its new columns are empty.
+            The other columns, the new ones, and `error`: why a picture cannot be read, whose new columns are empty;
+            empty for the others.
 
         Raises:
             ValueError: there is no such column.
         """
         if self.column not in batch:
             raise ValueError(f"the data have no column {self.column!r}; their columns: {', '.join(batch)}")
-        errors: list[str | None] = []
+        errors: list[str] = []
         of_one_size: defaultdict[Any, list[Any]] = defaultdict(list)  # (number, pixel values, size before)
         for number, stored in enumerate(batch[self.column]):
             try:
                 pixels, size_hw = self._read(stored, f"picture {number} of the batch")
                 of_one_size[pixels.shape].append((number, pixels, size_hw))
-                errors.append(None)
+                errors.append("")
             except InvalidImageError as error:
                 errors.append(str(error))
-        rows: list[dict[str, Any]] = [dict.fromkeys(self.columns) for _ in errors]
+        rows: list[dict[str, Any]] = [self.columns for _ in errors]
         for pictures in of_one_size.values():
             for start in range(0, len(pictures), self.batch_size):
                 numbers, of_all, sizes_hw = zip(*pictures[start : start + self.batch_size], strict=True)
@@ -204,8 +208,8 @@ class Segment(_Pictures):
         self.encoded = self.pipeline.encode_labels(labels, segmenter=self.segmenter)  # once, for all pictures
 
     @property
-    def columns(self) -> tuple[str, ...]:
-        return self.results
+    def columns(self) -> dict[str, Any]:
+        return {name: b"" if name == "label_map" else "" for name in self.results}
 
     def find(self, pixel_values: torch.Tensor, sizes_hw: list[tuple[int, int]]) -> list[dict[str, Any]]:
         found = self.pipeline.from_pixels(pixel_values, sizes_hw, self.encoded, self.segmenter, **self.thresholds)
@@ -239,8 +243,8 @@ class Features(_Pictures):
         self.encoder = build_encoder(self.model.vision_model, encoder.pop("method", None), **encoder)
 
     @property
-    def columns(self) -> tuple[str, ...]:
-        return ("features",)
+    def columns(self) -> dict[str, Any]:
+        return {"features": b""}
 
     @torch.inference_mode()
     def find(self, pixel_values: torch.Tensor, sizes_hw: list[tuple[int, int]]) -> list[dict[str, Any]]:
