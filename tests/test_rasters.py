@@ -15,19 +15,20 @@ import numpy as np
 import pytest
 import rasterio
 import torch
-from conftest import PATCH_PX
+from conftest import PATCH_PX, randomise
 from families import KINDS, whole_model
 from PIL import Image
 from rasterio.control import GroundControlPoint
 from rasterio.enums import ColorInterp
 from rasterio.transform import Affine, from_origin
+from torch import nn
 
 import spar_hf
 from spar_cli.main import main
 from spar_cli.raster import is_raster, tiff_tags
 from spar_hf.build import build_encoder, build_segmenter
 from spar_hf.encoders.sliding_window import SlidingWindow
-from spar_hf.grid_spar import POSITION_RULES, Part, part_of, resize_positions
+from spar_hf.grid_spar import POSITION_RULES, Part, part_of, resize_positions, upsample
 from spar_hf.image_file_spar import InvalidImageError
 from spar_hf.image_values_spar import ReadOptions
 from spar_hf.picture_book.dataset import PictureBook
@@ -114,7 +115,13 @@ def test_blocks_are_a_partition(grid_hw, side, around):
     assert (times == 1).all()
 
 
-@pytest.fixture(scope="module", params=["clip", *KINDS])
+QUICK = ("siglip", "eva02")  # padded, without prefix tokens; rotary positions with a class token
+
+
+@pytest.fixture(
+    scope="module",
+    params=["clip", *(pytest.param(kind, marks=[] if kind in QUICK else pytest.mark.slow) for kind in KINDS)],
+)
 def tower(request, make_vision, clip_tokenizer, tmp_path_factory):
     """A tower of each family, attention within reach."""
     if request.param == "clip":
@@ -123,7 +130,10 @@ def tower(request, make_vision, clip_tokenizer, tmp_path_factory):
     return build_encoder(whole_model(request.param, clip_tokenizer, folder).vision_model, reach="window")
 
 
-@pytest.mark.parametrize("size", SIZES_HW)
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("size", ["off_grid", *(pytest.param(n, marks=SLOW) for n in SIZES_HW if n != "off_grid")])
 def test_a_tower_in_blocks_is_its_whole_pass(tower, size, tmp_path):
     values = noise(SIZES_HW[size])
     if tower.config.size_rule == "stretch":  # of whole patches: a raster is not stretched
@@ -138,6 +148,22 @@ def test_a_tower_in_blocks_is_its_whole_pass(tower, size, tmp_path):
     )
     torch.testing.assert_close(found, whole, atol=2e-4 * float(whole.abs().max()), rtol=0)
     assert seen[-1][0] == seen[-1][1] and len(seen) == seen[-1][1]
+
+
+@pytest.mark.slow
+def test_a_tower_of_the_shape_of_vit_b_has_the_labels_of_its_whole_pass(tmp_path):
+    shape = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12}
+    config = spar_hf.SparVisionConfig(**shape, image_size=224, patch_size=16, projection_dim=512)
+    vision = build_encoder(spar_hf.SparVisionModel(config).eval(), reach="window")
+    randomise(vision, seed=3)
+    values = mosaic(2, 3)
+    with torch.inference_mode():
+        whole = vision(whole_pixels(values)).patch_embeds[0]
+    found = stored(tower_features(vision, grid_of(values, vision.config), Journal(tmp_path, "key"), 40, ignore))
+    text = torch.randn(512, 20, generator=torch.Generator().manual_seed(0))
+    unit = [nn.functional.normalize(features, dim=-1) for features in (found, whole)]
+    maps = [upsample((features @ text).permute(2, 0, 1), values.shape[:2]).argmax(0) for features in unit]
+    assert len(maps[1].unique()) > 2 and float((maps[0] != maps[1]).float().mean()) <= 1e-3
 
 
 @pytest.mark.parametrize("window_px, stride_px", [(64, 24), (96, 48), (32, 32)])
@@ -291,9 +317,7 @@ def test_overviews_are_of_the_commonest_class(tmp_path):
 
 def test_ground_control_points_and_nothing_at_all_are_kept(tmp_path):
     points = [GroundControlPoint(row=r, col=c, x=10 + c / 1e4, y=50 - r / 1e4) for r, c in ((0, 0), (0, 99), (99, 0))]
-    path = write_raster(tmp_path / "gcps.tif", mosaic(1, 1), transform=None, crs=None, gcps=points)
-    with rasterio.open(path, "r+") as file:
-        file.gcps = (points, rasterio.crs.CRS.from_epsg(4326))
+    path = write_raster(tmp_path / "gcps.tif", mosaic(1, 1), transform=None, crs="EPSG:4326", gcps=points)
     run_raster(path, tmp_path)
     with rasterio.open(tmp_path / "out" / "labels.tif") as file:
         assert len(file.gcps[0]) == 3 and file.gcps[1].to_epsg() == 4326
@@ -440,7 +464,7 @@ def test_a_stopped_run_goes_on_where_it_was(chosen, tmp_path, monkeypatch):
     monkeypatch.setattr("spar_hf.rasters.features.RECORD_S", 0.0)
     path = write_raster(tmp_path / "scene.tif", mosaic(2, 2))
     own, done = tiny(**({"reach": "window"} | chosen)), []
-    expected = run_raster(path, tmp_path / "whole", tiny=own, progress=lambda *now: done.append(now))
+    expected = run_raster(path, tmp_path / "whole", tiny=own, side=36, progress=lambda *now: done.append(now))
     total = done[-1][1]
     for stop in (2, total // 2, total - 1):
 
@@ -450,10 +474,10 @@ def test_a_stopped_run_goes_on_where_it_was(chosen, tmp_path, monkeypatch):
                 raise Stopped
 
         with pytest.raises(Stopped):
-            run_raster(path, tmp_path, tiny=own, progress=progress)
+            run_raster(path, tmp_path, tiny=own, side=36, progress=progress)
         assert not (tmp_path / "out" / "labels.tif").exists()
     done.clear()
-    found = run_raster(path, tmp_path, tiny=own, progress=lambda *now: done.append(now))
+    found = run_raster(path, tmp_path, tiny=own, side=36, progress=lambda *now: done.append(now))
     assert len(done) <= 2  # the last record is of a block before the last stop
     np.testing.assert_array_equal(found, expected)
     assert not (tmp_path / "out" / ".labels.work").exists()
