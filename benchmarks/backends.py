@@ -5,8 +5,9 @@
 
 For each backend: CPU seconds of a pass (median of the rounds), the ratio to PyTorch in fp32 of the same run, and the
 memory that passes add to the loaded model; backends take turns in every round, each in a process of its own, so that a
-noisy machine disturbs all alike. Then mIoU of the shipped `tiny` on the picture book. Writes
-benchmarks/results/backends.json with the command.
+noisy machine disturbs all alike. Then mIoU of the shipped `tiny` on the picture book, and the seconds from the command
+line to the written label map of one small picture, with PyTorch and without. Writes benchmarks/results/backends.json
+with the command, and the table of docs/export.md.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import argparse
 import multiprocessing as mp
 import resource
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,18 +26,31 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from record import origin
 
+from spar_cli.methods import renew
 from spar_hf import FromFeatures, SparVisionConfig, SparVisionModel, SparVisionOutput, export, load
 from spar_hf.evaluation import evaluate, load_benchmark
-from spar_hf.exporting.arithmetic import to_int8
+from spar_hf.evaluation.evaluate import markdown_table
+from spar_hf.exporting.arithmetic import to_int8, to_static_int8
 from spar_hf.exporting.graphs import VISION_OUTPUTS, FusedAttention, to_onnx, vision_program
 from spar_hf.files import write_json
 from spar_hf.grid_spar import fit_to_patches
 from spar_onnx.folder import open_session
 
+GRAPHS = (("onnxruntime fp32", ""), ("onnxruntime int8", "_int8"), ("onnxruntime int8-static", "_int8_static"))
+SPAR = [sys.executable, "-c", "import sys; from spar_cli.main import main; sys.exit(main())"]  # the script's content
 RESULTS = Path(__file__).parent / "results" / "backends.json"
-BACKENDS = ("pytorch fp32", "pytorch bf16", "torch.compile fp32", "onnxruntime fp32", "onnxruntime int8")
+DOCS = Path(__file__).parents[1] / "docs" / "export.md"
+BACKENDS = (
+    "pytorch fp32",
+    "pytorch bf16",
+    "torch.compile fp32",
+    "onnxruntime fp32",
+    "onnxruntime int8",
+    "onnxruntime int8-static",
+)
 
 
 def vit_b16() -> SparVisionModel:
@@ -76,6 +92,8 @@ def speed(size_hw: tuple[int, int], rounds: int, threads: int, backends: list[st
             program = vision_program(vit_b16())
         to_onnx(program, folder / "fp32.onnx", "pixel_values", VISION_OUTPUTS, 20)
         to_int8(folder / "fp32.onnx", folder / "int8.onnx")
+        seen = [scene.numpy() for scene in torch.randn(2, 1, 3, 224, 224, generator=torch.Generator().manual_seed(1))]
+        to_static_int8(folder / "fp32.onnx", folder / "int8-static.onnx", "pixel_values", seen)
         context = mp.get_context("spawn")
         running = {}
         for backend in backends:
@@ -124,9 +142,9 @@ def quality(scenes: int, scale: float, threads: int) -> dict[str, float]:
     book = load_benchmark("picturebook", scale=scale, native_px=model.config.vision_config.image_size)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "tiny"
-        export(model, processor, folder, dtypes=("float32", "int8"), scenes=1)
+        export(model, processor, folder, dtypes=("float32", "int8", "int8-static"), scenes=1)
         encoders: dict[str, Any] = {"pytorch fp32": model.vision_model, "pytorch bf16": half.vision_model}
-        for backend, ending in (("onnxruntime fp32", ""), ("onnxruntime int8", "_int8")):
+        for backend, ending in GRAPHS:
             session = open_session(folder / "onnx" / f"vision_model{ending}.onnx", threads)
             encoders[backend] = OnnxEncoder(model.vision_model, session)
         found = {}
@@ -135,6 +153,56 @@ def quality(scenes: int, scale: float, threads: int) -> dict[str, float]:
             result = evaluate(segmenter, processor, book, limit=scenes, progress=False)
             found[backend] = round(100 * float(np.nan_to_num(result.mean_iou)), 2)
     return found
+
+
+def start_up(rounds: int) -> dict[str, float]:
+    """Seconds of `spar segment` for one picture of the native size, the least of the rounds."""
+    model, processor = load("tiny")
+    native = model.config.vision_config.image_size
+    seconds: dict[str, list[float]] = {"pytorch": [], "onnxruntime": []}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        export(model, processor, folder / "tiny", scenes=1)
+        Image.new("RGB", (native, native), "green").save(folder / "green.png")
+        for _ in range(rounds):
+            for backend, checkpoint in (("pytorch", "tiny"), ("onnxruntime", str(folder / "tiny"))):
+                command = [*SPAR, "segment", str(folder / "green.png"), "--labels", "sky; sea"]
+                started = time.perf_counter()
+                subprocess.run(
+                    [*command, "--model", checkpoint, "--output", str(folder / "out")], check=True, capture_output=True
+                )
+                seconds[backend].append(time.perf_counter() - started)
+    return {backend: round(min(found), 2) for backend, found in seconds.items()}
+
+
+def write_docs(result: dict[str, Any], path: Path = DOCS) -> None:
+    """Renews the table of docs/export.md."""
+    height, width = result["size_hw"]
+    miou, machine = result["picture_book"]["miou"], result["machine"]
+    rows = [
+        [
+            backend,
+            f"{row['cpu_seconds']:.2f}",
+            f"{row['times_pytorch_fp32']:.2f}",
+            f"{row['memory_mb']:.0f}",
+            f"{miou[backend]:.1f}" if backend in miou else "",
+        ]
+        for backend, row in result["speed"].items()
+    ]
+    book, start = result["picture_book"], result["start_up"]
+    head = [
+        f"ViT-B/16 of random weights at {width} x {height} px, CPU seconds of a pass, and mIoU of `tiny` on "
+        f"{book['scenes']} scenes at {book['scale']:g} times the native side ({machine['capability']}, "
+        f"{machine['threads']} thread; `{result['command']}`):",
+        "",
+    ]
+    tail = [
+        "",
+        f"`spar segment` of one picture of 128 px, from the command to the file: {start['onnxruntime']:.1f} s, with "
+        f"PyTorch {start['pytorch']:.1f} s.",
+    ]
+    header = ["", "s", "of PyTorch fp32", "MB over the model", "mIoU"]
+    renew(path, "backends", "\n".join([*head, *markdown_table(header, rows), *tail]))
 
 
 def main() -> None:
@@ -158,8 +226,11 @@ def main() -> None:
             "scale": args.scale,
             "miou": quality(args.scenes, args.scale, args.threads),
         },
+        "start_up": start_up(args.rounds),
     }
     write_json(args.output, result)
+    if args.output == RESULTS:
+        write_docs(result)
     for backend, row in result["speed"].items():
         miou = result["picture_book"]["miou"].get(backend)
         seconds, ratio, memory = row["cpu_seconds"], row["times_pytorch_fp32"], row["memory_mb"]

@@ -29,10 +29,11 @@ from spar_hf.checkpoints import load_tower
 from spar_hf.distillation.batches import Batches
 from spar_hf.distillation.cache import FeatureStore
 from spar_hf.distillation.selection import set_trainable
-from spar_hf.distillation.sources import PictureBookScenes, image_folder
+from spar_hf.distillation.sources import PictureBookScenes
 from spar_hf.distillation.teacher import Student, normalise, teacher_features
 from spar_hf.distillation.views import Augmentation, Views
 from spar_hf.files import write_json
+from spar_hf.sources import image_folder
 
 TRAINED_BLOCKS = 2
 LEARNING_RATE = 2e-5

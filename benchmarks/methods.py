@@ -16,20 +16,25 @@ import argparse
 import ctypes
 import statistics
 import time
+from collections.abc import Callable
+from dataclasses import asdict
 from operator import truediv
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from record import origin
+from transformers import SamVisionConfig, SamVisionModel
 
-from spar_hf import METHODS, SparVisionConfig, SparVisionModel, build_encoder, build_segmenter, label_map
+from spar_hf import METHODS, SparConfig, SparModel, build_encoder, build_segmenter, label_map, load
 from spar_hf.evaluation.evaluate import markdown_table
+from spar_hf.families import make_processor
 from spar_hf.files import write_json
+from spar_hf.methods.bank import Bank, network_digest
+from spar_hf.networks.blip import Blip
 from spar_hf.networks.masks import Regions
-from spar_hf.processing_spar import LabelFeatures
-from spar_hf.prompts_spar import Labels
+from spar_hf.networks.saliency import Found
+from spar_hf.networks.vit import ViT
 
 RESULTS = Path(__file__).parent / "results" / "methods.json"
 SIZES = ("448x448", "672x896", "1024x1024")
@@ -44,48 +49,104 @@ class Squares(torch.nn.Module):
         return Regions(ids=1 + 8 * rows[:, None] + columns)
 
 
-def further_network(name: str, checkpoint: str) -> Any:
-    """A random network of the size of its authors' checkpoint."""
-    from transformers import (
-        Dinov2WithRegistersConfig,
-        Dinov2WithRegistersModel,
-        SamVisionConfig,
-        SamVisionModel,
-        ViTConfig,
-        ViTModel,
-    )
+def vit(hidden: int, patch_px: int, side_px: int = 224) -> Any:
+    """A ViT of DINO's: small (384) or base (768)."""
+    from transformers import ViTConfig, ViTModel
 
-    if name == "regions":
-        return Squares()
-    if name == "sam":
-        return SamVisionModel(SamVisionConfig()).eval()
-    if checkpoint == "facebook/dinov2-with-registers-large":
-        large = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
-        return Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**large, image_size=518, patch_size=14)).eval()
-    patch_px = int(checkpoint.removeprefix("facebook/dino-vitb"))
-    return ViTModel(ViTConfig(patch_size=patch_px), add_pooling_layer=False).eval()
+    own = {"hidden_size": hidden, "intermediate_size": 4 * hidden, "num_attention_heads": hidden // 64}
+    return ViTModel(ViTConfig(**own, patch_size=patch_px, image_size=side_px), add_pooling_layer=False).eval()
+
+
+def dinov2(hidden: int, layers: int, registers: bool) -> Any:
+    """A ViT/14 of DINOv2's: base (768, 12) or large (1024, 24)."""
+    from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+
+    own = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": hidden // 64}
+    own |= {"image_size": 518, "patch_size": 14}
+    if registers:
+        return Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**own)).eval()
+    return Dinov2Model(Dinov2Config(**own)).eval()
+
+
+def blip() -> Any:
+    """BLIP large, with a tokenizer of letters and digits."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import BlipConfig, BlipForImageTextRetrieval, PreTrainedTokenizerFast
+
+    signs = "abcdefghijklmnopqrstuvwxyz0123456789"
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *signs, *(f"##{sign}" for sign in signs)]
+    backend = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+    text = {"encoder_hidden_size": 1024, "num_attention_heads": 12, "vocab_size": len(words)}
+    text |= {"bos_token_id": 2, "pad_token_id": 0, "sep_token_id": 3}
+    network = BlipForImageTextRetrieval(BlipConfig(text_config=text, vision_config={**vision, "image_size": 384}))
+    return Blip(network.eval(), PreTrainedTokenizerFast(tokenizer_object=backend, **special))
+
+
+def saliency() -> Any:
+    """FOUND on DINO ViT-S/8."""
+    return Found(ViT(vit(384, 8)), torch.randn(1, 384, 1, 1), torch.zeros(1))
+
+
+# By checkpoint, or by method and name where there is none of transformers, or none of the authors'.
+FURTHER: dict[str, Callable[[], Any]] = {
+    "facebook/dino-vitb8": lambda: vit(768, 8),
+    "facebook/dino-vitb16": lambda: vit(768, 16),
+    "facebook/dinov2-large": lambda: dinov2(1024, 24, False),
+    "facebook/dinov2-with-registers-large": lambda: dinov2(1024, 24, True),
+    "facebook/sam-vit-base": lambda: SamVisionModel(SamVisionConfig()).eval(),
+    "facebook/sam2-hiera-large": Squares,
+    "facebook/sam2.1-hiera-large": Squares,
+    "Salesforce/blip-itm-large-coco": blip,
+    "clip_diy.saliency": saliency,
+    "reco.dino": lambda: vit(384, 16),
+    "knn_clip.dino": lambda: dinov2(768, 12, False),
+}
+SETTINGS = {"knn_clip": {"neighbours": 16, "threshold": 0.5, "weight": 0.5}}  # the numbers don't change the time
+ENTRIES = 10_000  # of a bank of references
+
+
+def further_networks(name: str, model: Any, names: list[str]) -> dict[str, Any]:
+    """Random networks of the size of the authors', and a random bank of references."""
+    row = METHODS[name]
+    networks = {
+        key: FURTHER[checkpoint or f"{name}.{key}"]() for key, checkpoint in row.needs.items() if key != "bank"
+    }
+    if "bank" in row.needs:
+        widths = {"features": networks["dino"].config.hidden_size, "clip": model.config.projection_dim}
+        entries = len(names) if name == "reco" else ENTRIES  # a prototype a name
+        tensors = {key: torch.randn(entries, width) for key, width in widths.items()}
+        tensors["name"] = torch.arange(entries) % len(names)
+        digests = {"dino": network_digest(ViT.of(networks["dino"])), "clip": network_digest(model.vision_model)}
+        settings = asdict(row.module.Settings())
+        record = {"method": name, "names": names, "settings": settings, "networks": digests}
+        networks["bank"] = Bank(Path("random"), tensors, record)
+    return networks
 
 
 class Timed:
     """A method as a function of pixels, and the processor time that its networks' own passes took so far."""
 
-    def __init__(self, name: str, vision: SparVisionModel) -> None:
+    def __init__(self, name: str, model: SparModel, processor: Any) -> None:
         self.seconds = 0.0
         self.started: list[float] = []
-        row = METHODS[name]
-        networks = {key: further_network(key, checkpoint) for key, checkpoint in row.needs.items()}
+        row, names = METHODS[name], [f"name {number}" for number in range(21)]
+        networks = further_networks(name, model, names)
         if row.kind == "feature":
-            encoder: Any = build_encoder(vision, name, networks=networks)
+            encoder: Any = build_encoder(model.vision_model, name, networks=networks)
             self.run: Any = encoder
         else:
-            segmenter = build_segmenter(SimpleNamespace(vision_model=vision), None, name, networks=networks)
+            segmenter = build_segmenter(model, processor, name, networks=networks, settings=SETTINGS.get(name))
             encoder = segmenter.encoder
-            labels = Labels.parse([f"name {number}" for number in range(21)])
-            words = LabelFeatures(labels, torch.randn(21, vision.config.projection_dim))
+            words = segmenter.encode_labels(names, ("a photo of a {}.",))
             self.run = lambda pixels: [label_map(maps, words.class_ids) for maps in segmenter(pixels, words)]
         tower = getattr(encoder, "vision", encoder)
         for module in (tower.embeddings, *tower.blocks, *networks.values()):
             module = getattr(module, "vision_encoder", module)
+            if not isinstance(module, torch.nn.Module):  # a bank
+                continue
             module.register_forward_pre_hook(lambda *_: self.started.append(time.process_time()))
             module.register_forward_hook(self._ended)
 
@@ -99,8 +160,11 @@ class Timed:
 def build(names: list[str]) -> dict[str, Timed]:
     """The methods around one tower."""
     torch.manual_seed(0)
-    vision = SparVisionModel(SparVisionConfig()).eval()
-    return {name: Timed(name, vision) for name in names}
+    tokenizer = load("tiny")[1].tokenizer
+    text = {"num_hidden_layers": 2, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id}
+    model = SparModel(SparConfig(text_config=text, vision_config={})).eval()
+    processor = make_processor(model.config, tokenizer)
+    return {name: Timed(name, model, processor) for name in names}
 
 
 def pixels_of(size: str) -> torch.Tensor:

@@ -3,7 +3,10 @@
     python benchmarks/teachers.py --markdown docs/methods.md                    # every method, three seeds, then a mix
     python benchmarks/teachers.py --teachers maskclip naclip --scenes 16 --epochs 1 --limit 2 --output /tmp/t.json
     python benchmarks/teachers.py --report-only --markdown docs/methods.md      # table and picture from the JSON
+    python benchmarks/teachers.py --teachers trident lposs --network dino=DINO --network sam=SAM     # FOLDER or id
 
+A further network is NAME=ID, or METHOD.NAME=ID for one method alone, and so is a setting of a label method. Label
+methods teach through their score maps of the picture book's words, where --teachers names them.
 For each teacher: its features (training/cache_teacher.py) once, students on them (training/distill.py), and mean IoU
 of the teacher in its own sliding window, of its single pass and of each student's single pass. The student's last
 block is the checkpoint's (`own`), and for one seed the teacher's (`teacher`) where that is a row of the table. Last,
@@ -23,7 +26,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,19 +38,21 @@ from teachers_report import PAPERS, chapter, mean, plot
 
 import spar_hf
 from spar_cli.methods import renew
-from spar_hf.build import build_encoder
+from spar_cli.parser import name_and_value
+from spar_hf.build import build_encoder, build_segmenter
 from spar_hf.checkpoints import resolve
 from spar_hf.encoders.composition import Ensemble
 from spar_hf.evaluation import evaluate, load_benchmark
 from spar_hf.files import write_atomically, write_json
-from spar_hf.methods.table import METHODS
+from spar_hf.methods.table import METHODS, for_method
+from spar_hf.picture_book.dataset import CLASSES
 from spar_hf.reach_spar import REACHES
 from spar_hf.segmentation_spar import FromFeatures
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "teachers.json"
 CHECKPOINT = "tiny"  # who learns
-NAMES = [name for name, row in METHODS.items() if (row.kind, row.family) == ("feature", "clip")]
+NAMES = [name for name, row in METHODS.items() if row.family == "clip"]
 # Up to four times the native side, the largest scale that is measured by default.
 DATA = (
     f"--student {CHECKPOINT} --long-side-px 512 --short-side-px 512 --scale-range 0.25 1 --scale-law log-uniform "
@@ -68,12 +73,13 @@ QUIET_ON_ONE_THREAD = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF
 class Subject:
     """What is evaluated: a checkpoint as some methods run it (None: its own; several: the mean of their features).
 
-    `network` is the second one of the methods that need one.
+    `networks` and `settings` are by NAME or METHOD.NAME; see `for_method`. A label method is alone.
     """
 
     checkpoint: str
     methods: tuple[str | None, ...] = (None,)
-    network: str | None = None
+    networks: tuple[tuple[str, str], ...] = ()
+    settings: tuple[tuple[str, str], ...] = ()
     window: str | None = None
     reach: str | None = None
 
@@ -81,18 +87,34 @@ class Subject:
 def measure(subject: Subject, split: str, scale: float, limit: int, state_path: Path) -> dict[str, Any]:
     """Evaluates a subject at one scale; runs in a worker process."""
     model, processor = load(subject.checkpoint, "cpu")
-    needs = [method is not None and bool(METHODS[method].needs) for method in subject.methods]
-    rows = [
-        Row("", subject.checkpoint, None, method, subject.network if needed else None, subject.window, subject.reach)
-        for method, needed in zip(subject.methods, needs, strict=True)
+    choices = [
+        {
+            **Row("", subject.checkpoint, None, method, None, subject.window, subject.reach).choices(batch=32),
+            "networks": taken(method, subject.networks) or None,
+            "settings": for_method(method or "", subject.settings) or None,
+        }
+        for method in subject.methods
     ]
-    encoders = [build_encoder(model.vision_model, **row.choices(batch=32)) for row in rows]
-    encoder = encoders[0] if len(encoders) == 1 else Ensemble(encoders, normalise=True)
-    data = load_benchmark("picturebook", scale=scale, split=split, native_px=encoder.config.image_size)
-    segmenter = FromFeatures(encoder, model, processor)
+    if is_label(subject.methods[0]):
+        segmenter: Any = build_segmenter(model, processor, **choices[0])
+    else:
+        encoders = [build_encoder(model.vision_model, **choice) for choice in choices]
+        encoder = encoders[0] if len(encoders) == 1 else Ensemble(encoders, normalise=True)
+        segmenter = FromFeatures(encoder, model, processor)
+    data = load_benchmark("picturebook", scale=scale, split=split, native_px=segmenter.config.image_size)
     result = evaluate(segmenter, processor, data, limit=limit, progress=False, state_path=state_path)
     kept = ("num_images", "mean_iou", "pixel_accuracy", "boundary_iou", "seconds_per_image")
     return {"split": split, "scale": scale, **{name: getattr(result, name) for name in kept}}
+
+
+def taken(method: str | None, networks: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """The further networks of a method among those given."""
+    wanted = METHODS[method].networks if method is not None else {}
+    return {name: where for name, where in for_method(method or "", networks).items() if name in wanted}
+
+
+def is_label(method: str | None) -> bool:
+    return method is not None and METHODS[method].kind == "label"
 
 
 class Benchmark:
@@ -113,7 +135,9 @@ class Benchmark:
             **origin(threads=1),
             "checkpoint": CHECKPOINT,
             "own_block": spar_hf.SparVisionConfig.from_pretrained(resolve(CHECKPOINT)).method,
-            **{name: getattr(args, name) for name in ("scenes", "epochs", "seeds", "scales", "reach", "network")},
+            **{name: getattr(args, name) for name in ("scenes", "epochs", "seeds", "scales", "reach")},
+            "networks": dict(args.network),
+            "settings": dict(args.settings),
             "teachers": {},
             "results": [],
         }
@@ -133,17 +157,14 @@ class Benchmark:
         name, folder = "+".join(methods), self.args.work / "+".join(methods)
         with self.lock:
             self.document["teachers"][name] = list(methods)
-        network = self.args.network if any(METHODS[method].needs for method in methods) else None
-        single_pass = Subject(CHECKPOINT, tuple(methods), network)
+        single_pass = Subject(CHECKPOINT, tuple(methods), tuple(self.args.network), tuple(self.args.settings))
         sliding = replace(single_pass, window="paper")
         self.evaluate(name, "sliding", sliding)
         if self.args.mixed:
             self.evaluate(name, "sliding", sliding, split="validation")
         self.evaluate(name, "single pass", single_pass)
 
-        data = [*self.data, "--teacher-method", *methods, "--cache", str(folder / "features")]
-        needs = dict.fromkeys(name for method in methods for name in METHODS[method].needs) if network else {}
-        data += [word for name in needs for word in ("--teacher-network", f"{name}={network}")]
+        data = [*self.data, *self.teacher_flags(methods), "--cache", str(folder / "features")]
         runs = {student: folder / f"{student[0]}-seed{student[1]}" for student in self.students(methods)}
         commands = {}
         for (block, seed), output in runs.items():
@@ -160,6 +181,18 @@ class Benchmark:
                     state.unlink()
                 self.run(f"{name}: student {output.name}", commands[output], folder / f"{output.name}.log")
             self.evaluate(name, block, Subject(str(output / "model")), seed)
+
+    def teacher_flags(self, methods: Sequence[str]) -> list[str]:
+        """The words that say which teacher, for the scripts of training/."""
+        networks = {name: where for method in methods for name, where in taken(method, self.args.network).items()}
+        words = [word for name, where in networks.items() for word in ("--teacher-network", f"{name}={where}")]
+        if not is_label(methods[0]):
+            return ["--teacher-method", *methods, *words]
+        labels = self.args.work / "labels.txt"
+        write_atomically(labels, "".join(f"{', '.join(names)}\n" for names in CLASSES).encode())
+        settings = for_method(methods[0], self.args.settings)
+        words += [word for name, value in settings.items() for word in ("--teacher-set", f"{name}={value}")]
+        return ["--teacher-labels", methods[0], "--labels", f"@{labels}", *words]
 
     def shares_trunk(self, method: str) -> bool:
         """Whether a student with this row for its last block can learn on the stored trunk."""
@@ -179,9 +212,9 @@ class Benchmark:
         return own + [("teacher", seeds[0])] * other
 
     def best(self, count: int) -> list[str]:
-        """The methods that are the best teachers by the validation split at the largest scale."""
-        scale = max(self.args.scales)
-        known = {name: mean(self.document, name, "sliding", scale, "validation") for name in self.args.teachers}
+        """The methods whose features are the best teachers by the validation split at the largest scale."""
+        scale, names = max(self.args.scales), [name for name in self.args.teachers if not is_label(name)]
+        known = {name: mean(self.document, name, "sliding", scale, "validation") for name in names}
         return sorted(known, key=lambda name: -known[name])[:count]
 
     def evaluate(self, name: str, what: str, subject: Subject, seed: int | None = None, split: str = "test") -> None:
@@ -259,7 +292,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=ROOT / ".work/teachers", help="folder of what is made on the way")
     parser.add_argument(
-        "--teachers", nargs="+", default=sorted(NAMES, key=lambda name: name != PAPERS), metavar="NAME"
+        "--teachers",
+        nargs="+",
+        metavar="NAME",
+        help="(default: the feature methods whose networks are given)",
     )
     parser.add_argument("--mixed", type=int, default=2, help="so many best ones make one more teacher; 0: none")
     parser.add_argument("--students", nargs="+", choices=("own", "teacher"), default=["own", "teacher"])
@@ -269,9 +305,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--reach", choices=REACHES, default="image", help="of the student's attention")
     parser.add_argument(
         "--network",
-        default=CHECKPOINT,
-        metavar="ID",
-        help="second network of methods that need one; it should know drawings (default: %(default)s's own tower)",
+        action="append",
+        type=name_and_value,
+        metavar="NAME=ID",
+        help="a further network of the methods that need it; it should know drawings. May be given again; "
+        f"METHOD.NAME=ID is for one method alone (default: dino={CHECKPOINT}, its own tower)",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        type=name_and_value,
+        dest="settings",
+        metavar="METHOD.NAME=VALUE",
+        help="a number of a label method that differs from its authors'",
     )
     parser.add_argument("--scales", type=float, nargs="+", default=[1, 4], help="multiples of the native side")
     parser.add_argument("--limit", type=int, default=32, help="scenes of each evaluation, spread over the split")
@@ -281,6 +328,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--report-only", action="store_true", help="measure nothing; report on --output")
     args = parser.parse_args(argv)
     args.work = args.work.resolve()
+    args.network = args.network or [("dino", CHECKPOINT)]
+    if args.teachers is None:
+        given = [name for name in NAMES if METHODS[name].needs.keys() <= taken(name, args.network).keys()]
+        args.teachers = sorted((name for name in given if not is_label(name)), key=lambda name: name != PAPERS)
     if unknown := [name for name in args.teachers if name not in NAMES]:
         parser.error(f"--teachers: {', '.join(unknown)}; choose of {', '.join(NAMES)}")
     code = 0 if args.report_only else run(args)
@@ -305,7 +356,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         benchmark.evaluate("start", "single pass", Subject(CHECKPOINT, reach=args.reach))
         done = benchmark.teach_all(threads, [[name] for name in args.teachers])
-        if done and 1 < args.mixed <= len(args.teachers):
+        if done and 1 < args.mixed <= sum(not is_label(name) for name in args.teachers):
             done = benchmark.teach_all(threads, [benchmark.best(args.mixed)])
         return 0 if done else 1
     except KeyboardInterrupt:

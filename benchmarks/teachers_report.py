@@ -6,6 +6,7 @@ import io
 import math
 import statistics
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from spar_hf.evaluation.evaluate import markdown_table
@@ -166,8 +167,10 @@ def chapter(document: Document) -> str:
     }[document["reach"]]
     pairs = [name for name, methods in document["teachers"].items() if any(METHODS[row].needs for row in methods)]
     named = " and ".join(title(document, name) for name in pairs)
-    itself = "the same tower, " * (document.get("network") == document["checkpoint"])
-    network = f"The second network of {named} is {itself}`{document['network']}`. " if pairs else ""
+    given = document.get("networks") or {"dino": document["network"]} if pairs else {}  # once there was one for all
+    itself = {name: "the same tower, " * (where == document["checkpoint"]) for name, where in given.items()}
+    networks = ", ".join(f"{name}: {itself[name]}`{Path(where).name}`" for name, where in given.items())
+    network = f"Further networks of {named}: {networks}. " if pairs else ""
     return "\n".join(
         [
             f"Made by `{document['command']}`. Mean IoU in % on the picture book's test split, {count} scenes, at "

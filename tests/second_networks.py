@@ -7,7 +7,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import (
     BlipConfig,
@@ -21,12 +23,28 @@ from transformers import (
     SamModel,
     SamVisionConfig,
     SamVisionModel,
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
     ViTConfig,
     ViTModel,
 )
 
-from spar_hf import METHODS, REFINEMENTS
+from spar_hf import METHODS, REFINEMENTS, Labels
+from spar_hf.evaluation.samples import IGNORED, Sample
+from spar_hf.methods.bank import Bank
 from spar_hf.networks.blip import Blip
+from spar_hf.prototypes import Pictures, build_bank
+
+# Of methods whose own are too large for these networks, or have to be given.
+SETTINGS: dict[str | None, dict[str, Any]] = {
+    "lavg": {"side_px": 96},
+    "clip_diy": {"side_px": 64, "crops_px": (64, 32)},
+    "reco": {"side_px": 48, "pictures": 2},
+    "freeda": {"side_px": 64, "neighbours": 3},
+    "knn_clip": {"neighbours": 3, "threshold": 0.5, "weight": 0.7},
+    "corrclip_v2_bank": {"neighbours": 3},
+}
+NAMES = "road; car, automobile; sky; grass"
 
 
 @cache
@@ -45,14 +63,47 @@ def small(name: str) -> torch.nn.Module:
         return "slic"  # type: ignore[return-value]
     if name == "blip":
         return blip_model()
+    if name == "saliency":
+        own = {"num_encoder_blocks": 1, "depths": [1], "hidden_sizes": [8], "sr_ratios": [4], "strides": [4]}
+        own |= {"patch_sizes": [7], "num_attention_heads": [2], "mlp_ratios": [2], "decoder_hidden_size": 8}
+        return SegformerForSemanticSegmentation(SegformerConfig(**own, num_labels=1)).eval()
     raise KeyError(f"tests/second_networks.py makes no network {name!r}; add one")
 
 
 def networks_for(method: str | None, refine: Iterable[str] = ()) -> dict[str, Any]:
-    """Networks for `build_encoder` and `build_segmenter`: all that the method and the refinements need."""
+    """Networks for `build_encoder` and `build_segmenter`: all that the method and the refinements need but a bank."""
     needs = {} if method is None else METHODS[method].needs
     known = [REFINEMENTS[row] for row in refine if row in REFINEMENTS]
-    return {name: small(name) for name in [*needs, *(name for row in known for name in row.networks)]}
+    wanted = [*needs, *(name for row in known for name in row.networks)]
+    return {name: small(name) for name in wanted if name != "bank"}
+
+
+def pictures(
+    count: int = 4, labels: Any = NAMES, whole: bool = False, size_hw: tuple[int, int] = (80, 96)
+) -> Pictures:
+    """Small random pictures, each with two of the classes, or one all over, and a strip of none."""
+    vocabulary = Labels.parse(labels)
+
+    def read(number: int) -> Sample:
+        noise = np.random.default_rng(number).integers(0, 256, (10, 12, 3), dtype=np.uint8)
+        image = Image.fromarray(noise).resize(size_hw[::-1], Image.Resampling.BICUBIC)
+        target = np.full(size_hw, number % len(vocabulary), np.int32)
+        if not whole:
+            target[:, size_hw[1] // 3 :] = (number + 1) % len(vocabulary)
+            target[: size_hw[0] // 5] = IGNORED
+        return Sample(f"picture {number}", image, target)
+
+    return Pictures(vocabulary, tuple(f"picture {number}" for number in range(count)), read)
+
+
+def bank_for(
+    method: str, path: Path, model: Any, processor: Any, networks: dict[str, Any], labels: Any = NAMES
+) -> Bank:
+    """A bank of small random pictures for a method and these networks."""
+    given = {**{name: small("dino") for name in METHODS[method].bank}, **networks}
+    chosen = {"networks": given, "settings": SETTINGS.get(method)}
+    references = pictures(1, labels, size_hw=(48, 64)) if METHODS[method].bank else pictures(6, labels)  # slow
+    return build_bank(path, method, model, processor, references, progress=False, **chosen)
 
 
 def blip_model() -> Blip:
@@ -106,7 +157,7 @@ def sam2_model() -> torch.nn.Module:
 
 
 def folders_for(method: str, parent: Path, flag: str) -> list[str]:
-    """The words of a command line that give a method the small networks it needs, saved as folders."""
+    """The words of a command line that give a method the small networks it needs but a bank, saved as folders."""
     words = []
     for name, network in networks_for(method).items():
         if isinstance(network, str):

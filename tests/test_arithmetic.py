@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from families import KINDS, spar_radio, whole_model
-from second_networks import networks_for
+from second_networks import SETTINGS, bank_for, networks_for
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from spar_hf import METHODS, REFINEMENTS, arithmetic_spar, build_encoder, build_segmenter
@@ -132,16 +132,20 @@ def test_methods_that_are_a_file(method: str, make_vision: Any, inputs: Any, slo
     ("method", "refine"), [*((name, ()) for name in METHODS), *((None, (name,)) for name in REFINEMENTS)]
 )
 @torch.no_grad()
-def test_every_row_of_the_tables(method: Any, refine: Any, small: Any, slow_half: None) -> None:
+def test_every_row_of_the_tables(method: Any, refine: Any, small: Any, slow_half: None, tmp_path: Any) -> None:
     model, processor = small[METHODS[method].family if method else "clip"]
     networks = {
         name: copy.deepcopy(network).bfloat16() if isinstance(network, torch.nn.Module) else network
         for name, network in networks_for(method, refine).items()
     }
-    settings = {"side_px": 96} if method == "lavg" else None  # its own 640 px take half a minute
+    labels = replace(Labels.parse("a red car; the sky, clouds; grass"), definitions=("a thing", None, "it is green"))
+    if method and "bank" in METHODS[method].needs:  # made in fp32
+        whole = networks_for(method, refine)
+        exact = copy.deepcopy(model).float()
+        networks["bank"] = bank_for(method, tmp_path / "bank", exact, processor, whole, labels)
+    settings = SETTINGS.get(method)
     segmenter = build_segmenter(model, processor, method, networks=networks, settings=settings, refine=refine)
     image = torch.randn(1, 3, 90, 112, dtype=torch.bfloat16)
-    labels = replace(Labels.parse("a red car; the sky, clouds; grass"), definitions=("a thing", None, "it is green"))
     with Products() as seen:
         encoded = segmenter.encode_labels(labels, unlabelled=[image])
         (maps,) = segmenter(image, encoded)
@@ -201,6 +205,7 @@ def test_the_rule(monkeypatch: Any) -> None:
     assert not cpu_is_fast_at(torch.bfloat16) and not cpu_is_fast_at(torch.float16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fast", [True, False])
 @torch.no_grad()
 def test_half_precision_compiles(fast: bool, make_vision: Any, inputs: Any, monkeypatch: Any) -> None:

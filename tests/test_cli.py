@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from transformers import ViTConfig, ViTModel
 
 import spar_hf
-from spar_cli.main import COMMANDS, main
+from spar_cli.compare import command_for, pairs
+from spar_cli.main import COMMANDS, main, parse
 from spar_cli.output import output_stems, shorten, table
 from spar_hf.checkpoints import ASSETS
 from spar_hf.families import FAMILIES
@@ -28,15 +29,6 @@ from spar_hf.refinement import REFINEMENTS
 from spar_hf.refinement.table import STAGES
 
 LABELS = "road; car, automobile; sky"
-
-
-@pytest.fixture(scope="session")
-def model_folder(make_spar, spar_processor, tmp_path_factory) -> str:
-    """A tiny random SPAR model with its processor, as `save_pretrained` writes them."""
-    folder = tmp_path_factory.mktemp("model")
-    make_spar(num_hidden_layers=2).save_pretrained(folder)
-    spar_processor.save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture
@@ -159,7 +151,8 @@ def test_several_images_of_one_name_and_odd_names(here, capsys, model_folder):
     assert main(words) == 0
     written = files_of(here) - before
     stems = ["street", "street-2", "dash", "image", "sp ace;$(x)", "ünï 天", "new_line"]
-    assert written == {f"out/deep/{stem}-{kind}.png" for stem in stems for kind in ("overlay", "labels")}
+    results = {f"out/deep/{stem}-{kind}.png" for stem in stems for kind in ("overlay", "labels")}
+    assert written == {*results, "out/deep/spar-segment.jsonl"}
     out, _ = capsys.readouterr()
     assert out.count("label map") == len(names)
     assert "new line.png: 150 x 90 px" in out  # a line break in a name breaks no line
@@ -275,8 +268,20 @@ def test_evaluate_compares_methods_and_goes_on(here, capfd, model_folder):
     assert "clip: done before" in err and "naclip: done before" in err
     assert "all/clip.json was made by another command" in fails(capfd, *words[:6], "3", *words[7:])
     assert "--methods needs --json-dir" in fails(capfd, *words[:-4])
+    assert pairs("--set", {"a": "1", "b": "x=2"}) == ["--set", "a=1", "--set", "b=x=2"]
     words = ["evaluate", "--benchmark", "picturebook", "--methods", "naclib", "--json-dir", "b"]
     assert "there is no method 'naclib'" in fails(capfd, *words)
+
+
+def test_networks_and_settings_of_many_methods_may_be_one_methods_own():
+    words = ["evaluate", "--benchmark", "picturebook", "--methods", "lposs,lavg,clip", "--json-dir", "c"]
+    words += ["--network", "dino=a", "--network", "lavg.dino=b", "--set", "lposs.steps=3", "--set", "lavg.cuts=2"]
+    args = parse(words)
+    own = {name: command_for(name, args)[:-4] for name in ("lposs", "lavg", "clip")}
+    common = ["evaluate", "--benchmark", "picturebook", "--method"]
+    assert own["lposs"] == [*common, "lposs", "--network", "dino=a", "--set", "steps=3"]
+    assert own["lavg"] == [*common, "lavg", "--network", "dino=b", "--set", "cuts=2"]
+    assert own["clip"] == [*common, "clip"]
 
 
 @pytest.mark.parametrize("protocol", ["spar", "sclip"])
@@ -445,10 +450,13 @@ def test_evaluate_runs_the_window_of_the_command_line(here, capsys, model_folder
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "no command given; choose one of segment, features, methods, models, evaluate"),
+        ([], "no command given; choose one of segment, features, labels, methods, models, evaluate"),
         (["segmnt"], "there is no command 'segmnt'; choose one of segment, .* Did you mean 'segment'"),
         (["segment", "street.png"], "required: --labels"),
-        (["segment", "--labels", "a"], "required: IMAGE"),
+        (
+            ["segment", "--labels", "a"],
+            "there is no IMAGE; name a picture, folder, pattern, tar or @LIST, or give --data",
+        ),
         (["evaluate"], "there is nothing to evaluate on; give --benchmark NAME, or --images, --masks, --classes"),
         (["segment", "street.png", "--lables", "a"], "there is no option '--lables'.* Did you mean '--labels'"),
         (["segment", "street.png", "--labels", ""], "no labels"),
@@ -468,7 +476,7 @@ def test_evaluate_runs_the_window_of_the_command_line(here, capsys, model_folder
         ),
         (["segment", "street.png", "--labels", "a", "--short-side", "9" * 5000], "give a whole number"),
         (["segment", "missing.png", "--labels", "a"], "there is no file missing.png"),
-        (["segment", "empty", "--labels", "a"], "empty is a folder; name the pictures in it"),
+        (["segment", "empty", "--labels", "a"], "empty: no image there .*give a folder of images"),
         (["segment", "street.png", "--labels", "a", "--output", "street.png"], "which is a file; give a folder"),
         (["segment", "street.png", "--labels", "a", "--json", "empty"], "which is a folder; give a file"),
         (["evaluate", "--benchmark", "voc12"], "benchmark 'voc12'.*Did you mean 'voc21'"),
@@ -540,7 +548,8 @@ def test_a_bad_picture_among_good_ones_leaves_whole_results_only(here, capsys, m
     assert [entry["image"] for entry in written["images"]] == ["street.png"]
     assert [entry["image"] for entry in written["failed"]] == ["bad.png"]
     assert files_of(here) == {
-        "street.png", "bad.png", "r.json", "spar-output/street-overlay.png", "spar-output/street-labels.png"
+        "street.png", "bad.png", "r.json", "spar-output/street-overlay.png", "spar-output/street-labels.png",
+        "spar-output/spar-segment.jsonl",
     }  # fmt: skip
 
 
@@ -619,7 +628,7 @@ def test_output_stems_are_safe_and_distinct():
         "\u202ex.png",
         "y" * 999,
     ]
-    stems = output_stems([Path(name) for name in names])
+    stems = output_stems([Path(name).name for name in names])
     assert len({stem.casefold() for stem in stems}) == len(names)
     for stem in stems:
         assert stem and stem not in (".", "..") and not set(stem) & set('/\\:*?"<>|\u202e')

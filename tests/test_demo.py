@@ -34,13 +34,14 @@ from spar_hf.build import build_encoder, build_segmenter
 from spar_hf.checkpoints import ASSETS
 from spar_hf.demo import engine as engine_module
 from spar_hf.demo import pictures
-from spar_hf.demo.app import EXAMPLES, OWN_METHOD, build, serve, vocabularies
+from spar_hf.demo.app import OWN_METHOD, build, serve
 from spar_hf.demo.engine import Engine
 from spar_hf.demo.models import Stopped
 from spar_hf.demo.payload import Downloads, facts, own_folder, view
 from spar_hf.demo.pictures import DemoError
 from spar_hf.demo.settings import DEFAULT_MODEL, Settings
 from spar_hf.demo.space import space_files
+from spar_hf.demo.texts import EXAMPLES, vocabularies
 from spar_hf.methods.table import METHODS
 from spar_hf.segmentation_spar import label_map
 

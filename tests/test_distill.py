@@ -16,11 +16,11 @@ from spar_hf import SlidingWindow, SparVisionModel
 from spar_hf.distillation.batches import plan_steps
 from spar_hf.distillation.losses import LOSSES
 from spar_hf.distillation.selection import select_parameters
-from spar_hf.distillation.sources import image_folder
 from spar_hf.distillation.specs import StudentSpec, TeacherSpec
 from spar_hf.distillation.teacher import build_teacher, normalise
 from spar_hf.distillation.views import Augmentation, Views
 from spar_hf.encoders.composition import Resized
+from spar_hf.sources import image_folder
 
 LEARNING = ("--learning-rate", "1e-3", "--epochs", 2)
 SMALL = Augmentation(long_side_px=64, short_side_px=64, min_side_px=32, multiple_px=8)

@@ -11,6 +11,7 @@ from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 import torch
@@ -27,7 +28,9 @@ from spar_hf.exporting.graphs import VISION_OUTPUTS, FusedAttention, to_onnx, vi
 from spar_hf.exporting.label_graph import label_graph
 from spar_hf.families import make_processor
 from spar_hf.hub.publish import PublishError, prepare
+from spar_hf.outputs import FORMATS
 from spar_hf.segmentation_spar import feature_scores, segment
+from spar_hf.vocabulary import Vocabulary
 from spar_onnx.folder import open_session
 from spar_onnx.pipeline import label_map
 
@@ -44,7 +47,7 @@ def model(make_spar):
 @pytest.fixture(scope="module")
 def exported(model, spar_processor, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("export") / "onnx-model"
-    export(model, spar_processor, folder, dtypes=("float32", "int8"), scenes=1)
+    export(model, spar_processor, folder, dtypes=("float32", "int8", "int8-static"), scenes=1)
     return folder
 
 
@@ -65,6 +68,7 @@ THRESHOLDS = (
     {},
     {"with_scores": True},
     {"background_threshold": 0.5, "background_class": 1},
+    {"background_threshold": (0.3, 0.9, 0.0, 0.5), "with_scores": True},
     {"area_threshold": 0.2},
     {"area_threshold": 1.0, "with_scores": True},
     {"score_threshold": 0.2},
@@ -182,6 +186,7 @@ def test_record_says_what_was_checked(exported):
     exact, coarse = record["dtypes"]["float32"], record["dtypes"]["int8"]
     assert max(exact["vision_difference"].values()) < 2e-5 and exact["text_difference"] < 2e-5
     assert 1e-4 < max(coarse["vision_difference"].values()) < 0.2
+    assert 1e-4 < max(record["dtypes"]["int8-static"]["vision_difference"].values()) < 0.3
     assert exact["picture_book"]["equal_labels"] > 0.999 and 0 < coarse["picture_book"]["equal_labels"] <= 1
     assert {path.relative_to(exported).as_posix() for path in exported.rglob("*") if path.is_file()} >= {
         "config.json", "preprocessor_config.json", "processor_config.json", "tokenizer.json",
@@ -191,11 +196,26 @@ def test_record_says_what_was_checked(exported):
     assert not list(exported.glob("*.py")) and not list(exported.parent.glob(".*"))
 
 
+def test_static_int8_has_its_scales_in_the_graph(exported):
+    """QDQ: every product with weights, no scale found at run time, no product of two activations."""
+    graph = onnx.load(exported / "onnx" / "vision_model_int8_static.onnx").graph
+    operators = [node.op_type for node in graph.node]
+    assert {"QuantizeLinear", "DequantizeLinear"} <= set(operators) and "DynamicQuantizeLinear" not in operators
+    made = {name: node.op_type for node in graph.node for name in node.output}
+    products = [node for node in graph.node if node.op_type in ("MatMul", "Gemm")]
+    assert products and all(made.get(node.input[0]) == made.get(node.input[1]) for node in products)
+
+
 @pytest.mark.parametrize("size", ((64, 64), (70, 130), (40, 200), (9, 90)), ids=str)
 def test_pipeline_without_pytorch_equals_the_pipeline(size, exported, model, spar_processor):
     ours = spar_onnx.load(exported)
     theirs = OpenVocabularySegmentationPipeline(model=model, processor=spar_processor)
-    for options in ({}, {"background_threshold": 0.3, "return_scores": True}, {"against": ["grass"], "size": 96}):
+    for options in (
+        {},
+        {"background_threshold": 0.3, "return_scores": True},
+        {"against": ["grass"], "size": 96},
+        {"background_threshold": (0.1, 0.5, 0.2, 0.4), "return_top_k": 3, "against": ["grass"]},
+    ):
         image = picture(*size)
         found, expected = ours(image, LABELS, **options), theirs(image, candidate_labels=LABELS, **options)
         assert (found["segmentation"] == expected["segmentation"]).mean() >= 0.999
@@ -203,6 +223,9 @@ def test_pipeline_without_pytorch_equals_the_pipeline(size, exported, model, spa
         assert found["grid_hw"] == expected["grid_hw"] and found["size_hw"] == expected["size_hw"]
         if "scores" in expected:
             np.testing.assert_allclose(found["scores"], expected["scores"], atol=1e-4)
+        if "top_classes" in expected:
+            np.testing.assert_allclose(found["top_probabilities"], expected["top_probabilities"], atol=1e-3)
+            assert (found["top_classes"] == expected["top_classes"]).mean() >= 0.999
 
 
 def test_text_features_equal_those_of_the_processor(exported, model, spar_processor, caplog):
@@ -219,26 +242,39 @@ def test_a_list_of_pictures_gives_a_list_and_words_are_encoded_once(exported):
     encoded = segment_one.encode_labels(LABELS)
     found = segment_one([picture(50, 60), picture(60, 50, 1)], encoded)
     assert [result["segmentation"].shape for result in found] == [(50, 60), (60, 50)]
-    assert "onnx-model" in repr(segment_one) and segment_one.exported.dtypes == ["float32", "int8"]
+    assert "onnx-model" in repr(segment_one) and segment_one.exported.dtypes == ["float32", "int8", "int8-static"]
 
 
 def test_the_command_runs_without_pytorch(exported, tmp_path):
+    formats = [word for name in FORMATS for word in ("--format", name)]
+    saved = tmp_path / "words.safetensors"
     code = (
         "import sys\nfrom spar_cli.main import main\n"
-        f"status = main(['segment', {str(PICTURE)!r}, '--labels', {LABELS!r}, '--model', {str(exported)!r}, "
-        f"'--output', {str(tmp_path)!r}, '--short-side', '64', '--scores'])\n"
+        f"model = ['--model', {str(exported)!r}]\n"
+        f"assert main(['labels', '--labels', {LABELS!r}, *model, '--save', {str(saved)!r}]) == 0\n"
+        f"status = main(['segment', {str(PICTURE)!r}, '--labels', {f'@{saved}'!r}, *model, '--not', 'grass', "
+        f"'--output', {str(tmp_path / 'out')!r}, '--short-side', '64', '--scores', *{formats!r}])\n"
         "loaded = [name for name in ('torch', 'transformers', 'datasets') if name in sys.modules]\n"
         "assert status == 0 and not loaded, (status, loaded)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert {path.name for path in tmp_path.iterdir()} == {"demo-overlay.png", "demo-labels.png", "demo-scores.png"}
+    expected = spar_onnx.load(exported)(PICTURE, LABELS, size=64, against=["grass"])["segmentation"]
+    assert (np.asarray(Image.open(tmp_path / "out/demo-labels.png")) == expected.astype(np.uint8)).all()
+    assert Vocabulary.read(saved).model == str(exported)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "demo-overlay.png", "demo-labels.png", "demo-scores.png", "demo-labels.tif", "demo.geojson", "demo-scores.npz",
+        "demo-scores.safetensors", "demo-panoptic.png", "coco-instances.json", "coco-panoptic.json", "labels",
+        "data.yaml", ".spar-results",
+    }  # fmt: skip
 
 
 def test_the_library_runs_without_pytorch(exported):
     code = (
         "import sys, spar_onnx\n"
         f"found = spar_onnx.load({str(exported)!r})({str(PICTURE)!r}, 'road; sky', size=64)\n"
+        "assert sum(region['area'] for region in found.to_polygons(instances=True)) == found['segmentation'].size\n"
+        "assert found.to_coco()['categories'][1]['name'] == 'sky' and len(found.to_supervision())\n"
         "assert 'torch' not in sys.modules and 'spar_hf' not in sys.modules\n"
         "assert found['labels'].names == ('road', 'sky')"
     )
@@ -326,7 +362,9 @@ def test_broken_folders_are_refused_in_one_line(copy, tmp_path, capfd):
             spar_onnx.load(copy, dtype)
         assert "\n" not in str(error.value)
 
-    refused("holds graphs of float32, int8 and none of float16; choose one of them, or export with", "float16")
+    refused(
+        "holds graphs of float32, int8, int8-static and none of float16; choose one of them, or export with", "float16"
+    )
     graph = copy / "onnx" / "text_model.onnx"
     whole = graph.read_bytes()
     graph.write_bytes(whole[: len(whole) // 2])

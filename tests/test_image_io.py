@@ -18,12 +18,12 @@ import tifffile
 from PIL import Image, ImageOps
 
 from spar_cli.main import main
-from spar_hf.distillation.sources import BadImage, DatasetPhotographs, Photographs, image_folder, tar_files
 from spar_hf.evaluation import load_benchmark
 from spar_hf.image_file_spar import InvalidImageError
 from spar_hf.image_io_spar import TURNS, read_header, read_image, read_stored, turn
 from spar_hf.image_processing_spar import SparImageProcessor
 from spar_hf.image_values_spar import ReadOptions, say_once
+from spar_hf.sources import BadImage, DatasetPhotographs, Photographs, image_folder, tar_files
 
 RED, GREEN, BLUE = (200, 30, 20), (10, 180, 40), (30, 60, 220)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from distillation_help import SIZES, run, save_pictures
 from PIL import Image
-from second_networks import folders_for
+from second_networks import SETTINGS, folders_for
 
 from spar_cli.main import main
 from spar_hf import METHODS, SparModel
@@ -40,10 +40,27 @@ def own(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+def words_for(name: str, own: Path, model_folder: str, start: str) -> list[str]:
+    """Networks and settings of a method as words of a command line; its bank is made of the pictures."""
+    words = folders_for(name, own, f"--{start}network")
+    settings = SETTINGS.get(name, {}).items()
+    values = {key: ",".join(map(str, value)) if isinstance(value, tuple) else value for key, value in settings}
+    numbers = [f"{key}={value}" for key, value in values.items()]
+    if "bank" in METHODS[name].needs:
+        given = [word if word != f"--{start}network" else "--network" for word in words]
+        given += [word for network in METHODS[name].bank for word in ("--network", f"{network}={own / 'dino'}")]
+        given += [word for number in numbers for word in ("--set", number)]
+        pictures = ["--images", "photos", "--masks", "masks", "--classes", "classes.txt"]
+        assert (
+            main(["prototypes", "--method", name, "--model", model_folder, *pictures, *given, "--output", "bank"]) == 0
+        )
+        words += [f"--{start}network", "bank=bank"]
+    return words + [word for number in numbers for word in (f"--{start}set", number)]
+
+
 @pytest.mark.parametrize("name", LABELS)
 def test_a_label_method_segments_and_is_evaluated(name, own, model_folder):
-    words = ["--model", model_folder, "--method", name, *folders_for(name, own, "--network")]
-    words += ["--set", "side_px=96"] if name == "lavg" else []  # its own 640 px take half a minute
+    words = ["--model", model_folder, "--method", name, *words_for(name, own, model_folder, "")]
     pictures = [str(path) for path in sorted((own / "photos").iterdir())]
     assert main(["segment", *pictures, "--labels", "@classes.txt", *words, "--json", "out.json"]) == 0
     facts = json.loads(Path("out.json").read_text())
@@ -58,12 +75,10 @@ def test_a_label_method_segments_and_is_evaluated(name, own, model_folder):
     assert result["record"]["method"] == name and result["num_images"] == 2 and 0 <= result["mean_iou"] < 1
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "lavg" else name for name in LABELS]
-)
+@pytest.mark.parametrize("name", LABELS)
 def test_a_label_method_teaches(name, own, model_folder):
     flags = ["--teacher-labels", name, "--labels", "@classes.txt", "--window-px", "0"]
-    flags += folders_for(name, own, "--teacher-network")
+    flags += words_for(name, own, model_folder, "teacher-")
     flags += ["--student", model_folder, "--images", "photos", *SIZES, "--workers", "0", "--epochs", "1"]
     run("distill.py", *flags, "--output", "run")
     student = SparModel.from_pretrained("run/model")

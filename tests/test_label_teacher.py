@@ -147,6 +147,7 @@ def test_a_label_method_teaches_end_to_end(flags, make_spar, spar_processor, tmp
         (("--teacher-labels", "lpos", "--labels", "road"), "there is no method 'lpos'.*Did you mean 'lposs'"),
         (("--teacher-labels", "naclip", "--labels", "road", "--teacher-refine", "parm"), "Did you mean 'pamr'"),
         (("--teacher-refine", "pamr"), "refinement 'pamr' is of score maps; name the method"),
+        (("--teacher-set", "steps=3"), "setting 'steps' is of a label method; name the method"),
         (("--teacher-labels", "naclip", "--labels", "road", "--teacher-method", "sclip"), "teaches alone"),
     ],
 )

@@ -9,11 +9,13 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 from PIL import Image
+
+from spar_hf import Labels
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "benchmarks" / "teachers.py"
@@ -134,12 +136,54 @@ def test_report_only_renews_table_and_picture(
 
 
 def test_a_second_network_is_named(benchmark: ModuleType, document: dict[str, Any]) -> None:
-    assert "second network" not in benchmark.report.chapter(document)
+    assert "networks of" not in benchmark.report.chapter(document)
     document["teachers"]["proxyclip"] = ["proxyclip"]
-    document["network"] = "folder/of-one"
-    assert "The second network of `proxyclip` is `folder/of-one`. A sum" in benchmark.report.chapter(document)
-    document["network"] = "tiny"
-    assert "The second network of `proxyclip` is the same tower, `tiny`. A sum" in benchmark.report.chapter(document)
+    document["networks"] = {"dino": "folder/of-one", "regions": "slic"}
+    told = "Further networks of `proxyclip`: dino: `of-one`, regions: `slic`. A sum"
+    assert told in benchmark.report.chapter(document)
+    document["networks"] = {"dino": "tiny"}
+    assert "Further networks of `proxyclip`: dino: the same tower, `tiny`. A sum" in benchmark.report.chapter(document)
+    del document["networks"]
+    document["network"] = "tiny"  # a document of before
+    assert "Further networks of `proxyclip`: dino: the same tower, `tiny`. A sum" in benchmark.report.chapter(document)
+
+
+def test_networks_and_settings_are_the_methods_own(benchmark: ModuleType, tmp_path: Path) -> None:
+    given = [
+        ("dino", "tiny"),
+        ("regions", "slic"),
+        ("lposs.dino", "other"),
+        ("reco.bank", "a"),
+        ("knn_clip.bank", "b"),
+    ]
+    assert benchmark.taken("proxyclip", given) == {"dino": "tiny"} and benchmark.taken("clip", given) == {}
+    assert benchmark.taken("lposs", given) == {"dino": "other"} and benchmark.taken(None, given) == {}
+    assert benchmark.taken("knn_clip", given) == {"dino": "tiny", "regions": "slic", "bank": "b"}
+    run = benchmark.Benchmark.__new__(benchmark.Benchmark)
+    run.args = SimpleNamespace(
+        network=given, settings=[("knn_clip.neighbours", "3"), ("lposs.steps", "4")], work=tmp_path
+    )
+    assert run.teacher_flags(["proxyclip", "clip"]) == [
+        "--teacher-method", "proxyclip", "clip", "--teacher-network", "dino=tiny",
+    ]  # fmt: skip
+    flags = run.teacher_flags(["lposs"])
+    assert flags[:3] == ["--teacher-labels", "lposs", "--labels"]
+    assert flags[4:] == ["--teacher-network", "dino=other", "--teacher-set", "steps=4"]
+    assert len(Labels.read(flags[3].removeprefix("@"))) == 32
+    args = ["--report-only", "--output", str(tmp_path / "none.json")]
+    with pytest.raises(FileNotFoundError):
+        benchmark.main(args)
+
+
+def test_the_default_teachers_are_those_whose_networks_are_given(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr(benchmark, "run", lambda args: seen.append(args.teachers) or 1)
+    assert benchmark.main([]) == benchmark.main(["--network", "dino=a", "--network", "regions=slic"]) == 1
+    assert "proxyclip" in seen[0] and seen[0][0] == "maskclip"
+    assert not {"trident", "corrclip", "lposs", "reco"} & set(seen[0])
+    assert set(seen[1]) - set(seen[0]) == {"corrclip", "corrclip_v2"}
 
 
 def test_unknown_teachers_are_refused(benchmark: ModuleType, capsys: pytest.CaptureFixture) -> None:

@@ -11,8 +11,9 @@ from distillation_help import save_pictures
 from PIL import Image
 
 from spar_hf.distillation.batches import plan_steps, share_of
-from spar_hf.distillation.sources import BadImage, PictureBookScenes, hub_dataset, image_folder, tar_files
+from spar_hf.distillation.sources import PictureBookScenes
 from spar_hf.distillation.views import EXTENDED, Augmentation, Views, plan_batches
+from spar_hf.sources import BadImage, hub_dataset, image_folder, tar_files
 
 SMALL = Augmentation(long_side_px=64, short_side_px=64, min_side_px=32, multiple_px=8)
 

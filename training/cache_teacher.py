@@ -48,7 +48,6 @@ from spar_cli.training_options import (
 )
 from spar_hf.distillation.batches import as_it_is, ignore_signals
 from spar_hf.distillation.cache import FeatureStore
-from spar_hf.distillation.sources import BadImage
 from spar_hf.distillation.teacher import (
     Student,
     build_teacher,
@@ -59,6 +58,7 @@ from spar_hf.distillation.teacher import (
 )
 from spar_hf.distillation.views import Views
 from spar_hf.files import readable, require_disk
+from spar_hf.sources import BadImage
 
 
 def parser() -> Parser:

@@ -13,7 +13,7 @@ from typing import Any
 from .parser import check_one_of
 
 # Options of this command alone, and those that differ from method to method; each takes one value.
-REPLACED = ("--methods", "--json-dir", "--network", "--region-masks", "--json", "--state")
+REPLACED = ("--methods", "--json-dir", "--network", "--set", "--region-masks", "--json", "--state")
 SCORES = ("mean_iou", "boundary_iou")
 
 
@@ -80,7 +80,7 @@ def result_of(name: str, args: argparse.Namespace) -> dict[str, Any]:
 
 def command_for(name: str, args: argparse.Namespace) -> list[str]:
     """The words after `spar` that evaluate one method as this command line has it."""
-    from spar_hf.methods.table import METHODS
+    from spar_hf.methods.table import METHODS, for_method
     from spar_hf.refinement import find_refinements
 
     kept, words = [], iter(args.argv)
@@ -93,12 +93,17 @@ def command_for(name: str, args: argparse.Namespace) -> list[str]:
         kept.append(word)
     refined = [network for row in find_refinements(args.refine).values() for network in row.networks]
     taken = [*METHODS[name].networks, *refined]
-    networks = [f"{network}={where}" for network, where in args.network if network in taken]
-    kept += ["--method", name, *(word for network in networks for word in ("--network", network))]
+    networks = {key: where for key, where in for_method(name, args.network).items() if key in taken}
+    kept += ["--method", name, *pairs("--network", networks), *pairs("--set", for_method(name, args.settings))]
     if args.masks_of_regions is not None and "regions" in taken:
         kept += ["--region-masks", str(args.masks_of_regions)]
     folder = args.json_dir
     return [*kept, "--json", str(folder / f"{name}.json"), "--state", str(folder / f"{name}.safetensors")]
+
+
+def pairs(option: str, values: dict[str, str]) -> list[str]:
+    """The words that give an option's names and values, one by one."""
+    return [word for name, value in values.items() for word in (option, f"{name}={value}")]
 
 
 def table(results: dict[str, dict[str, Any]]) -> list[str]:

@@ -24,7 +24,8 @@ EPILOG = """examples:
       every method of 'spar methods', and one table; may be stopped and started again
   spar evaluate --images photos --masks masks --classes classes.txt --model FOLDER
 
-A long evaluation that may be stopped: --state FILE keeps what is done, and the same command goes on from there."""
+A long evaluation that may be stopped: --state FILE keeps what is done, and the same command goes on from there.
+accelerate launch -m spar_hf evaluate ... shares the images among processes and machines; the scores are the same."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--methods",
         metavar="all|NAME,NAME",
-        help="evaluate many methods under one protocol, each in a process of its own, and compare them in one table",
+        help="evaluate many methods under one protocol, each in a process of its own, and compare them in one table; "
+        "--network METHOD.NAME=ID and --set METHOD.NAME=VALUE are for one of them alone",
     )
     parser.add_argument(
         "--json-dir",
@@ -66,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int | None:
     from spar_hf.evaluation import BENCHMARKS, evaluate, load_benchmark, load_protocol
+    from spar_hf.processes import processes
 
     check_outputs(args)
     if args.benchmark is None:
@@ -75,7 +78,10 @@ def run(args: argparse.Namespace) -> int | None:
             )
         args.benchmark = "custom"
     check_one_of("benchmark", args.benchmark, BENCHMARKS)
+    team = processes()
     if args.methods is not None:
+        if team.count > 1:
+            raise ValueError("--methods runs each method in a process of its own; leave 'accelerate launch' out")
         return run_methods(args)
     if args.json_dir is not None:
         raise ValueError("--json-dir is for --methods; give --json FILE for one result")
@@ -107,7 +113,10 @@ def run(args: argparse.Namespace) -> int | None:
         state_path=args.state,
         command=command_line(args),
         masks=opened.masks,
+        processes=team,
     )
+    if not team.is_main:
+        return None
     print(result.table())
     if args.json is not None:
         result.save(args.json)

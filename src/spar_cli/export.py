@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from .output import table
 from .parser import check_one_of, name_and_value, whole_number
 
 HELP = "Export a model for one pass at any size: ONNX graphs, or programs of torch.export, checked against PyTorch."
 FORMATS = ("onnx", "torch-export")
-DTYPES = ("float32", "float16", "int8")
+DTYPES = ("float32", "float16", "int8", "int8-static")
 EPILOG = """examples:
   spar export tiny --format onnx --output tiny-onnx --dtype float32 --dtype int8
   spar segment street.jpg --labels "road; car; sky" --model tiny-onnx
@@ -29,7 +30,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         action="append",
         metavar="|".join(DTYPES),
-        help="arithmetic of the graphs; may be given again (default: float32)",
+        help="arithmetic of the graphs; int8-static has activations scaled on --calibrate, int8 as they come; may be "
+        "given again (default: float32)",
+    )
+    parser.add_argument(
+        "--calibrate",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="IMAGE",
+        help="a few pictures like those to come, on which int8-static finds its scales (default: drawings)",
     )
     parser.add_argument("--method", metavar="NAME", help="one that is a last block; 'spar methods' lists the names")
     parser.add_argument(
@@ -51,8 +61,15 @@ def run(args: argparse.Namespace) -> None:
         check_one_of("dtype", dtype, DTYPES)
     from spar_hf.checkpoints import load
     from spar_hf.exporting import export
+    from spar_hf.sources import pictures
+
+    calibration = pictures(args.calibrate)[0] if args.calibrate else None
 
     model, processor = load(args.model, **({} if args.size_rule is None else {"size_rule": args.size_rule}))
+    seen: list[Any] = []
+    if calibration is not None:
+        calibration.reading = processor.image_processor.read_options
+        seen = [calibration.picture(number) for number in range(len(calibration.names))]
     done = export(
         model,
         processor,
@@ -64,6 +81,7 @@ def run(args: argparse.Namespace) -> None:
         reach=args.attention_reach,
         opset=args.opset,
         fused=not args.plain,
+        calibration=seen,
     )
     rows = [("arithmetic", "features", "words", "equal labels", "picture book, mIoU", "in PyTorch")]
     for dtype, measured in done.record["dtypes"].items():

@@ -49,9 +49,10 @@ def run(args: argparse.Namespace) -> None:
     print("branch: clip alone, a vision foundation model beside it (vfm), or a generative one.")
     print("gives: feature, one text-aligned vector per patch; or label, score maps. Both can be teachers.")
     print("window, stride: the authors', in pixels, for a native side of 224 (RADIO: 512); other networks scale them.")
-    print("needs: further networks; --network NAME=ID takes another one. In brackets: the authors' choice where")
-    print("the model itself does as well; it is used only where it is given. Regions may also come from superpixels,")
-    print("--network regions=slic, or from masks of one's own: --masks FOLDER (spar evaluate: --region-masks).")
+    print("needs: further networks; --network NAME=ID takes another one. Without an id: give one. In brackets: the")
+    print("authors' choice where the model itself does as well, or what a bank is made with. A bank is a file that")
+    print("spar prototypes makes. Regions may also come from superpixels, --network regions=slic, or from masks of")
+    print("one's own: --masks FOLDER (spar evaluate: --region-masks).")
     print("\nRefinements, which go with any method: --refine NAME, several if need be; they run in this order.\n")
     refinements = [("refinement", "changes", "needs", "paper")]
     for name, row in REFINEMENTS.items():
@@ -67,9 +68,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 def further(method: Any, between: str) -> list[str]:
-    """A method's further networks and its authors' ids; in brackets what the model itself can stand in for."""
-    needed = [f"{name}{between}{default}" for name, default in method.needs.items()]
-    return [*needed, *(f"[{name}{between}{default}]" for name, default in method.takes.items())]
+    """A method's further networks and its authors' ids; in brackets what is only used where it is given."""
+    needed = [f"{name}{between}{default}" if default else name for name, default in method.needs.items()]
+    optional = {**method.takes, **method.bank}
+    return [*needed, *(f"[{name}{between}{default}]" for name, default in optional.items())]
 
 
 def markdown() -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from .parser import check_one_of, name_and_value, whole_number, window_px
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from spar_hf.processing_spar import SparProcessor
     from spar_hf.prompts_spar import Labels
     from spar_hf.segmentation_spar import Segmenter
+    from spar_hf.vocabulary import Vocabulary
 
+BATCH_SIZE = 8  # of pictures, on an accelerator
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -114,14 +116,6 @@ def add_model_options(parser: argparse.ArgumentParser, masks: str = "--masks") -
     group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto takes an accelerator if any")
 
 
-def add_image_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="a picture file; several are fine")
-    parser.add_argument(
-        "--output", type=Path, default=Path("spar-output"), metavar="FOLDER", help="default: spar-output"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results as JSON")
-
-
 @dataclass(frozen=True)
 class Opened:
     """A model ready to run, and what the builders are told.
@@ -130,7 +124,7 @@ class Opened:
         choices: Arguments of `build_encoder` and `build_segmenter`: method, networks, settings, window, reach,
             upsampler.
         facts: What was opened and how, for the JSON output.
-        masks: What regions are read from, to be told of each picture; `open_image` does.
+        masks: What regions are read from, to be told of each picture; `tell_masks` does.
     """
 
     model: DenseModel
@@ -150,6 +144,18 @@ class Opened:
         from spar_hf.build import build_segmenter
 
         return build_segmenter(self.model, self.processor, refine=refine, **self.choices)
+
+    def tell_masks(self, name: str, image: Image.Image) -> Image.Image:
+        """Says which picture comes next to what reads its regions from a folder; returns the picture."""
+        if self.masks is not None:
+            self.masks.select(PurePath(name).name, (image.height, image.width))
+        return image
+
+    def batch_size(self, asked: int | None) -> int:
+        """How many pictures go through the network together: one, where it is told of each."""
+        if self.masks is not None:
+            return 1
+        return asked or (1 if self.model.device.type == "cpu" else BATCH_SIZE)
 
 
 def open_model(args: argparse.Namespace, refine: Sequence[str] = ()) -> Opened:
@@ -179,7 +185,7 @@ def open_model(args: argparse.Namespace, refine: Sequence[str] = ()) -> Opened:
         "upsample_factor": args.upsample_factor,
     }
     chosen = record(args.method, choices["networks"], choices["settings"], refine)  # mistakes are told before loading
-    device = _device(args.device)
+    device = device_of(args.device)
     model, processor = load(args.model, dtype=getattr(torch, dtype))
     model.to(device)
     image_processor = processor.image_processor
@@ -234,20 +240,38 @@ def read_masks(args: argparse.Namespace, refine: Sequence[str]) -> MaskFolder | 
     return MaskFolder(folder)
 
 
-def read_labels(text: str) -> Labels:
+def read_labels(text: str, max_labels: int | None = None) -> Labels:
     """The vocabulary of `--labels`: words, or a file after an @."""
-    from spar_hf.prompts_spar import Labels
+    from spar_hf.prompts_spar import MAX_LABELS, Labels
 
+    if (saved := read_vocabulary(text)) is not None:
+        return saved.labels
     if text.startswith("@"):
-        return Labels.read(text[1:])
+        return Labels.read(text[1:], max_labels or MAX_LABELS)
     if text.strip() and "\n" not in text and len(text) < 200 and Path(text).is_file():
         raise ValueError(f"--labels is {text!r}, which is a file; write --labels @{text} to read the labels in it")
-    return Labels.parse(text)
+    return Labels.parse(text, max_labels or MAX_LABELS)
 
 
-def _device(name: str) -> Any:
+def read_vocabulary(text: str) -> Vocabulary | None:
+    """The vocabulary with text features of `--labels`, where that names such a file."""
+    from spar_hf.vocabulary import Vocabulary, is_vocabulary
+
+    return Vocabulary.read(text[1:]) if text.startswith("@") and is_vocabulary(text[1:]) else None
+
+
+def device_of(name: str) -> Any:
+    """The device of `--device`.
+
+    Raises:
+        ValueError: this machine has none of that name.
+    """
     import torch
 
+    from spar_hf.processes import launched, own_device
+
+    if name == "auto" and launched():
+        return own_device()
     if name == "auto":
         return torch.accelerator.current_accelerator() or torch.device("cpu")
     try:
@@ -259,22 +283,3 @@ def _device(name: str) -> Any:
             available += [f"{accelerator.type}:{index}" for index in range(torch.accelerator.device_count())]
         raise ValueError(f"--device is {name!r}; this machine has {', '.join(available)}") from None
     return device
-
-
-def check_images(paths: Sequence[Path]) -> None:
-    """Says before a model is loaded that a file is missing, or is no file that can be read to its end."""
-    for path in paths:
-        if path.is_dir():
-            raise ValueError(f"{path} is a folder; name the pictures in it, for instance {path}/*.jpg")
-        if not path.exists():
-            raise ValueError(f"there is no file {path}")
-        if not path.is_file():
-            raise ValueError(f"{path} is a pipe, socket or device; name files")
-
-
-def open_image(path: Path, opened: Opened) -> Image.Image:
-    """The picture in a file as the model will see it: upright, RGB, at its own size; its masks come next."""
-    image: Image.Image = opened.processor.image_processor.open_rgb(path)
-    if opened.masks is not None:
-        opened.masks.select(path.name, (image.height, image.width))
-    return image

@@ -6,41 +6,58 @@ import argparse
 import shlex
 import sys
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 MAX_NAME_BYTES = 120  # of an output file's stem: room for suffixes within the 255 bytes that file systems allow
-T = TypeVar("T")
 
 
-def output_stems(images: Sequence[Path]) -> list[str]:
-    """A name for each image's output files: its own without the suffix, made safe, and distinct.
+def output_stems(
+    called: Sequence[str], names: Sequence[str] = (), before: Mapping[str, str] | None = None
+) -> list[str]:
+    """A name for each picture's output files: its relative path without the suffix, made safe, and distinct.
 
-    A name holds no separator, control or other character that some file system refuses, is neither `.` nor `..`, and
+    No part of it holds a separator, control or other character that some file system refuses, or is `.` or `..`; it
     differs from the others in more than case; a repeated one gets `-2`, `-3`, ...
+
+    Args:
+        called: what each picture is called, a relative path.
+        names: the name of each picture, by which it is known again.
+        before: what an earlier run has called its outputs: stem -> name of the picture. Its pictures keep their stems,
+            and others get none of them.
     """
-    taken: set[str] = set()
+    before = before or {}
+    taken = {stem.casefold() for stem in before}
+    kept: dict[str, list[str]] = {}
+    for stem, name in before.items():
+        kept.setdefault(name, []).append(stem)
+    counts: dict[str, int] = {}  # how far the numbers of each stem have come
     stems = []
-    for image in images:
-        stem = _safe_stem(image)
-        candidate, number = stem, 1
+    for number, path in enumerate(called):
+        earlier = kept.get(names[number]) if kept else None
+        if earlier:
+            stems.append(earlier.pop(0))
+            continue
+        *folders, last = PurePosixPath(path).parts or ("",)
+        stem = "/".join([*(_safe(folder) for folder in folders), _safe(PurePosixPath(last).stem)])
+        candidate, count = stem, counts.get(stem.casefold(), 1)
         while candidate.casefold() in taken:
-            number += 1
-            candidate = f"{stem}-{number}"
+            count += 1
+            candidate = f"{stem}-{count}"
+        counts[stem.casefold()] = count
         taken.add(candidate.casefold())
         stems.append(candidate)
     return stems
 
 
-def _safe_stem(image: Path) -> str:
-    raw = image.stem.encode("utf-8", "replace").decode("utf-8")  # bytes that are no text come as lone surrogates
+def _safe(name: str) -> str:
+    raw = name.encode("utf-8", "replace").decode("utf-8")  # bytes that are no text come as lone surrogates
     kept = (
         "_" if char in '/\\:*?"<>|' or unicodedata.category(char) in ("Cc", "Cf", "Zl", "Zp") else char for char in raw
     )
-    stem = "".join(kept).encode()[:MAX_NAME_BYTES].decode("utf-8", "ignore").strip(". ")
-    return stem.lstrip("-") or "image"
+    safe = "".join(kept).encode()[:MAX_NAME_BYTES].decode("utf-8", "ignore").strip(". ")
+    return safe.lstrip("-") or "image"
 
 
 def check_outputs(args: argparse.Namespace) -> None:
@@ -87,54 +104,48 @@ def shorten(text: str, columns: int = 48) -> str:
     return text.rstrip() + "…"
 
 
-def progress(pairs: Sequence[T]) -> Iterable[T]:
-    """A progress bar on a terminal where there is more than one image."""
-    from tqdm import tqdm
+def one_by_one(
+    files: Sequence[Path],
+    do: Callable[[Path, str], dict[str, Any]],
+    report: Callable[[dict[str, Any]], str],
+    args: argparse.Namespace,
+    facts: Mapping[str, Any],
+    what: str,
+) -> int:
+    """Does files that each take long, in their order: a bad one is named and counted, and the others are done.
 
-    return tqdm(pairs, unit="image", disable=True if len(pairs) < 2 else None)
+    Args:
+        files: of which each has results of its own.
+        do: a file and the name of its outputs -> what is to know of it.
+        report: the text about it.
+        args: of the command; with `json`, what is known goes there.
+        facts: what runs and how, for that.
+        what: the files are called, in the plural.
 
+    Returns:
+        The exit status: 0, or 1 where some could not be done.
 
-class Batch:
-    """Several pictures, one after the other: a bad one is named and counted, and the others are done.
-
-    batch = Batch(args.images)
-    for path, stem in batch:
-        with batch.may_fail(path):
-            ...
-    return batch.status()
+    Raises:
+        InvalidImageError: the only file cannot be done.
     """
+    from spar_hf.files import write_json
+    from spar_hf.image_file_spar import InvalidImageError
 
-    def __init__(self, images: Sequence[Path]) -> None:
-        self.images = list(images)
-        self.failed: list[tuple[Path, str]] = []
-
-    def __iter__(self) -> Iterator[tuple[Path, str]]:
-        yield from progress(list(zip(self.images, output_stems(self.images), strict=True)))
-
-    @contextmanager
-    def may_fail(self, path: Path, count: bool = True) -> Iterator[None]:
-        """Counts a picture that cannot be read instead of ending the command; other errors pass."""
-        from spar_hf.image_file_spar import InvalidImageError
-
+    records, failed = [], []
+    for path, stem in zip(files, output_stems([path.name for path in files]), strict=True):
         try:
-            yield
+            records.append(do(path, stem))
+            say(report(records[-1]))
         except InvalidImageError as error:
-            if len(self.images) == 1:
+            if len(files) == 1:
                 raise
-            if count:
-                self.failed.append((path, str(error)))
-                complain(str(error))
-
-    def status(self) -> int:
-        """The exit status, after a summary if pictures failed: 0, or 1 where some could not be done."""
-        if not self.failed:
-            return 0
-        complain(f"{len(self.failed)} of {len(self.images)} pictures could not be done; the others are.")
-        return 1
-
-    def as_json(self) -> list[dict[str, str]]:
-        """What failed and why, for the JSON output."""
-        return [{"image": str(path), "error": reason} for path, reason in self.failed]
+            failed.append({"image": str(path), "error": str(error)})
+            complain(str(error))
+    if args.json is not None:
+        write_json(args.json, {"command": command_line(args), **facts, "images": records, "failed": failed})
+    if failed:
+        complain(f"{len(failed)} of {len(files)} {what} could not be done; the others are.")
+    return 1 if failed else 0
 
 
 def complain(text: str) -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from .parser import check_one_of
+from .parser import check_one_of, whole_number
 
 if TYPE_CHECKING:
     from spar_hf.outputs import ResultOptions
 
-FORMATS = ("png",)  # spar_hf.outputs.FORMATS, which takes a moment to import
+# spar_hf.outputs.FORMATS, which takes a moment to import.
+FORMATS = ("png", "palette", "coco", "geojson", "geotiff", "npz", "safetensors", "yolo")
 
 
 def add_result_options(parser: argparse.ArgumentParser) -> None:
@@ -23,6 +24,28 @@ def add_result_options(parser: argparse.ArgumentParser) -> None:
         help=f"what is written for each picture: {', '.join(FORMATS)}; may be given again (default: png)",
     )
     group.add_argument(
+        "--instances",
+        action="store_true",
+        help="a connected component of a class is a region of its own in coco and geojson (default: a class is one)",
+    )
+    group.add_argument(
+        "--min-area", type=whole_number, default=0, metavar="PX", help="components of fewer pixels have no class"
+    )
+    group.add_argument(
+        "--fill-holes",
+        type=whole_number,
+        default=0,
+        metavar="PX",
+        help="holes in a class of at most so many pixels become that class",
+    )
+    group.add_argument(
+        "--top-k",
+        type=whole_number,
+        default=5,
+        metavar="N",
+        help="classes of each pixel in npz and safetensors (default: 5)",
+    )
+    group.add_argument(
         "--scores", action="store_true", help="with png, also NAME-scores.png: the best probability of each pixel"
     )
 
@@ -33,9 +56,15 @@ def check_result_options(args: argparse.Namespace) -> None:
         check_one_of("format", name, FORMATS)
 
 
-def asked_of_results(args: argparse.Namespace) -> tuple[ResultOptions, dict[str, Any]]:
-    """What the writer is told, and what the pipeline must return for it."""
+def asked_of_results(args: argparse.Namespace) -> ResultOptions:
+    """What the writer is told; its `of_pipeline` is what the pipeline must return for it."""
     from spar_hf.outputs import ResultOptions
 
-    formats = tuple(dict.fromkeys(args.formats or ("png",)))
-    return ResultOptions(formats, scores=args.scores), {"return_scores": True} if args.scores else {}
+    return ResultOptions(
+        tuple(dict.fromkeys(args.formats or ("png",))),
+        instances=args.instances,
+        min_area=args.min_area,
+        fill_holes=args.fill_holes,
+        top_k=args.top_k,
+        scores=args.scores,
+    )

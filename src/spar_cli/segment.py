@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 import argparse
+import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import raster
-from .options import (
-    add_image_arguments,
-    add_model_options,
-    add_refine_option,
-    check_images,
-    open_image,
-    open_model,
-    read_labels,
-)
-from .output import Batch, check_outputs, command_line, say, shorten, table
-from .parser import check_one_of, fraction
+from .exported import EXPORTED, on_onnx
+from .flow import Picture, Tool, do_all
+from .labels import embeds_of_export, words_to_encode
+from .many import EPILOG as MANY
+from .many import add_image_arguments, begin, open_pictures, writer_number
+from .options import add_model_options, add_refine_option, open_model, read_labels
+from .output import check_outputs, say, shorten, table
+from .parser import check_one_of, fraction, name_and_value
 from .picture_options import asked_of_pictures
 from .result_options import add_result_options, asked_of_results, check_result_options
+from .video import segment_videos, videos_among
 
 if TYPE_CHECKING:
+    from spar_hf.image_values_spar import ReadOptions
+    from spar_hf.outputs import Writer
     from spar_hf.prompts_spar import Labels
+    from spar_hf.sources import Photographs
 
 BACKENDS = ("pytorch", "onnx")
-EXPORTED = "export.json"  # spar_onnx.folder.RECORD, which takes a moment to import
 # Options that an exported folder has settled.
 FIXED_BY_EXPORT = (
     "method", "network", "attention_reach", "window_px", "stride_px", "upsample", "upsample_factor", "refine"
@@ -52,7 +55,9 @@ EPILOG = """examples:
 files:
   NAME-overlay.png  the picture tinted by class, with a legend
   NAME-labels.png   the label map: the value of a pixel is the position of its class in --labels, from 0; a pixel
-                    without a class has the highest value, 255 or 65535"""
+                    without a class has the highest value, 255 or 65535
+
+""" + MANY.replace("COMMAND", "segment")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,11 +70,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group = parser.add_argument_group("what counts as nothing (default: every pixel belongs to a class)")
     group.add_argument(
+        "--other",
         "--background-threshold",
+        dest="background_threshold",
         type=fraction,
         metavar="P",
-        help="pixels whose best class has a lower probability have no class; a single class competes with everyday "
-        "words, as it has nothing else to lose against",
+        help="pixels whose best class has a lower probability are something other and have no class; a single class "
+        "competes with everyday words, as it has nothing else to lose against",
+    )
+    group.add_argument(
+        "--class-threshold",
+        action="append",
+        default=[],
+        type=name_and_value,
+        metavar="CLASS=P",
+        help="the same for one class, in the place of --other; may be given again, and a file of labels may hold it",
     )
     group.add_argument(
         "--score-threshold", type=float, metavar="S", help="pixels whose best score (cosine) is lower have no class"
@@ -90,6 +105,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--background", metavar="NAME", help="the class that such pixels become, one of --labels (default: no class)"
     )
     add_result_options(parser)
+    parser.add_argument(
+        "--smooth",
+        type=fraction,
+        default=0.0,
+        metavar="F",
+        help="of a video: the share of the frames before in the scores of a frame, such as 0.8 (default: 0)",
+    )
     add_refine_option(parser)
     add_model_options(parser)
     raster.add_raster_options(parser)
@@ -101,28 +123,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def on_onnx(args: argparse.Namespace) -> bool:
-    """Whether onnxruntime runs, and PyTorch is not imported."""
-    return args.backend == "onnx" or (args.backend is None and (Path(args.model) / EXPORTED).is_file())
-
-
-@dataclass(frozen=True)
+@dataclass
 class Ready:
     """What segments pictures, in PyTorch or without it.
 
     Attributes:
-        open: a file to its picture, upright RGB.
-        segment: a picture to the pipeline's result.
+        reading: what is read of a picture, and what is refused.
+        prepare: an upright picture to what the network reads, outside of this process; None where `segment` does it.
+        segment: pictures of one size to the pipeline's results.
+        stream: the share of the past in the scores of a video -> what segments its frames, in order.
         facts: what runs and how, for the JSON output.
+        weights: makes a few signs of the weights, by which others are told.
+        batch_size: pictures that `segment` takes together.
+        network_seconds: that the network took so far.
     """
 
-    open: Callable[[Path], Any]
-    segment: Callable[[Any], dict[str, Any]]
+    reading: ReadOptions
+    prepare: Callable[[Any, str], Any] | None
+    segment: Callable[[list[Picture]], Sequence[dict[str, Any]]]
+    stream: Callable[[float], Callable[[Any], Any]]
     facts: dict[str, Any]
+    weights: Callable[[], str]
+    batch_size: int = 1
+    network_seconds: float = 0.0
 
 
 def run(args: argparse.Namespace) -> int:
-    from spar_hf.files import write_json
     from spar_hf.outputs import Writer
 
     if args.backend is not None:
@@ -130,7 +156,7 @@ def run(args: argparse.Namespace) -> int:
     check_result_options(args)
     if raster.asked(args):
         return raster.run(args, competing, report)
-    labels = read_labels(args.labels)
+    labels = read_labels(args.labels).with_thresholds(dict(args.class_threshold))
     thresholds = {name: getattr(args, name) for name in ("background_threshold", "score_threshold", "area_threshold")}
     options: dict[str, Any] = {name: value for name, value in thresholds.items() if value is not None}
     if args.background is not None:
@@ -138,28 +164,61 @@ def run(args: argparse.Namespace) -> int:
         options["background_class"] = labels.class_names.index(args.background)
         labels = replace(labels, background=options["background_class"])
     check_outputs(args)
-    check_images(args.images)
-    batch, results = Batch(args.images), []
-    asked, of_pipeline = asked_of_results(args)
-    options |= of_pipeline
-    ready = (_on_onnx if on_onnx(args) else _on_pytorch)(args, competing(labels, args), batch, options)
-    with Writer(args.output, labels, asked) as writer:
-        for path, stem in batch:
-            with batch.may_fail(path):
-                image = ready.open(path)
-                started = time.perf_counter()
-                found = ready.segment(image)
-                seconds = round(time.perf_counter() - started, 4)
-                results.append({**writer.add(stem, image, found, path), "seconds": seconds})
-                say(report(results[-1]))
-    if args.json is not None:
-        facts = {"command": command_line(args), **ready.facts, **thresholds}
-        write_json(args.json, {**facts, "images": results, "failed": batch.as_json()})
-    return batch.status()
+    asked = asked_of_results(args)
+    options |= asked.of_pipeline()
+    rivalled = competing(labels, args)
+    make_ready = _on_onnx if on_onnx(args) else _on_pytorch
+    if videos := videos_among(args.images):
+        ready = make_ready(args, rivalled, None, options)
+        facts = {**ready.facts, **thresholds}
+        return segment_videos(videos, partial(ready.stream, args.smooth), args, labels, asked, facts, report)
+    if args.smooth:
+        raise ValueError("--smooth is for videos, and there is none; leave it out")
+    source, called = open_pictures(args)
+    ready = make_ready(args, rivalled, source, options)
+    source.reading = ready.reading
+    open_writer = partial(Writer, args.output, labels, asked)
+    writer = open_writer(writer_number(0))
+
+    def decides() -> dict[str, Any]:
+        return {"labels": repr(rivalled), "model": [ready.weights(), ready.facts]}
+
+    batch = begin(args, source, called, decides, writer.recorded)
+
+    def tell(record: dict[str, Any]) -> None:
+        if batch.one_by_one:
+            say(report(record))
+
+    tool = Tool(source, ready.prepare, partial(_writing, open_writer))
+    try:
+        seconds = do_all(batch, tool, ready.segment, ready.batch_size, tell)
+    except BaseException:
+        writer.close()  # of what is done
+        raise
+    return batch.close({**ready.facts, **thresholds}, seconds, ready.network_seconds, writer.close)
 
 
-def _on_pytorch(args: argparse.Namespace, labels: Labels, batch: Batch, options: dict[str, Any]) -> Ready:
+def _writing(open_writer: Callable[[int], Writer], number: int) -> Callable[..., dict[str, Any]]:
+    """What writes results in the process of a number."""
+    return partial(write_result, open_writer(number))
+
+
+def write_result(writer: Writer, stem: str, picture: Picture, found: dict[str, Any]) -> dict[str, Any]:
+    """Writes one result, outside of the process with the network; returns what is to know of it."""
+    seconds = found.pop("seconds")
+    return {**writer.add(stem, picture.image, found, picture.name), "seconds": seconds}
+
+
+def _on_pytorch(
+    args: argparse.Namespace, labels: Labels, source: Photographs | None, options: dict[str, Any]
+) -> Ready:
+    import numpy as np
+    import torch
+
+    from spar_hf.files import weights_digest
+    from spar_hf.image_file_spar import InvalidImageError
     from spar_hf.pipeline_spar import OpenVocabularySegmentationPipeline
+    from spar_hf.segmenters import Smoothed
 
     if (Path(args.model) / EXPORTED).is_file():
         raise ValueError(f"{args.model} is an exported model, which PyTorch does not run; leave --backend out")
@@ -168,25 +227,58 @@ def _on_pytorch(args: argparse.Namespace, labels: Labels, batch: Batch, options:
     pipeline = OpenVocabularySegmentationPipeline(
         model=opened.model, processor=opened.processor, device=opened.model.device
     )
+    image_processor = opened.processor.image_processor
+    if source is not None:
+        source.reading = image_processor.read_options
 
     def unlabelled() -> Iterator[Any]:
-        for path in args.images:
-            with batch.may_fail(path, count=False):
-                yield opened.processor(images=open_image(path, opened), return_tensors="pt")["pixel_values"]
+        for number, name in enumerate([] if source is None else source.names):
+            with suppress(InvalidImageError):  # told when its turn comes
+                image = opened.tell_masks(name, source.picture(number))  # type: ignore[union-attr]
+                yield opened.processor(images=image, return_tensors="pt")["pixel_values"]
 
-    encoded = segmenter.encode_labels(labels, unlabelled=unlabelled())  # once, for all pictures
+    words = words_to_encode(args, labels, opened)
+    encoded = segmenter.encode_labels(words, unlabelled=unlabelled())  # once, for all pictures
 
-    def segment(image: Any) -> dict[str, Any]:
-        return pipeline(image, candidate_labels=encoded, segmenter=segmenter, **options)
+    def network(pixel_values: Any, encoded: Any) -> Any:
+        started = time.perf_counter()
+        maps = segmenter(pixel_values, encoded)
+        ready.network_seconds += time.perf_counter() - started
+        return maps
 
-    return Ready(lambda path: open_image(path, opened), segment, opened.facts)
+    def segment(pictures: list[Picture]) -> Sequence[dict[str, Any]]:
+        for picture in pictures:
+            opened.tell_masks(picture.name, picture.image)
+        started = time.perf_counter()
+        pixel_values = torch.from_numpy(np.stack([picture.pixel_values for picture in pictures]))
+        sizes_hw = [(picture.image.height, picture.image.width) for picture in pictures]
+        found = pipeline.from_pixels(pixel_values, sizes_hw, encoded, network, **options)
+        for result in found:
+            result["seconds"] = round((time.perf_counter() - started) / len(pictures), 4)
+        return found
+
+    def stream(keep: float) -> Callable[[Any], Any]:
+        own = Smoothed(segmenter, keep) if keep else segmenter
+        return lambda image: pipeline(image, candidate_labels=encoded, segmenter=own, **options)
+
+    ready = Ready(
+        reading=image_processor.read_options,
+        prepare=image_processor.input_pixels.values,
+        segment=segment,
+        stream=stream,
+        facts=opened.facts,
+        weights=lambda: weights_digest(*segmenter.networks),
+        batch_size=opened.batch_size(args.batch_size),
+    )
+    return ready
 
 
-def _on_onnx(args: argparse.Namespace, labels: Labels, batch: Batch, options: dict[str, Any]) -> Ready:
+def _on_onnx(args: argparse.Namespace, labels: Labels, source: Photographs | None, options: dict[str, Any]) -> Ready:
     import spar_onnx
+    from spar_hf.files import digest
 
     fixed = {f"--{name.replace('_', '-')}": getattr(args, name) for name in FIXED_BY_EXPORT}
-    fixed["--set"] = args.settings
+    fixed |= {"--set": args.settings, "--smooth": args.smooth}
     for flag, value in fixed.items():
         if value:
             raise ValueError(f"{flag} is for PyTorch, and an exported model is fixed; leave it out, or export another")
@@ -198,7 +290,7 @@ def _on_onnx(args: argparse.Namespace, labels: Labels, batch: Batch, options: di
     pipeline.reading = replace(pipeline.reading, **pictures, **limits)
     if args.max_pixels is not None:
         pipeline.pixels = replace(pipeline.pixels, max_input_pixels=args.max_pixels)
-    encoded = pipeline.encode_labels(labels)  # once, for all pictures
+    encoded = embeds_of_export(args, labels, pipeline)  # once, for all pictures
     facts = {
         "model": args.model,
         "backend": "onnx",
@@ -206,7 +298,24 @@ def _on_onnx(args: argparse.Namespace, labels: Labels, batch: Batch, options: di
         "dtype": pipeline.dtype,
         **pictures,
     }
-    return Ready(pipeline.open_rgb, lambda image: pipeline(image, encoded, size=args.short_side, **options), facts)
+
+    def one(image: Any) -> Any:
+        return pipeline(image, encoded, size=args.short_side, **options)
+
+    def segment(pictures: list[Picture]) -> list[dict[str, Any]]:
+        found = []
+        for picture in pictures:
+            started = time.perf_counter()
+            result = one(picture.image)
+            seconds = time.perf_counter() - started
+            ready.network_seconds += seconds
+            result["seconds"] = round(seconds, 4)
+            found.append(result)
+        return found
+
+    record = json.dumps(pipeline.exported.record, sort_keys=True).encode()
+    ready = Ready(pipeline.reading, None, segment, lambda _: one, facts, weights=lambda: digest([record]))
+    return ready
 
 
 def competing(labels: Labels, args: argparse.Namespace) -> Labels:
@@ -215,7 +324,7 @@ def competing(labels: Labels, args: argparse.Namespace) -> Labels:
 
     if args.against is not None:
         return labels.against(name for name in args.against.split(";") if name.strip())
-    return labels.against(EVERYDAY_WORDS) if len(labels) == 1 and args.background_threshold is not None else labels
+    return labels.against(EVERYDAY_WORDS) if labels.wants_rivals(args.background_threshold) else labels
 
 
 def report(result: dict[str, Any]) -> str:

@@ -9,10 +9,11 @@ from typing import Any
 
 from spar_hf.distillation.label_teacher import TARGETS
 from spar_hf.distillation.label_teacher import Settings as TargetSettings
-from spar_hf.distillation.sources import PictureBookScenes, Source, hub_dataset, image_folder, tar_files
+from spar_hf.distillation.sources import PictureBookScenes, Source
 from spar_hf.distillation.specs import DTYPES, StudentSpec, TeacherSpec
 from spar_hf.distillation.views import EXTENDED, SCALE_LAWS, Augmentation, Views
 from spar_hf.reach_spar import REACHES
+from spar_hf.sources import hub_dataset, image_folder, tar_files
 
 from .errors import MISTAKE, exit_status, fail
 from .options import read_labels
@@ -131,6 +132,14 @@ def add_teacher_flags(parser: argparse.ArgumentParser) -> None:
         "--labels", metavar="TEXT|@FILE", type=text, help="the words of --teacher-labels, as 'spar segment' takes them"
     )
     group.add_argument(
+        "--teacher-set",
+        action="append",
+        default=[],
+        type=name_and_value,
+        metavar="NAME=VALUE",
+        help="a number of the method of --teacher-labels that differs from its authors'; may be given again",
+    )
+    group.add_argument(
         "--teacher-refine", action="append", default=[], type=text, metavar="NAME", help="refinement of its score maps"
     )
     group.add_argument(
@@ -138,6 +147,18 @@ def add_teacher_flags(parser: argparse.ArgumentParser) -> None:
         choices=TARGETS,
         default=TargetSettings.target,
         help="how score maps become features: the network's own moved towards the words, or the words' mean",
+    )
+    group.add_argument(
+        "--teacher-upsample",
+        metavar="NAME[=FOLDER]",
+        type=text,
+        help="an upsampler of its features, as 'spar segment --upsample'; a patch learns the mean of its cells",
+    )
+    group.add_argument(
+        "--teacher-upsample-factor",
+        type=whole_number,
+        metavar="N",
+        help="cells of the finer grid to a patch's side (default: one for each pixel)",
     )
     group.add_argument("--teacher-reach", choices=REACHES, help="how far its attention reaches")
     group.add_argument(
@@ -192,8 +213,11 @@ def teacher_spec(args: argparse.Namespace) -> TeacherSpec:
         dtype=args.teacher_dtype,
         label_method=args.teacher_labels,
         labels=None if args.labels is None else read_labels(args.labels),
+        settings=dict(args.teacher_set),
         refine=tuple(args.teacher_refine),
         target=TargetSettings(target=args.target),
+        upsample=args.teacher_upsample,
+        upsample_factor=args.teacher_upsample_factor,
     )
 
 

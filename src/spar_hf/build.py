@@ -246,7 +246,7 @@ def record(
     own, of_refinement = _split_settings(settings or {}, refine)
     row = None if method is None else find_method(method)
     of_refinements = {name: id for row in find_refinements(refine).values() for name, id in row.networks.items()}
-    needs = {**({} if row is None else row.needs), **of_refinements}
+    needs = {**({} if row is None else row.defaults), **of_refinements}
     chosen: dict[str, Any] = {"networks": {}, "settings": {}}
     if needs or networks:
         chosen["networks"] = {
@@ -311,7 +311,22 @@ def _tower(vision: Any, row: Method | None, settings: Mapping[str, Any] | None, 
 def _parts(row: Method, networks: Networks | None, settings: Mapping[str, Any] | None) -> dict[str, Any]:
     """What the class in a method's file takes beside the tower."""
     own = _with(row.module.Settings(), settings or {}, f"method {row.name!r}")
-    return {"networks": {**row.needs, **(networks or {})}, "settings": own, "method": row.name}
+    return {"networks": {**row.defaults, **(networks or {})}, "settings": own, "method": row.name}
+
+
+def method_class_arguments(
+    vision: Any, method: str, networks: Networks | None, settings: Mapping[str, Any] | None, without: str
+) -> tuple[Any, dict[str, Any]]:
+    """The tower as a method has it, and the other arguments of a class in its file that does without one network.
+
+    Raises:
+        ValueError: as `build_encoder`.
+    """
+    row = _row_for(vision, method, networks)
+    assert row is not None
+    parts = _parts(row, {**row.bank, **(networks or {})}, settings)
+    parts["networks"].pop(without, None)
+    return _tower(vision, row, None, {}), parts
 
 
 def _split_settings(

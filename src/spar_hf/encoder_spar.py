@@ -315,6 +315,24 @@ class DenseEncoderLayer(nn.Module):
         return x + self.mlp(self.layer_norm2(x))
 
 
+class EncoderWrapper:
+    """What is around a dense encoder is as large, as precise and where that one is."""
+
+    encoder: Any
+
+    @property
+    def config(self) -> Any:
+        return self.encoder.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.encoder.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.encoder.device
+
+
 # ------------------------------------------------------------------------------------------- whole models
 
 

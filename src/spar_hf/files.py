@@ -203,8 +203,16 @@ def tensors_digest(record: str, tensors: Mapping[str, torch.Tensor]) -> str:
     return digest(parts())
 
 
-def write_state(path: Path, tensors: Mapping[str, torch.Tensor], record: Mapping[str, Any]) -> None:
+def write_state(
+    path: Path, tensors: Mapping[str, torch.Tensor], record: Mapping[str, Any], failed: str = "training has failed"
+) -> None:
     """Writes what a run goes on from: tensors and a JSON record in one safetensors file, whole, with a check sum.
+
+    Args:
+        path: the file.
+        tensors: by name.
+        record: beside them.
+        failed: what it means when a tensor holds NaN or infinity, for the message.
 
     Raises:
         OSError: the disk is full; what was there is intact.
@@ -213,7 +221,7 @@ def write_state(path: Path, tensors: Mapping[str, torch.Tensor], record: Mapping
     from safetensors.torch import save_file
 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    check_finite(f"training has failed, {path.name} is not written", tensors)
+    check_finite(f"{failed}, {path.name} is not written", tensors)
     text = json.dumps(record)
     with whole_files(path) as (draft,):
         save_file(tensors, draft, metadata={"record": text, "digest": tensors_digest(text, tensors)})
@@ -232,7 +240,7 @@ def read_state(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path.name} is broken ({error})") from error
     if not {"record", "digest"} <= metadata.keys():
-        raise ValueError(f"{path.name} is no state of a training run")
+        raise ValueError(f"{path.name} is no state of a run")
     check_finite(path.name, tensors)
     if tensors_digest(metadata["record"], tensors) != metadata["digest"]:
         raise ValueError(f"{path.name} is broken (check sum)")

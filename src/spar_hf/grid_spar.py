@@ -168,9 +168,7 @@ def _positions_of_part(table: torch.Tensor, grid_hw: tuple[int, int], rule: str,
         if rule == "offset":
             y = (2 * torch.arange(whole, device=table.device) + 1) / (whole + 0.1) - 1
             points = torch.stack([torch.full_like(y, -0.5), y], dim=-1)[None, :, None]  # (1, h, 1, 2), x first
-            axis = nn.functional.grid_sample(
-                units, points, mode="bicubic", padding_mode="border", align_corners=False
-            )
+            axis = nn.functional.grid_sample(units, points, mode="bicubic", padding_mode="border", align_corners=False)
         else:
             size = (max(part.whole_hw) if rule == "square" else whole, 2)
             mode = "bicubic" if rule in ("size", "antialias") else "bilinear"

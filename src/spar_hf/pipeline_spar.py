@@ -17,8 +17,8 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 from .processing_spar import SparProcessor
 from .prompts_spar import EVERYDAY_WORDS, Labels
-from .results_spar import POST_PROCESSING, SegmentationResult, check_thresholds, segments_of
-from .segmentation_spar import FromFeatures, ScoreMaps, Segmenter, class_probabilities, segment
+from .results_spar import POST_PROCESSING, SegmentationResult, check_thresholds, check_top_k, segments_of
+from .segmentation_spar import FromFeatures, ScoreMaps, Segmenter, class_probabilities, segment, top_classes
 
 TASK = "open-vocabulary-segmentation"
 MAX_PROBABILITIES = 10**9  # numbers that `return_probabilities` may return, 2 GB
@@ -111,6 +111,7 @@ class OpenVocabularySegmentationPipeline(Pipeline):
             against: Names that compete with the classes and are never reported; `True` is everyday words.
             return_scores: Also return the probability of the best class at each pixel.
             return_probabilities: Also return the probability of every class at each pixel.
+            return_top_k: Also return so many of the likeliest classes of each pixel, whatever the thresholds.
             batch_size: Images read at once; those of equal size go through the model together.
 
         Returns:
@@ -121,6 +122,7 @@ class OpenVocabularySegmentationPipeline(Pipeline):
                     first; they sum to 1. With `return_scores` also `score`, the mean probability over its pixels.
                 `scores`: (H, W) fp32, if asked for.
                 `probabilities`: (C, H, W) fp16, if asked for.
+                `top_classes`, `top_probabilities`: (k, H, W) int32 and fp16, the likeliest first, if asked for.
                 `labels`: The `Labels`.
                 `size_hw`: Height and width of the pixels that the model saw.
                 `grid_hw`: Rows and columns of the grid of patches, or of what the method has in its place.
@@ -163,6 +165,31 @@ class OpenVocabularySegmentationPipeline(Pipeline):
             return candidate_labels
         return self.segmenter_of(segmenter, encoder).encode_labels(Labels.parse(candidate_labels), templates)
 
+    @torch.inference_mode()
+    def from_pixels(
+        self,
+        pixel_values: Tensor,
+        sizes_hw: list[tuple[int, int]],
+        encoded: Any,
+        segmenter: Callable[[Tensor, Any], list[ScoreMaps]] | None = None,
+        **options: Any,
+    ) -> list[SegmentationResult]:
+        """The results of images whose pixels are prepared already, elsewhere.
+
+        Args:
+            pixel_values: (B, 3, H, W), from the image processor.
+            sizes_hw: Height and width of each label map: of each image, upright.
+            encoded: From `encode_labels`.
+            segmenter: See `__call__`.
+            **options: Thresholds and what to return; see `__call__`.
+        """
+        found = []
+        of_all = (segmenter or self.segmenter_of())(pixel_values, encoded)
+        for pixels, size_hw, maps in zip(pixel_values, sizes_hw, of_all, strict=True):
+            prepared = PreparedImage(size_hw, pixels, maps, encoded.labels)
+            found.append(self.postprocess({"image": prepared}, **options))
+        return found
+
     def _sanitize_parameters(
         self,
         candidate_labels: Any = None,
@@ -174,24 +201,27 @@ class OpenVocabularySegmentationPipeline(Pipeline):
         do_resize: bool | None = None,
         return_scores: bool | None = None,
         return_probabilities: bool | None = None,
+        return_top_k: int | None = None,
         **kwargs: Any,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         if unknown := sorted(set(kwargs) - {*POST_PROCESSING, "local_files_only"}):
             raise ValueError(
                 f"the {TASK} pipeline does not know {', '.join(unknown)}; allowed are candidate_labels, templates, "
-                "segmenter, encoder, against, size, do_resize, return_scores, return_probabilities, "
+                "segmenter, encoder, against, size, do_resize, return_scores, return_probabilities, return_top_k, "
                 f"{', '.join(POST_PROCESSING)}."
             )
         options = {name: kwargs.get(name) for name in POST_PROCESSING}
+        check_top_k(return_top_k)
         check_thresholds(options["logit_scale"], options["background_threshold"], options["area_threshold"])
         preprocess = {"size": size, "do_resize": do_resize}
         forward = {"segmenter": segmenter, "encoder": encoder, "templates": templates, "labels": candidate_labels}
         if candidate_labels is not None and not is_encoded(candidate_labels):
             labels = Labels.parse(candidate_labels)
-            if against is None and options["background_threshold"] is not None and len(labels) == 1:
+            if against is None and labels.wants_rivals(options["background_threshold"]):
                 against = True
             forward["labels"] = labels.against(EVERYDAY_WORDS if against is True else against) if against else labels
-        postprocess = {**options, "return_scores": return_scores, "return_probabilities": return_probabilities}
+        returned = {"scores": return_scores, "probabilities": return_probabilities, "top_k": return_top_k}
+        postprocess = {**options, **{f"return_{name}": value for name, value in returned.items()}}
         return _given(preprocess), _given(forward), _given(postprocess)
 
     def preprocess(self, image: Any, **size: Any) -> dict[str, Any]:
@@ -224,10 +254,12 @@ class OpenVocabularySegmentationPipeline(Pipeline):
         model_outputs: dict[str, Any],
         return_scores: bool = False,
         return_probabilities: bool = False,
+        return_top_k: int | None = None,
         **options: Any,
     ) -> SegmentationResult:
         image, labels = model_outputs["image"], model_outputs["image"].labels
         maps, class_ids = image.maps.at(image.original_hw), torch.tensor(labels.class_ids)
+        options["background_threshold"] = labels.least_probabilities(options.get("background_threshold"))
         found = segment(maps, class_ids, with_scores=return_scores, **options)
         segmentation = found.labels.cpu().numpy()
         scores = None if found.scores is None else found.scores.cpu().numpy()
@@ -242,6 +274,9 @@ class OpenVocabularySegmentationPipeline(Pipeline):
             result["scores"] = scores
         if return_probabilities:
             result["probabilities"] = all_probabilities(maps, class_ids, len(labels), options.get("logit_scale"))
+        if return_top_k is not None:
+            ids, probabilities = top_classes(maps, class_ids, return_top_k, options.get("logit_scale"))
+            result["top_classes"], result["top_probabilities"] = ids.numpy(), probabilities.numpy()
         return result
 
 

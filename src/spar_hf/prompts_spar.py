@@ -11,7 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from PIL import ImageColor
 
 from .names_spar import shown, unknown
 
@@ -23,7 +25,10 @@ MAX_LABELS = 10_000
 # No text tower reads more than some hundred characters; a longer name is a mistake, and slow to cut into tokens.
 MAX_CHARACTERS = 2_000
 
-FIELDS = ("name", "names", "templates", "definition")  # of a class in a file of labels
+MAX_ID = 65_534  # of a class; what 16 bits hold, less one for no class
+
+# Of a class in a file of labels.
+FIELDS = ("id", "name", "names", "synonyms", "colour", "threshold", "templates", "definition")
 
 NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -132,6 +137,9 @@ class Labels:
         background: The id of the class that is the background, if there is one.
         definitions: A text about each class, None where there is none; empty where no class has one. Only what asks
             for them reads them.
+        ids: The id of each class in files of results; empty where that is its index, as it is in label maps in memory.
+        colours: The colour of each class, None where it has none of its own; empty where no class has one.
+        thresholds: The least probability of each class, None where the common one holds; empty where it holds for all.
     """
 
     classes: tuple[tuple[str, ...], ...]
@@ -140,6 +148,9 @@ class Labels:
     negatives: tuple[str, ...] = ()
     background: int | None = None
     definitions: tuple[str | None, ...] = ()
+    ids: tuple[int, ...] = ()
+    colours: tuple[tuple[int, int, int] | None, ...] = ()
+    thresholds: tuple[float | None, ...] = ()
 
     @classmethod
     def parse(cls, labels: Any, max_labels: int = MAX_LABELS) -> Labels:
@@ -149,8 +160,9 @@ class Labels:
             labels: `"road; car, automobile; sky"` (classes split by `;`, synonyms by `,`),
                 `["road", "car, automobile"]` (one string a class), `[["road"], ["car", "automobile"]]` (names taken as
                 they are, so that a name may hold a comma), `{"car": ["a red car", "automobile"]}` (what a class is
-                called, and its names), or a list that holds mappings with `name` and, as wanted, `names`,
-                `templates` and `definition`.
+                called, and its names), or a list that holds mappings with `name` and, as wanted, `names` (all that
+                the text tower reads) or `synonyms` (further ones), `id`, `colour`, `threshold` (the least
+                probability), `templates` and `definition`.
             max_labels: Most names that are accepted.
 
         Raises:
@@ -168,11 +180,11 @@ class Labels:
                 f"labels are a {type(labels).__name__}; allowed are a string such as 'road; car, automobile; sky', "
                 "a list, or a mapping of class names to names. Pass one of these."
             )
-        entries = []
+        entries: list[_Class] = []
         num_names = 0
         for number, entry in enumerate(labels, start=1):
             entries.append(_parse_class(entry, number))
-            num_names += len(entries[-1][1])
+            num_names += len(entries[-1].names)
             if num_names > max_labels:
                 raise ValueError(
                     f"there are over {max_labels} labels; at most {max_labels} are allowed. "
@@ -180,35 +192,42 @@ class Labels:
                 )
         if not entries:
             raise ValueError("there are no labels; at least one is needed. Pass some, such as 'road; car; sky'.")
-        classes = tuple(names for _, names, _, _ in entries)
+        classes = tuple(entry.names for entry in entries)
         _check_unique(classes)
-        if len(classes) == 1 and num_names > 1 and entries[0][0] is None:
+        if len(classes) == 1 and num_names > 1 and entries[0].title is None:
             # Commas between classes are the likely slip, and its result (one class everywhere) looks like a bug.
             logger.warning(
                 "the labels make one class with %d synonyms (%s); separate classes with ';'.",
                 num_names,
                 ", ".join(classes[0][:4]) + (", ..." if num_names > 4 else ""),
             )
-        titles = tuple(names[0] if title is None else title for title, names, _, _ in entries)
+        titles = tuple(entry.names[0] if entry.title is None else entry.title for entry in entries)
         if len(set(titles)) < len(titles):
             twice = next(title for title in titles if titles.count(title) > 1)
             raise ValueError(f"two classes are called {shown(twice)}; give each a name of its own.")
-        templates = tuple(own for _, _, own, _ in entries)
-        definitions = tuple(text for _, _, _, text in entries)
+        columns = _Class(*zip(*entries, strict=True))
+        _check_ids(columns.id)
+
+        def given(values: Any) -> Any:
+            return values if any(value is not None for value in values) else ()
+
         return cls(
             classes,
-            titles if any(entry[0] is not None for entry in entries) else (),
-            templates if any(own is not None for own in templates) else (),
-            definitions=definitions if any(text is not None for text in definitions) else (),
+            titles if given(columns.title) else (),
+            given(columns.templates),
+            definitions=given(columns.definition),
+            ids=given(columns.id),
+            colours=given(columns.colour),
+            thresholds=given(columns.threshold),
         )
 
     @classmethod
     def read(cls, path: str | Path, max_labels: int = MAX_LABELS) -> Labels:
         """A vocabulary from a file, UTF-8.
 
-        `.json` holds a form of `parse`. `.csv` has a header with `name` and, as wanted, `names` (split by `,`),
-        `templates` (split by `;`) and `definition`. Any other file has a class a line, synonyms split by `,`, `#`
-        begins a comment.
+        `.json` holds a form of `parse`. `.csv` has a header with `name` and, as wanted, `id`, `names` or `synonyms`
+        (split by `,`), `colour`, `threshold`, `templates` (split by `;`) and `definition`. Any other file has a class
+        a line, synonyms split by `,`, `#` begins a comment.
 
         Raises:
             ValueError: The file is no such thing; the message names it.
@@ -259,40 +278,142 @@ class Labels:
         """What each class is called in results."""
         return self.titles or tuple(names[0] for names in self.classes)
 
+    @cached_property
+    def written_ids(self) -> tuple[int, ...]:
+        """The id of each class in files of results."""
+        return self.ids or tuple(range(len(self.classes)))
+
+    def with_thresholds(self, thresholds: Mapping[str, float]) -> Labels:
+        """The same classes, some with a least probability of their own, by what they are called.
+
+        Raises:
+            ValueError: there is no class of that name, or a number is not from 0 to 1.
+        """
+        if not thresholds:
+            return self
+        own = list(self.thresholds or (None,) * len(self.classes))
+        for name, threshold in thresholds.items():
+            if name not in self.class_names:
+                raise ValueError(unknown("class", name, self.class_names[:50]))
+            own[self.class_names.index(name)] = _parse_threshold(threshold, f"class {shown(name)}")
+        return replace(self, thresholds=tuple(own))
+
+    def wants_rivals(self, background_threshold: Any) -> bool:
+        """Whether everyday words are to compete: a single class with a least probability has none to lose against."""
+        return len(self) == 1 and (background_threshold is not None or bool(self.thresholds))
+
+    def least_probabilities(self, common: Any) -> Any:
+        """What `segment` takes for `background_threshold`: `common`, and of a class its own where it has one."""
+        if not self.thresholds or isinstance(common, Sequence):
+            return common
+        return tuple((common or 0.0) if own is None else own for own in self.thresholds)
+
     def templates_of(self, common: tuple[str, ...]) -> list[tuple[str, ...]]:
         """The prompt templates of each name (K), given those of classes that have none of their own."""
         own = self.class_templates or (None,) * len(self.classes)
         return [common if index < 0 else own[index] or common for index in self.class_ids]
 
 
-def _parse_class(entry: Any, number: int) -> tuple[str | None, tuple[str, ...], tuple[str, ...] | None, str | None]:
-    """What a class is called (None: as its first name), its names, templates and definition.
+class _Class(NamedTuple):
+    """One class as it is read; None for what it does not say."""
+
+    title: Any  # what it is called; None: as its first name
+    names: Any
+    templates: Any = None
+    definition: Any = None
+    id: Any = None
+    colour: Any = None
+    threshold: Any = None
+
+
+def _parse_class(entry: Any, number: int) -> _Class:
+    """Reads one class.
 
     Args:
         entry: a form of `Labels.parse`.
         number: of the class from 1, for messages.
     """
-    title = templates = definition = None
-    if isinstance(entry, Mapping):
-        for key in entry:
-            if key not in FIELDS:
-                raise ValueError(f"label {number}: " + unknown("field", key, FIELDS))
-        if not isinstance(entry.get("name"), str):
-            raise ValueError(f"label {number} has no name; give {{'name': 'car', 'names': ['car', 'automobile']}}.")
-        title = _clean(entry["name"], f"label {number}")
-        if entry.get("templates"):
-            templates = check_templates(entry["templates"])
-        if entry.get("definition"):
-            if not isinstance(entry["definition"], str):
-                raise ValueError(f"label {number}'s definition is {shown(entry['definition'])}; give one text.")
-            definition = _clean(entry["definition"], f"label {number}'s definition")
-        entry = [title] if entry.get("names") in (None, "", [], ()) else entry["names"]
+    what = f"label {number}"
+    if not isinstance(entry, Mapping):
+        return _Class(None, _parse_names(entry, what))
+    for key in entry:
+        if key not in FIELDS:
+            raise ValueError(f"{what}: " + unknown("field", key, FIELDS))
+    if not isinstance(entry.get("name"), str):
+        raise ValueError(f"{what} has no name; give {{'name': 'car', 'names': ['car', 'automobile']}}.")
+    title = _clean(entry["name"], what)
+    names, synonyms = ((None if entry.get(key) in (None, "", [], ()) else entry[key]) for key in ("names", "synonyms"))
+    if names is not None and synonyms is not None:
+        raise ValueError(f"{what} has names and synonyms; give all its names, or those besides {shown(title)}.")
+    every = [title] if names is None else names
+    if synonyms is not None:
+        every = [title, *_parse_names(synonyms, what)]
+    definition = entry.get("definition") or None
+    if definition is not None and not isinstance(definition, str):
+        raise ValueError(f"{what}'s definition is {shown(definition)}; give one text.")
+    return _Class(
+        title,
+        _parse_names(every, what),
+        check_templates(entry["templates"]) if entry.get("templates") else None,
+        None if definition is None else _clean(definition, f"{what}'s definition"),
+        _parse_id(entry.get("id"), what),
+        _parse_colour(entry.get("colour"), what),
+        _parse_threshold(entry.get("threshold"), what),
+    )
+
+
+def _parse_names(entry: Any, what: str) -> tuple[str, ...]:
     names = entry.split(",") if isinstance(entry, str) else entry
     if not isinstance(names, Sequence) or isinstance(names, bytes) or not all(isinstance(n, str) for n in names):
-        raise ValueError(f"label {number} is {shown(entry)}; allowed are a string, a list of strings or a mapping.")
+        raise ValueError(f"{what} is {shown(entry)}; allowed are a string, a list of strings or a mapping.")
     if not names or not all(name.strip() for name in names):
-        raise ValueError(f"label {number} is empty in {shown(entry)}; every label needs a name. Remove it or name it.")
-    return title, tuple(_clean(name, f"label {number}") for name in names), templates, definition
+        raise ValueError(f"{what} is empty in {shown(entry)}; every label needs a name. Remove it or name it.")
+    return tuple(_clean(name, what) for name in names)
+
+
+def _parse_id(value: Any, what: str) -> int | None:
+    if value is None or value == "":
+        return None
+    text = str(value).strip()
+    if isinstance(value, bool) or not re.fullmatch(r"[0-9]{1,9}", text, re.ASCII) or int(text) > MAX_ID:
+        raise ValueError(f"{what}'s id is {shown(value)}; give a whole number from 0 to {MAX_ID}.")
+    return int(text)
+
+
+def _parse_colour(value: Any, what: str) -> tuple[int, int, int] | None:
+    if value is None or value == "":
+        return None
+    try:
+        if isinstance(value, str):
+            return ImageColor.getrgb(value.strip())[:3]
+        red, green, blue = (int(part) for part in value if part == int(part))
+        if len(value) == 3 and min(red, green, blue) >= 0 and max(red, green, blue) <= 255:
+            return red, green, blue
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(f"{what}'s colour is {shown(value)}; give one such as '#d55e00', 'red' or [213, 94, 0].")
+
+
+def _parse_threshold(value: Any, what: str) -> float | None:
+    if value is None or value == "":
+        return None
+    try:
+        threshold = float(value)
+    except (TypeError, ValueError):
+        threshold = -1.0
+    if not 0 <= threshold <= 1 or isinstance(value, bool):
+        raise ValueError(f"{what}'s threshold is {shown(value)}; give a probability from 0 to 1.")
+    return threshold
+
+
+def _check_ids(ids: Sequence[int | None]) -> None:
+    """All classes have an id, each another, or none has one."""
+    known = [number for number in ids if number is not None]
+    if known and len(known) < len(ids):
+        raise ValueError(f"label {ids.index(None) + 1} has no id and others have; give each class an id, or none.")
+    if len(set(known)) < len(known):
+        twice = next(number for number in known if known.count(number) > 1)
+        raise ValueError(f"two classes have the id {twice}; give each an id of its own.")
 
 
 def _clean(name: str, what: str) -> str:
@@ -314,7 +435,7 @@ def _row_of_csv(row: dict[str | None, Any]) -> dict[str, Any]:
             f"a line has more cells than the header: {shown(row.get('name'))}; quote names that hold commas"
         )
     fields = {key.strip(): (value or "").strip() for key, value in row.items() if key is not None}
-    split = {"names": ",", "templates": ";"}
+    split = {"names": ",", "synonyms": ",", "templates": ";"}
     return {
         key: [part for part in value.split(split[key]) if part.strip()] if key in split else value
         for key, value in fields.items()

@@ -5,7 +5,7 @@ Everything is computed in tiles, so that (names x height x width) is never held.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .encoder_spar import EncoderWrapper
 from .grid_spar import axis_block, coverage, upsample
 from .names_spar import one_of
 from .results_spar import COSINE_SCALE, NO_CLASS, SYNONYMS, check_thresholds
@@ -217,7 +218,7 @@ class Segmenter(Protocol):
         ...
 
 
-class FromFeatures:
+class FromFeatures(EncoderWrapper):
     """The segmenter of a dense encoder: cosine of patch features and text features.
 
     Args:
@@ -233,18 +234,6 @@ class FromFeatures:
 
     def __repr__(self) -> str:
         return f"FromFeatures({self.encoder!r})"
-
-    @property
-    def config(self) -> Any:
-        return self.encoder.config
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.encoder.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.encoder.device
 
     @property
     def networks(self) -> tuple[torch.nn.Module, ...]:
@@ -324,7 +313,7 @@ def segment(
     class_ids: Tensor,
     *,
     logit_scale: float | None = None,
-    background_threshold: float | None = None,
+    background_threshold: float | Sequence[float] | None = None,
     background_class: int | None = None,
     score_threshold: float | None = None,
     area_threshold: float | None = None,
@@ -340,7 +329,8 @@ def segment(
         maps: the scores.
         class_ids: the class of each name (K); `NO_CLASS` for a name that only competes: pixels it wins have no class.
         logit_scale: factor on cosines before the soft-max; None is 40 (SPAR, SCLIP). Other scores bring their own.
-        background_threshold: pixels whose best class has a lower probability become background.
+        background_threshold: pixels whose best class has a lower probability become background; a number, or one
+            for each class.
         background_class: what background pixels are called; None is `NO_CLASS`.
         score_threshold: pixels whose best score (for features: cosine) is lower become background. It works for a
             single class too, whose probability is always 1.
@@ -373,6 +363,7 @@ def segment(
             return Segmentation(labels.fill_(background), torch.ones(labels.shape) if with_scores else None)
 
     need_probability = background_threshold is not None or with_scores
+    limits = _limits(background_threshold, class_ids)
     groups = None  # of each name: those of a group add up their probabilities
     if need_probability and synonyms == "sum" and len(class_ids.unique()) < len(class_ids):
         groups = class_ids.unique(return_inverse=True)[1]
@@ -383,13 +374,28 @@ def segment(
         if score_threshold is not None:
             labels[tile].masked_fill_(found.best < score_threshold, background)
         if found.probability is not None:
-            if background_threshold is not None:
-                labels[tile].masked_fill_(found.probability < background_threshold, background)
+            if limits is not None:
+                labels[tile].masked_fill_(found.probability < limits[class_ids[found.winner]], background)
             if scores is not None:
                 scores[tile] = found.probability
     for correct in maps.corrections:
         labels = correct(labels)
     return Segmentation(labels, scores)
+
+
+def _limits(background_threshold: float | Sequence[float] | None, class_ids: Tensor) -> Tensor | None:
+    """The least probability of each class, and last that of names that only compete."""
+    if background_threshold is None:
+        return None
+    num_classes = int(class_ids.max()) + 1
+    if not isinstance(background_threshold, Sequence):
+        return torch.full((num_classes + 1,), background_threshold, device=class_ids.device)
+    if len(background_threshold) != num_classes:
+        raise ValueError(
+            f"background_threshold has {len(background_threshold)} numbers for {num_classes} classes; give one for "
+            "all, or one for each."
+        )
+    return torch.tensor([*background_threshold, 0.0], device=class_ids.device)
 
 
 def class_probabilities(
@@ -417,6 +423,25 @@ def class_probabilities(
             sums.index_add_(0, columns[names], (logits - top).exp())
             highest = top
         yield tile, sums[:num_classes] / sums.sum(0)
+
+
+def top_classes(
+    maps: ScoreMaps, class_ids: Tensor, count: int, logit_scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """The likeliest classes of each pixel, the first first: ids (k, H, W), int32, and probabilities (k, H, W), fp16.
+
+    Args:
+        maps, class_ids, logit_scale: see `class_probabilities`.
+        count: how many classes; no more than there are.
+    """
+    count = min(count, int(class_ids.max()) + 1)
+    ids = torch.empty(count, *maps.size_hw, dtype=torch.int32)
+    probabilities = torch.empty(count, *maps.size_hw, dtype=torch.float16)
+    for (rows, columns), tile in class_probabilities(maps, class_ids, logit_scale):
+        best = tile.topk(count, dim=0)
+        probabilities[:, rows, columns] = best.values.half().cpu()
+        ids[:, rows, columns] = best.indices.int().cpu()
+    return ids, probabilities
 
 
 def scale_of(maps: ScoreMaps, logit_scale: float | None) -> float:

@@ -1,10 +1,12 @@
-"""Segmenters around segmenters: windows whose scores are averaged pixel by pixel."""
+"""Segmenters around segmenters: windows whose scores are averaged pixel by pixel, frames smoothed in time."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import singledispatch
 from itertools import product
+from math import prod
 from typing import Any
 
 import torch
@@ -12,7 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .encoders.sliding_window import window_starts
-from .segmentation_spar import FullScores, ScoreMaps, Segmenter
+from .segmentation_spar import FullScores, GridScores, ScoreMaps, Segmenter
+
+MAX_SMOOTHED = 10**9  # numbers of scores that are kept from frame to frame where there is no grid of patches, 4 GB
 
 
 class SegmenterWrapper:
@@ -115,3 +119,52 @@ class SlidingScores(SegmenterWrapper):
 def sliding_scores(segmenter: Any, window_px: int, stride_px: int) -> Segmenter:
     """The segmenter in windows whose scores are averaged; what must see the whole image stays around them."""
     return SlidingScores(segmenter, window_px, stride_px)
+
+
+class Smoothed(SegmenterWrapper):
+    """A segmenter for the frames of one video: the scores of a frame are mixed with those of the frames before it.
+
+    score = keep * (smoothed score of the frame before) + (1 - keep) * (score of this frame), at each patch and for
+    each name, before the arg-max. A frame of another size begins anew. Frames come in order, one at a time.
+
+    Args:
+        segmenter: any segmenter.
+        keep: share of the past, from 0 to below 1; after n frames its weight is keep^n.
+
+    Raises:
+        ValueError: `keep` is out of range.
+    """
+
+    def __init__(self, segmenter: Segmenter, keep: float) -> None:
+        if not 0 <= keep < 1:
+            raise ValueError(f"the share of the past is {keep}; it must be from 0 to below 1.")
+        self.segmenter = segmenter
+        self.keep = keep
+        self._past: Tensor | None = None
+
+    def __repr__(self) -> str:
+        return f"Smoothed({self.segmenter!r}, keep={self.keep})"
+
+    def __call__(self, pixel_values: Tensor, encoded: Any) -> list[ScoreMaps]:
+        """See `Segmenter`; the images of a batch are frames in order."""
+        return [self._mixed(maps) for maps in self.segmenter(pixel_values, encoded)]
+
+    def _mixed(self, maps: ScoreMaps) -> ScoreMaps:
+        grid = maps if isinstance(maps, GridScores) else _at_every_pixel(maps)
+        # Scores are linear in what a grid holds, be it scores or features: mixing that mixes them.
+        now, past = grid.scores, self._past
+        if past is not None and past.shape == now.shape:
+            now = self.keep * past + (1 - self.keep) * now
+        self._past = now
+        return replace(grid, scores=now)
+
+
+def _at_every_pixel(maps: ScoreMaps) -> GridScores:
+    """Scores that live on no grid of patches, on one of pixels."""
+    if maps.num_names * prod(maps.size_hw) > MAX_SMOOTHED:
+        raise ValueError(
+            f"the scores of {maps.num_names} names at {maps.size_hw[0]} x {maps.size_hw[1]} pixels are too many to be "
+            "kept from frame to frame; leave --smooth out, take fewer classes, or a smaller --short-side."
+        )
+    scores = maps(slice(0, maps.num_names))
+    return GridScores.of(scores, maps.size_hw, logit_scale=maps.logit_scale, corrections=maps.corrections)

@@ -105,6 +105,15 @@ def palette(num_classes: int) -> np.ndarray:
     return table
 
 
+def colours_of(labels: Labels | Sequence[str]) -> np.ndarray:
+    """The colour of each class, (C, 3) uint8: its own where it has one, else that of `palette`."""
+    colours = palette(len(labels)).copy()
+    for index, colour in enumerate(getattr(labels, "colours", ())):
+        if colour is not None:
+            colours[index] = colour
+    return colours
+
+
 # --- text ------------------------------------------------------------------------------------------------------
 
 
@@ -159,11 +168,12 @@ def fit_text(text: str, font: ImageFont.FreeTypeFont, width_px: float) -> str:
 # --- pictures --------------------------------------------------------------------------------------------------
 
 
-def label_map_image(segmentation: np.ndarray) -> Image.Image:
+def label_map_image(segmentation: np.ndarray, labels: Labels | None = None) -> Image.Image:
     """The label map as a picture whose pixel values are the class ids; no class (-1) is the highest value there is.
 
     Args:
         segmentation: (H, W) class ids, -1 to 65534.
+        labels: whose `written_ids` take the place of the positions, and whose colours are shown.
 
     Returns:
         A palette picture (mode P, colours of `palette`) for ids up to 254, a 16-bit grey one (mode I;16) above.
@@ -172,6 +182,8 @@ def label_map_image(segmentation: np.ndarray) -> Image.Image:
         ValueError: not two-dimensional, not of whole numbers, or an id outside -1 to 65534.
     """
     segmentation = _class_ids(segmentation)
+    if labels is not None:
+        segmentation = as_written(segmentation, labels)
     lowest, highest = int(segmentation.min()), int(segmentation.max())
     if lowest < -1 or highest > 65534:
         raise ValueError(f"class ids span {lowest} to {highest}; a PNG holds -1 to 65534.")
@@ -179,9 +191,21 @@ def label_map_image(segmentation: np.ndarray) -> Image.Image:
         return Image.fromarray(segmentation.astype(np.uint16))  # -1 wraps around to 65535
     picture = Image.fromarray(segmentation.astype(np.uint8))  # and here to 255
     colours = palette(256).copy()
+    if labels is not None:
+        fits = np.array(labels.written_ids) < 255
+        colours[np.array(labels.written_ids)[fits]] = colours_of(labels)[fits]
     colours[255] = 0
     picture.putpalette(colours.tobytes())  # makes it mode P
     return picture
+
+
+def as_written(segmentation: np.ndarray, labels: Labels) -> np.ndarray:
+    """A label map of positions with the classes' `written_ids` in their place; other ids, such as -1, stay."""
+    if not labels.ids:
+        return segmentation
+    ids = np.arange(-1, max(int(segmentation.max()), len(labels) - 1) + 1)
+    ids[1 : len(labels) + 1] = labels.ids
+    return ids.astype(np.int32)[segmentation + 1]
 
 
 def scores_image(scores: np.ndarray) -> Image.Image:
@@ -232,11 +256,22 @@ def overlay(
     if factor > 1:
         image = image.resize((image.width * factor, image.height * factor), Image.Resampling.BICUBIC)
         segmentation = segmentation.repeat(factor, axis=0).repeat(factor, axis=1)
-    legend = _legend(image.size, class_names, fractions)
+    colours = colours_of(labels)
+    legend = _legend(image.size, class_names, fractions, colours)
     canvas = Image.new("RGB", (legend.width, image.height + legend.height), PAPER)
-    for rows, tinted in _tinted(image, segmentation, palette(len(class_names)), opacity):
+    for rows, tinted in _tinted(image, segmentation, colours, opacity):
         canvas.paste(tinted, ((canvas.width - image.width) // 2, rows.start))
     canvas.paste(legend, (0, image.height))
+    return canvas
+
+
+def tinted(
+    image: Image.Image, segmentation: np.ndarray, labels: Labels | Sequence[str], opacity: float = 0.6
+) -> Image.Image:
+    """`overlay` without a legend, at the picture's own size, as the frames of a video want it."""
+    canvas = Image.new("RGB", image.size)
+    for rows, part in _tinted(image, _class_ids(segmentation), colours_of(labels), opacity):
+        canvas.paste(part, (0, rows.start))
     return canvas
 
 
@@ -293,14 +328,16 @@ def _near_a_border(segmentation: np.ndarray, reach_px: int, both_sides: bool = T
     return near
 
 
-def _legend(size: tuple[int, int], class_names: Sequence[str], fractions: np.ndarray) -> Image.Image:
+def _legend(
+    size: tuple[int, int], class_names: Sequence[str], fractions: np.ndarray, class_colours: np.ndarray
+) -> Image.Image:
     """Swatches, class names and fractions, in as many columns as fit under a picture of a (width, height)."""
     text_px = int(np.clip(np.sqrt(size[0] * size[1]) / 44, 14, 72))
     width = max(size[0], MIN_LEGEND_PX, 16 * text_px)
     line_px, gap_px = round(1.6 * text_px), text_px
     present = [int(index) for index in np.argsort(-fractions, kind="stable") if fractions[index] > 0]
     shown, rest = present[:MAX_LEGEND_ROWS], present[MAX_LEGEND_ROWS:]
-    colours = palette(len(class_names)).tolist()
+    colours = class_colours.tolist()
     rows: list[tuple[tuple[int, ...] | None, str, ImageFont.FreeTypeFont, float]] = [
         (tuple(colours[index]), *drawable(plain_text(class_names[index]), f"class {index}", text_px), fractions[index])
         for index in shown

@@ -12,7 +12,7 @@ RECORD = "export.json"
 LAYOUT = 2  # of the folder; another number is another spar-hf's
 VISION, TEXT, LABEL_MAP = "vision_model", "text_model", "label_map"
 # Endings of the files by arithmetic, as @huggingface/transformers and Optimum have them.
-SUFFIXES = {"float32": "", "float16": "_fp16", "int8": "_int8"}
+SUFFIXES = {"float32": "", "float16": "_fp16", "int8": "_int8", "int8-static": "_int8_static"}
 AGAIN = "export the model again with 'spar export'"
 
 
@@ -79,7 +79,7 @@ class Exported:
 
     @property
     def dtypes(self) -> list[str]:
-        """The arithmetics that it holds graphs of: `float32`, `float16`, `int8`."""
+        """The arithmetics that it holds graphs of, in the order of `SUFFIXES`."""
         return [dtype for dtype in SUFFIXES if dtype in self.record["dtypes"]]
 
     def session(self, graph: str, dtype: str, threads: int | None = None) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -41,7 +41,8 @@ def load(folder: str | Path, dtype: str | None = None, threads: int | None = Non
 
     Args:
         folder: what `spar export --format onnx` wrote.
-        dtype: `float32`, `float16` or `int8`, those that were exported; None is the first of these that is there.
+        dtype: `float32`, `float16`, `int8` or `int8-static`, of those that were exported; None is the first of these
+            that is there.
         threads: of each session; None is one a core.
 
     Raises:
@@ -87,6 +88,7 @@ class OnnxPipeline:
         do_resize: bool | None = None,
         against: Any = None,
         return_scores: bool = False,
+        return_top_k: int | None = None,
         **thresholds: Any,
     ) -> Any:
         """Segments one picture or several.
@@ -99,6 +101,7 @@ class OnnxPipeline:
             do_resize: None as exported.
             against: names that compete with the classes and are never reported; True is everyday words.
             return_scores: also return the probability of the best class at each pixel.
+            return_top_k: also return so many of the likeliest classes of each pixel, whatever the thresholds.
             thresholds: `logit_scale`, `background_threshold`, `background_class`, `score_threshold`,
                 `area_threshold`, `synonyms`; see `segmentation_spar.segment`.
 
@@ -112,15 +115,16 @@ class OnnxPipeline:
         if unknown := sorted(set(thresholds) - set(results.POST_PROCESSING)):
             raise ValueError(
                 f"the pipeline does not know {', '.join(unknown)}; allowed are templates, size, do_resize, against, "
-                f"return_scores, {', '.join(results.POST_PROCESSING)}."
+                f"return_scores, return_top_k, {', '.join(results.POST_PROCESSING)}."
             )
+        results.check_top_k(return_top_k)
         checked = ("logit_scale", "background_threshold", "area_threshold")
         results.check_thresholds(*(thresholds.get(name) for name in checked))
         encoded = candidate_labels
         if not isinstance(encoded, LabelEmbeds):
             prompts = library("prompts_spar")
             labels = prompts.Labels.parse(candidate_labels)
-            if against is None and thresholds.get("background_threshold") is not None and len(labels) == 1:
+            if against is None and labels.wants_rivals(thresholds.get("background_threshold")):
                 against = True
             if against:
                 labels = labels.against(prompts.EVERYDAY_WORDS if against is True else against)
@@ -130,7 +134,7 @@ class OnnxPipeline:
             changes |= {"size": library("input_pixels_spar").check_size(size), "do_resize": True, **changes}
 
         def one(image: Any) -> Any:
-            return self._segment(self.open_rgb(image), encoded, return_scores, changes, thresholds)
+            return self._segment(self.open_rgb(image), encoded, return_scores, return_top_k, changes, thresholds)
 
         return [one(image) for image in images] if isinstance(images, list | tuple) else one(images)
 
@@ -175,7 +179,13 @@ class OnnxPipeline:
         return embeds
 
     def _segment(
-        self, rgb: Image.Image, encoded: LabelEmbeds, with_scores: bool, changes: dict[str, Any], thresholds: Any
+        self,
+        rgb: Image.Image,
+        encoded: LabelEmbeds,
+        with_scores: bool,
+        top_k: int | None,
+        changes: dict[str, Any],
+        thresholds: Any,
     ) -> Any:
         results = library("results_spar")
         pixel_values = replace(self.pixels, **changes).values(rgb)[None]
@@ -193,7 +203,9 @@ class OnnxPipeline:
             }
             return self._sessions[LABEL_MAP].run(outputs, {**feed, **more})
 
-        segmentation, scores = label_map(run, encoded.labels.class_ids, with_scores=with_scores, **thresholds)
+        least = encoded.labels.least_probabilities(thresholds.get("background_threshold"))
+        asked = {**thresholds, "background_threshold": least}
+        segmentation, scores = label_map(run, encoded.labels.class_ids, with_scores=with_scores, **asked)
         found = results.SegmentationResult(
             segmentation=segmentation,
             segments=results.segments_of(segmentation, encoded.labels.class_names, scores),
@@ -203,7 +215,45 @@ class OnnxPipeline:
         )
         if scores is not None:
             found["scores"] = scores
+        if top_k is not None:
+            ranked = top_classes(run, encoded.labels.class_ids, top_k, thresholds.get("logit_scale"))
+            found["top_classes"], found["top_probabilities"] = ranked
         return found
+
+
+def top_classes(
+    run: Callable[..., list[np.ndarray]], class_ids: Iterable[int], count: int, logit_scale: float | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """`segmentation_spar.top_classes` with the graph of the label map, which runs once for each class.
+
+    Args:
+        run, class_ids, logit_scale: see `label_map`.
+        count: how many classes; no more than there are.
+    """
+    ids = np.array(list(class_ids), np.int64)
+    scale = np.array(library("results_spar").COSINE_SCALE if logit_scale is None else logit_scale, np.float32)
+    order = probabilities = np.empty(0)
+    for index in range(int(ids.max()) + 1):
+        # With none but its own names to win, the winner's class is this one everywhere.
+        (own,) = run(
+            ["probabilities"],
+            class_ids=ids,
+            contending=ids == index,
+            logit_scale=scale,
+            with_probabilities=np.array(True),
+        )
+        if index == 0:
+            order = np.zeros((count, *own.shape), np.int32)
+            probabilities = np.full((count, *own.shape), -1, np.float32)
+        number = np.full(own.shape, index, np.int32)
+        for place in range(min(count, index + 1)):
+            better = own > probabilities[place]
+            for new, kept in ((own, probabilities[place]), (number, order[place])):
+                swapped = np.where(better, kept, new)
+                kept[better] = new[better]
+                new[...] = swapped
+    kept_classes = min(count, int(ids.max()) + 1)
+    return order[:kept_classes], probabilities[:kept_classes].astype(np.float16)
 
 
 def label_map(
@@ -211,7 +261,7 @@ def label_map(
     class_ids: Iterable[int],
     *,
     logit_scale: float | None = None,
-    background_threshold: float | None = None,
+    background_threshold: float | Sequence[float] | None = None,
     background_class: int | None = None,
     score_threshold: float | None = None,
     area_threshold: float | None = None,
@@ -260,5 +310,7 @@ def label_map(
     if score_threshold is not None:
         labels[best < score_threshold] = background
     if background_threshold is not None:
-        labels[probability < background_threshold] = background
+        each = background_threshold if isinstance(background_threshold, Sequence) else [background_threshold]
+        limits = np.array([*np.broadcast_to(each, int(ids.max()) + 1), each[0] if len(each) == 1 else 0], np.float32)
+        labels[probability < limits[classes[found]]] = background
     return labels, probability if with_scores else None

@@ -14,7 +14,7 @@ import torch
 
 from ..build import build_encoder, build_segmenter, window_of
 from ..checkpoints import SHIPPED, load
-from ..encoders.base import EncoderWrapper
+from ..encoder_spar import EncoderWrapper
 from ..encoders.sliding_window import SlidingWindow, window_starts
 from ..methods.table import FAMILIES, METHODS
 from ..names_spar import unknown

@@ -23,6 +23,7 @@ from .pictures import resized_ids
 
 MIN_SHOWN_PX = 480  # smaller pictures are enlarged by a whole factor
 NO_CLASS = 65535  # of a pixel in the viewer
+HEAT = ((24, 30, 84), (86, 180, 233), (240, 228, 66), (213, 94, 0))  # from the lowest similarity to the highest
 GONE_AFTER_S = 120  # files that Gradio has copied into its own cache by then
 
 
@@ -120,7 +121,7 @@ def heat(image: Image.Image, cosines: np.ndarray) -> Image.Image:
     """The picture in grey, warm where the cosine is high: from its lowest value to its highest."""
     low, high = float(cosines.min()), float(cosines.max())
     strength = (cosines - low) / (high - low) if high > low else np.zeros_like(cosines)
-    stops = np.array([(24, 30, 84), (86, 180, 233), (240, 228, 66), (213, 94, 0)], dtype=np.float32)
+    stops = np.array(HEAT, dtype=np.float32)
     position = strength * (len(stops) - 1)
     index = np.clip(position.astype(int), 0, len(stops) - 2)
     rest = (position - index)[..., None]

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from ..sources import BadImage
 from .cache import FeatureStore
-from .sources import BadImage
 from .views import Views, plan_batches
 
 

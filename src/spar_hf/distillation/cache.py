@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from ..files import clear_drafts, digest, write_atomically, write_json
-from .sources import BadImage
+from ..sources import BadImage
 from .views import Views
 
 FORMAT = "spar_hf feature store 2"

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..encoder_spar import SparVisionOutput, check_pixels
+from ..encoder_spar import EncoderWrapper, SparVisionOutput, check_pixels
 from ..encoders.base import DenseEncoder
 from ..grid_spar import fit_to_patches
 from ..names_spar import one_of
@@ -50,7 +50,7 @@ class Settings:
             raise ValueError(f"{self}: all numbers must be above 0.")
 
 
-class LabelTeacher(nn.Module):
+class LabelTeacher(EncoderWrapper, nn.Module):
     """A segmenter as a dense encoder. No gradients.
 
     Args:
@@ -86,18 +86,6 @@ class LabelTeacher(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.segmenter!r}, {len(self.text_embeds)} names, {self.settings}"
-
-    @property
-    def config(self) -> Any:
-        return self.encoder.config
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.encoder.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.encoder.device
 
     @torch.no_grad()
     def forward(self, pixel_values: Tensor) -> SparVisionOutput:

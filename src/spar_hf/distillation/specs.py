@@ -13,6 +13,7 @@ from ..methods.table import find_method
 from ..names_spar import one_of, unknown
 from ..prompts_spar import Labels
 from ..refinement import find_refinements
+from ..upsampling import check_upsampler
 from .label_teacher import Settings
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -53,8 +54,11 @@ class TeacherSpec:
         dtype: of weights and arithmetic; `auto` is the fastest that the device has.
         label_method: a row of `METHODS` whose score maps teach, in the place of features; see `LabelTeacher`.
         labels: the vocabulary of those score maps.
+        settings: numbers of the label method and its refinements that differ from the authors'; see `build_segmenter`.
         refine: refinements of those score maps, keys of `REFINEMENTS`.
         target: how score maps become features.
+        upsample: an upsampler of the features, `jbu` or `anyup=FOLDER`; a patch learns the mean of its cells.
+        upsample_factor: cells of the finer grid to a patch's side; None is one for each pixel.
     """
 
     model: str | None = None
@@ -68,8 +72,11 @@ class TeacherSpec:
     dtype: str = "auto"
     label_method: str | None = None
     labels: Labels | None = None
+    settings: Mapping[str, str] = field(default_factory=dict)
     refine: tuple[str, ...] = ()
     target: Settings = field(default_factory=Settings)
+    upsample: str | None = None
+    upsample_factor: int | None = None
 
     def __post_init__(self) -> None:
         one_of("dtype", self.dtype, DTYPES)
@@ -80,6 +87,8 @@ class TeacherSpec:
             raise ValueError("a label method teaches about words: give both, the method and the labels.")
         if self.label_method is not None and (self.methods or len(self.strides_px) > 1 or self.short_sides_px):
             raise ValueError("a label method teaches alone; leave other methods, strides and sizes out.")
+        if self.settings and self.label_method is None:
+            raise ValueError(f"setting {next(iter(self.settings))!r} is of a label method; name the method.")
         if self.refine and self.label_method is None:
             raise ValueError(f"refinement {self.refine[0]!r} is of score maps; name the method that makes them.")
         for name in self.networks:
@@ -87,6 +96,10 @@ class TeacherSpec:
                 raise ValueError(f"no method of the teacher takes a further network; leave {name!r} out.")
             if name not in needed:
                 raise ValueError(f"methods {', '.join(methods)}: " + unknown("network", name, needed))
+        if self.upsample is not None:
+            check_upsampler(self.upsample)
+        elif self.upsample_factor is not None:
+            raise ValueError("upsample_factor is of an upsampler; name it too, or leave the factor out.")
         if self.window_px == 0 and self.strides_px:
             raise ValueError("window_px is 0, one pass, which has no stride_px; leave one of them out.")
 

@@ -18,11 +18,13 @@ from ..encoder_spar import DenseVisionModel
 from ..encoders.base import DenseEncoder
 from ..encoders.composition import Ensemble, Regridded, Resized
 from ..encoders.sliding_window import SlidingWindow
+from ..encoders.upsampled import Upsampled
 from ..files import check_finite, weights_digest
 from ..methods.table import find_method
+from ..sources import BadImage
+from ..upsampling import check_upsampler, load_upsampler
 from .cache import FeatureStore
 from .label_teacher import LabelTeacher
-from .sources import BadImage
 from .specs import StudentSpec, TeacherSpec
 from .views import Views
 
@@ -77,6 +79,7 @@ def build_teacher(spec: TeacherSpec, student: StudentSpec, patch_px: int) -> tup
                 f"a label method needs words, and {name} is a vision tower alone; give a whole checkpoint."
             )
         return build_label_teacher(spec, student, model.requires_grad_(False), processor)
+    upsampler = None if spec.upsample is None else load_upsampler(spec.upsample)
     teachers: list[DenseEncoder] = []
     depend_on = []
     for method in spec.methods or (None,):
@@ -96,7 +99,10 @@ def build_teacher(spec: TeacherSpec, student: StudentSpec, patch_px: int) -> tup
         }
         if not isinstance(encoder, DenseVisionModel):
             fields["recipe"] = None  # the method is in a file
-        if encoder.config.patch_size != patch_px or makes_windows:
+        if upsampler is not None:
+            windows = [Upsampled(window, upsampler, spec.upsample_factor) for window in windows]
+            fields["upsample"] = upsampling(spec, upsampler, encoder.config.patch_size)
+        if windows[0].config.patch_size != patch_px or makes_windows:
             windows = [Regridded(window, patch_px) for window in windows]
         sides = spec.short_sides_px or (0,)
         teachers += [Resized(window, side) if side else window for window in windows for side in sides]
@@ -116,16 +122,20 @@ def build_label_teacher(
     spec: TeacherSpec, student: StudentSpec, model: Any, processor: Any
 ) -> tuple[DenseEncoder, dict[str, Any]]:
     """The teacher whose score maps become features of the student's space; see `build_teacher`."""
+    upsampler = None if spec.upsample is None else load_upsampler(spec.upsample)
     segmenter = build_segmenter(
         model,
         processor,
         spec.label_method,
         networks=spec.networks or None,
+        settings=spec.settings,
         window=None if spec.window_px == 0 else spec.window_px or "paper",
         stride_px=spec.strides_px[0] if spec.strides_px else None,
         window_batch=spec.window_batch,
         reach=spec.reach,
         refine=spec.refine,
+        upsample=upsampler,
+        upsample_factor=spec.upsample_factor,
     )
     # The student's own starting tower: its features are moved, in its own text space.
     own, tower, words = load_student(student)
@@ -141,16 +151,25 @@ def build_label_teacher(
         "revision": getattr(model.config, "_commit_hash", None),
         "weights": weights_digest(teacher),
         "method": spec.label_method,
-        **record(spec.label_method, spec.networks, None, spec.refine),
+        **record(spec.label_method, spec.networks, spec.settings, spec.refine),
         "attention_reach": spec.reach or encoder.config.attention_reach,
         "window_px": spec.window_px,
         "stride_px": spec.strides_px[0] if spec.strides_px else None,
+        **({} if upsampler is None else {"upsample": upsampling(spec, upsampler, encoder.config.patch_size)}),
         "labels": [list(names) for names in spec.labels.classes],  # type: ignore[union-attr]
         "target": asdict(spec.target),
         "dtype": spec.dtype,
         "short_side_px": None,
         "mean": None,
     }
+
+
+def upsampling(spec: TeacherSpec, upsampler: Any, patch_px: int) -> dict[str, Any]:
+    """What the features depend on by their upsampler, as JSON."""
+    learned = isinstance(upsampler, nn.Module) and next(upsampler.parameters(), None) is not None
+    weights = {"weights": weights_digest(upsampler)} if learned else {}
+    factor = spec.upsample_factor or patch_px
+    return {"name": check_upsampler(spec.upsample or ""), "factor": factor, **weights}
 
 
 def in_windows(encoder: Any, spec: TeacherSpec, makes_windows: bool) -> tuple[list[Any], int | None, list[int | None]]:

@@ -10,7 +10,8 @@ import numpy as np
 
 from ..files import digest
 from ..names_spar import one_of
-from .sources import BadImage, Source
+from ..sources import BadImage
+from .sources import Source
 
 # Of `Augmentation.draw`: counted up when the same settings come to draw other views, so that stored ones are refused.
 RULES = 2

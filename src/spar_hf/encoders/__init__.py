@@ -1,6 +1,7 @@
 """Dense encoders around dense encoders: sliding windows, other sizes and grids, ensembles, finer grids."""
 
-from .base import DenseEncoder, EncoderWrapper
+from ..encoder_spar import EncoderWrapper
+from .base import DenseEncoder
 from .composition import Ensemble, Regridded, Resized
 from .sliding_window import SlidingWindow
 from .upsampled import FromUpsampled, Upsampled

@@ -27,24 +27,6 @@ class DenseEncoder(Protocol):
     def __call__(self, pixel_values: torch.Tensor) -> Any: ...
 
 
-class EncoderWrapper:
-    """A dense encoder around another one is as large, as precise and where that one is."""
-
-    encoder: DenseEncoder
-
-    @property
-    def config(self) -> Any:
-        return self.encoder.config
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.encoder.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.encoder.device
-
-
 def rgb(pixel_values: torch.Tensor, config: Any) -> torch.Tensor:
     """Normalised pixels (B, 3, H, W) -> colours from 0 to 1, fp32. `config` has image_mean and image_std."""
     return pixel_values.float() * column(config.image_std, pixel_values) + column(config.image_mean, pixel_values)

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
-from ..encoder_spar import SparVisionOutput, check_pixels
+from ..encoder_spar import EncoderWrapper, SparVisionOutput, check_pixels
 from ..grid_spar import fit_to_patches
-from .base import DenseEncoder, EncoderWrapper
+from .base import DenseEncoder
 
 
 class Resized(EncoderWrapper, nn.Module):
@@ -108,10 +109,24 @@ def resample(
     return sampled.to(features.dtype)
 
 
-class Regridded(nn.Module):
-    """Gives a dense encoder's features on the grid of another patch size, bilinearly.
+def to_extent(features: torch.Tensor, extent_hw: tuple[int, int], new_extent_hw: tuple[int, int]) -> torch.Tensor:
+    """(B, D, h, w) over an extent in pixels -> the cells of another with the same top left corner.
 
-    So a teacher whose patches are not the student's can still teach it.
+    Cells beyond it are left out; where it goes on, the border's are repeated.
+    """
+    for axis, (old, new) in enumerate(zip(extent_hw, new_extent_hw, strict=True), start=2):
+        count = features.shape[axis]
+        if (wanted := round(count * new / old)) != count:
+            places = torch.arange(wanted, device=features.device).clamp_(max=count - 1)
+            features = features.index_select(axis, places)
+    return features
+
+
+class Regridded(nn.Module):
+    """Gives a dense encoder's features on the grid of another patch size.
+
+    So a teacher whose patches are not the student's can still teach it. Bilinear; where whole smaller patches make up
+    one of the grid wanted (those of an upsampler do), their mean, which at two to a side is the same.
 
     Args:
         encoder: any dense encoder.
@@ -139,7 +154,11 @@ class Regridded(nn.Module):
         pixels, extent_hw = fit_to_patches(pixel_values, patch_px, self.config.size_rule)
         grid_hw = (pixels.shape[2] // patch_px, pixels.shape[3] // patch_px)
         output = self.encoder(pixel_values)
-        features = resample(output.patch_embeds.permute(0, 3, 1, 2), output.extent_hw, grid_hw, extent_hw)
+        features = output.patch_embeds.permute(0, 3, 1, 2)
+        if patch_px > (fine_px := self.encoder.config.patch_size) and patch_px % fine_px == 0:
+            features = F.adaptive_avg_pool2d(to_extent(features, output.extent_hw, extent_hw), grid_hw)
+        else:
+            features = resample(features, output.extent_hw, grid_hw, extent_hw)
         return SparVisionOutput(
             patch_embeds=features.permute(0, 2, 3, 1),
             image_hw=output.image_hw,

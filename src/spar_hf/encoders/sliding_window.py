@@ -12,9 +12,9 @@ from itertools import product
 import torch
 from torch import nn
 
-from ..encoder_spar import SparVisionOutput, check_pixels
+from ..encoder_spar import EncoderWrapper, SparVisionOutput, check_pixels
 from ..grid_spar import fit_to_patches, whole_patches
-from .base import DenseEncoder, EncoderWrapper
+from .base import DenseEncoder
 
 
 def window_starts(length_px: int, window_px: int, stride_px: int) -> list[int]:

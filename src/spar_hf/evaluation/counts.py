@@ -6,6 +6,7 @@ a data set add up to the counts of the whole.
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import TypedDict
 
@@ -146,6 +147,12 @@ class SegmentationCounts:
             "per_category_boundary_iou": boundary_iou.tolist(),
             "num_images": self.num_images,
         }
+
+    def __add__(self, other: SegmentationCounts) -> SegmentationCounts:
+        """The counts of both parts of a data set."""
+        both = deepcopy(self)
+        both += other
+        return both
 
     def __iadd__(self, other: SegmentationCounts) -> SegmentationCounts:
         """Adds the counts of another part of the data set, for example from another process."""

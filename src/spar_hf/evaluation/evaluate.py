@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 
 from ..files import digest, weights_digest, write_atomically
 from ..networks.masks import MaskFolder
+from ..processes import ALONE, Processes
 from ..segmentation_spar import Segmenter, label_map
 from ..segmenters import sliding_scores
 from .benchmarks import BenchmarkData
@@ -120,8 +121,12 @@ def evaluate(
     save_every: int = 20,
     command: str | None = None,
     masks: MaskFolder | None = None,
+    processes: Processes = ALONE,
 ) -> EvaluationResult:
     """Runs the benchmark, one image at a time.
+
+    Several processes share the images and add up their counts, which are whole numbers: the scores are those of one
+    process, and each returns them. A state of one is a state of several.
 
     Args:
         segmenter: Any segmenter; `FromFeatures` for a dense encoder, or what `build_segmenter` makes.
@@ -133,9 +138,10 @@ def evaluate(
         record: What the segmenter was built of, kept in the result; see `build.record`.
         progress: Shows a bar with the running mean IoU.
         state_path: Saves counts and position in this file, and goes on from there if it exists.
-        save_every: Images between two saves.
+        save_every: Images of each process between two saves.
         command: Kept in the result; the command line of this process when None.
         masks: What the segmenter reads its regions from, to be told of each image.
+        processes: That share the images; all of them must call this.
 
     Raises:
         ValueError: If the protocol is not defined for the benchmark, the limit is not positive, or the state belongs
@@ -149,9 +155,11 @@ def evaluate(
         segmenter = sliding_scores(segmenter, protocol.window_px, protocol.stride_px)
     count = len(benchmark) if limit is None else min(limit, len(benchmark))
     state = State(SegmentationCounts(len(benchmark.labels), ignore_index=IGNORED))
-    if state_path is not None:
+    if state_path is not None and processes.is_main:
         fingerprint = _fingerprint(segmenter, processor, benchmark, protocol, record, count)
         state.resume(Path(state_path), fingerprint)
+    state = processes.gather(state)[0]
+    start = state.counts.num_images
 
     device = segmenter.device
     if device.type == "cuda":
@@ -170,23 +178,32 @@ def evaluate(
     unlabelled = (read(number)[0] for number in range(count))
     encoded = segmenter.encode_labels(labels, protocol.templates, unlabelled)
     class_ids = torch.tensor(labels.class_ids)
-    remaining = range(state.counts.num_images, count)
-    with tqdm(remaining, initial=remaining.start, total=count, desc=benchmark.name, disable=not progress) as bar:
-        for number in bar:
-            pixel_values, sample = read(number)
-            started = _now(device)
-            with torch.inference_mode():
-                (maps,) = segmenter(pixel_values, encoded)
-                labels_found = label_map(
-                    maps.at((sample.target.shape[0], sample.target.shape[1])), class_ids, **protocol.thresholds()
-                )
-            prediction = labels_found.cpu().numpy()
-            state.seconds.append(_now(device) - started)
-            state.counts.update(prediction, sample.target)
-            if progress:
-                bar.set_postfix_str(f"mIoU {100 * float(np.nan_to_num(state.counts.scores()['mean_iou'])):.1f}")
-            if state_path is not None and (state.counts.num_images % save_every == 0 or number + 1 == count):
-                state.peak_memory_mb = max(state.peak_memory_mb, peak_memory_mb(device))
+    # Between two saves, each process does its share of a round.
+    round_images = count if state_path is None else save_every * processes.count
+    show = progress and processes.is_main
+    with tqdm(initial=start, total=count, desc=benchmark.name, disable=not show) as bar:
+        for first in range(start - start % round_images, count, round_images):
+            numbers = range(max(first, start), min(first + round_images, count))
+            part = State(SegmentationCounts(len(benchmark.labels), ignore_index=IGNORED))
+            for number in processes.share(numbers):
+                pixel_values, sample = read(number)
+                started = _now(device)
+                with torch.inference_mode():
+                    (maps,) = segmenter(pixel_values, encoded)
+                    labels_found = label_map(
+                        maps.at((sample.target.shape[0], sample.target.shape[1])), class_ids, **protocol.thresholds()
+                    )
+                prediction = labels_found.cpu().numpy()
+                part.seconds.append(_now(device) - started)
+                part.counts.update(prediction, sample.target)
+                if show:
+                    so_far = (state.counts + part.counts).scores()["mean_iou"]
+                    bar.set_postfix_str(f"mIoU {100 * float(np.nan_to_num(so_far)):.1f}")
+                    bar.update(min(number + processes.count, numbers.stop) - bar.n)
+            part.peak_memory_mb = peak_memory_mb(device)
+            for other in processes.gather(part):
+                state += other
+            if state_path is not None and processes.is_main:
                 state.save(Path(state_path), fingerprint)
 
     scores = state.counts.scores()
@@ -221,6 +238,13 @@ class State:
         self.counts = counts
         self.seconds: list[float] = []
         self.peak_memory_mb = 0.0
+
+    def __iadd__(self, other: State) -> State:
+        """Adds what another process, or a later part, has."""
+        self.counts += other.counts
+        self.seconds += other.seconds
+        self.peak_memory_mb = max(self.peak_memory_mb, other.peak_memory_mb)
+        return self
 
     def save(self, path: Path, fingerprint: dict[str, str]) -> None:
         """Writes the state, whole or not at all."""

@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from ..evaluation.benchmarks import load_benchmark
 from ..evaluation.counts import SegmentationCounts
 from ..evaluation.samples import IGNORED
+from ..picture_book import PictureBook
 from ..segmentation_spar import FromFeatures, segment
 
 TOLERANCE = 1e-4  # relative, of features in fp32
@@ -80,6 +82,12 @@ def check_tokens(processor: Any, read: Callable[[list[str]], np.ndarray]) -> Non
             "the tokenizer's file tokenizer.json does not read texts as the tokenizer does, so the folder would not "
             "work without transformers. Save the tokenizer with save_pretrained, and load the model from there."
         )
+
+
+def calibration_scenes(native_px: int, count: int = 8) -> list[Any]:
+    """Pictures of the picture book's training split, at up to 4 times the native side."""
+    sides = [(1 + number % 4) * native_px for number in range(count)]
+    return [Image.fromarray(PictureBook("train", side, side).scene(number).image) for number, side in enumerate(sides)]
 
 
 class PictureBookCheck:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -34,11 +34,12 @@ from ..encoder_spar import DenseVisionModel
 from ..files import whole_folder, write_json
 from ..methods.table import METHODS, find_method
 from ..names_spar import one_of
-from .arithmetic import to_float16, to_int8
+from .arithmetic import to_float16, to_int8, to_static_int8
 from .checks import (
     EQUAL_LABELS,
     TOLERANCE,
     PictureBookCheck,
+    calibration_scenes,
     check_tokens,
     text_difference,
     vision_differences,
@@ -59,7 +60,6 @@ from .label_graph import label_graph
 FORMATS = ("onnx", "torch-export")
 DTYPES = tuple(SUFFIXES)
 MAX_OPSET = 22
-CONVERT = {"float16": to_float16, "int8": to_int8}
 SCENES = 4  # of the picture book, on which arithmetic is compared
 
 
@@ -89,24 +89,27 @@ def export(
     opset: int = OPSET,
     fused: bool = True,
     scenes: int = SCENES,
+    calibration: Sequence[Any] = (),
 ) -> Export:
     """Exports a model for one forward pass at any size, and checks it against PyTorch.
 
     The folder holds config.json, processor and tokenizer, `onnx/vision_model.onnx`, `onnx/text_model.onnx` (with the
-    endings `_fp16` and `_int8` for other arithmetic), `onnx/label_map.onnx` and export.json, the record of what was
-    checked. It is written whole; nothing is kept when a check fails.
+    endings `_fp16`, `_int8` and `_int8_static` for other arithmetic), `onnx/label_map.onnx` and export.json, the
+    record of what was checked. It is written whole; nothing is kept when a check fails.
 
     Args:
         model: of any family, as `spar_hf.load` returns it: in fp32, on the CPU.
         processor: its processor.
         folder: where to; a folder that is not there, or an earlier export, which is replaced.
         format: `onnx`; or `torch-export`, programs of torch.export for PyTorch (towers only, fp32).
-        dtypes: some of `float32`, `float16` and `int8`; int8 is about weights, and products with them.
+        dtypes: some of `float32`, `float16`, `int8` and `int8-static`. Both int8 are about weights, and products with
+            them; activations are scaled as they come, or by what they are on some pictures (the vision tower alone).
         method, settings, reach: of one pass; see `build_encoder`.
         opset: version of ONNX's operators.
         fused: attention of the vision tower is onnxruntime's own operator (`com.microsoft`), which is faster and takes
             less memory; False keeps to ONNX's operators, for other runtimes.
         scenes: pictures of the picture book on which the arithmetic is compared.
+        calibration: pictures for `int8-static`, PIL images in RGB; none are drawings of the picture book.
 
     Raises:
         ValueError: an argument is wrong, the model can't be exported, or the result differs from PyTorch's.
@@ -143,7 +146,7 @@ def export(
             "dim": vision.config.projection_dim or vision.config.hidden_size,
         }
         write = _write_onnx if format == "onnx" else _write_programs
-        record |= write(draft, record, model, vision, processor, dtypes, opset, fused, scenes)
+        record |= write(draft, record, model, vision, processor, dtypes, opset, fused, scenes, calibration)
         write_json(draft / RECORD, record)
     return Export(folder, record)
 
@@ -178,6 +181,7 @@ def _write_onnx(
     opset: int,
     fused: bool,
     scenes: int,
+    calibration: Sequence[Any],
 ) -> dict[str, Any]:
     """Writes the graphs and what goes with them; returns the rest of the record."""
     (draft / "onnx").mkdir()
@@ -194,11 +198,12 @@ def _write_onnx(
     side = text_side(model, processor)
     record = {**record, "opset": opset, "fused": fused, "text": side, "dtypes": {}, "files": {}}
     book = PictureBookCheck(model, vision, processor, scenes)
+    pictures = calibration or calibration_scenes(vision.config.image_size)
+    pixels = [processor(images=picture, return_tensors="np")["pixel_values"] for picture in pictures]
     measured: dict[str, Any] = {}
     for dtype in ("float32", *(dtype for dtype in dtypes if dtype != "float32")):
         if dtype != "float32":
-            for graph in (VISION, TEXT):
-                CONVERT[dtype](exact[graph], draft / graph_file(graph, dtype))
+            convert(exact, {graph: draft / graph_file(graph, dtype) for graph in (VISION, TEXT)}, dtype, pixels)
         files = {graph_file(graph, dtype): draft / graph_file(graph, dtype) for graph in (VISION, TEXT, LABEL_MAP)}
         record["files"] |= {name: file_digest(path) for name, path in files.items()}
         record["dtypes"][dtype] = measured[dtype] = {}
@@ -220,6 +225,17 @@ def _write_onnx(
             record["files"].pop(graph_file(graph, "float32"))
         record["dtypes"].pop("float32")
     return record
+
+
+def convert(exact: dict[str, Path], targets: dict[str, Path], dtype: str, pixels: Sequence[np.ndarray]) -> None:
+    """Writes the towers in another arithmetic; `pixels` (1, 3, H, W) is what the vision tower may see."""
+    for graph, target in targets.items():
+        if dtype == "float16":
+            to_float16(exact[graph], target)
+        elif dtype == "int8-static" and graph == VISION:
+            to_static_int8(exact[graph], target, "pixel_values", pixels)
+        else:  # words are few, and their scales are found fast
+            to_int8(exact[graph], target)
 
 
 def _run(session: Any, name: str, values: np.ndarray) -> list[np.ndarray]:
@@ -260,6 +276,7 @@ def _write_programs(
     opset: int,
     fused: bool,
     scenes: int,
+    calibration: Sequence[Any],
 ) -> dict[str, Any]:
     """Writes programs of torch.export; returns the rest of the record."""
     differences: dict[str, Any] = {}

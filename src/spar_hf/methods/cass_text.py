@@ -88,9 +88,7 @@ class Segmenter(MethodSegmenter):
         """See `MethodSegmenter`; `encoded` are `CassTexts`."""
         texts: CassTexts = encoded
         image = image.to(self.dtype)
-        x, grid_hw, _ = self.encoder.embed(image)
-        whole = self.encoder.vision.project(self.encoder.class_token(self.encoder.run_to_last(x, grid_hw)))
-        g = F.normalize(whole["image_embeds"][0].float(), dim=-1)
+        g = self.encoder.image_embeds(image)[0]
 
         def scored(crops: Tensor, encoded: CassTexts) -> list[ScoreMaps]:
             return [self.scores(crop, g, encoded) for crop in crops.split(1)]

@@ -108,8 +108,8 @@ class Encoder(MethodEncoder):
             patch_embeds=torch.stack(maps).permute(0, 2, 3, 1), image_hw=image_hw, extent_hw=image_hw
         )
 
-    def of_image(self, image: Tensor) -> Tensor:
-        """(1, 3, H, W) -> (D, h, w)."""
+    def of_image(self, image: Tensor, seen: Any = None) -> Tensor:
+        """(1, 3, H, W) -> (D, h, w); `seen` is what `whole` gave, where that has been asked before."""
         settings, config = self.settings, self.config
         sides = image.shape[2:]
         ids = self.regions(image, config).map
@@ -119,7 +119,7 @@ class Encoder(MethodEncoder):
         around = (pads[1] // 2, pads[1] - pads[1] // 2, pads[0] // 2, pads[0] - pads[0] // 2)
         places = list(product(*(window_starts(side, window_px, stride_px) for side in sides)))
 
-        seen = self.whole(image)
+        seen = self.whole(image) if seen is None else seen
         grid = [max(round(side / config.patch_size), 1) for side in sides]
         cells = [side / count for side, count in zip(sides, grid, strict=True)]  # their sides in pixels
         total = count = torch.empty(0)

@@ -148,6 +148,12 @@ class MethodEncoder(nn.Module):
             extent_hw=extent_hw,
         )
 
+    def image_embeds(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """CLIP's own image embeddings (B, D), at length one, fp32."""
+        tokens, grid_hw, _ = self.embed(pixel_values.to(self.dtype))
+        token = self.class_token(self.run_to_last(tokens, grid_hw))
+        return nn.functional.normalize(self.vision.project(token)["image_embeds"].float(), dim=-1)
+
     def class_token(self, x: torch.Tensor) -> torch.Tensor:
         """CLIP's own class token (B, 1, C) after the last block, given that block's input."""
         layer = self.last_layer
@@ -186,7 +192,8 @@ def needed(networks: Mapping[str, Any], name: str, method: str) -> Any:
     """
     if name not in networks:
         given = ", ".join(networks) or "none"
-        raise ValueError(f"method {method!r} needs a network {name!r} and got {given}; give --network {name}=ID.")
+        place = "FILE, which spar prototypes makes" if name == "bank" else "ID"
+        raise ValueError(f"method {method!r} needs a network {name!r} and got {given}; give --network {name}={place}.")
     return networks[name]
 
 

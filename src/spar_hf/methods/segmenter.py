@@ -1,4 +1,4 @@
-"""What the label methods have in common: the tower as an encoder, their further networks, one image at a time."""
+"""What the classes in the files of label methods have in common: a tower, further networks, one image at a time."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ..segmentation_spar import FromFeatures, ScoreMaps
 from .encoder import MethodEncoder, opened, settings_and_name
 
 
-class MethodSegmenter(FromFeatures):
-    """A segmenter around a vision tower; its `of_one` is the method.
+class MethodParts(FromFeatures):
+    """A model with the further networks and the settings of a method.
 
     The class in a method's file says in `adapters` what its further networks are and has each by its name.
 
@@ -66,6 +66,10 @@ class MethodSegmenter(FromFeatures):
 
     def __repr__(self) -> str:
         return f"{self.config.method}({', '.join(map(repr, (self.settings, *self.further.values())))})"
+
+
+class MethodSegmenter(MethodParts):
+    """A segmenter around a vision tower; its `of_one` is the method. See `MethodParts` for the arguments."""
 
     @torch.no_grad()
     @with_fast_products

@@ -8,6 +8,7 @@ CLIP's blocks; `family` says which network a row is for.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from typing import Any
@@ -39,8 +40,10 @@ class Method:
             images: `window="paper"` slides none around it, and a teacher's grid is brought to the student's.
         family: whose blocks it is about, a key of `FAMILIES`.
         branch: branch of the field (arXiv 2505.22209): "clip", "vfm" or "generative".
-        needs: the further networks it takes: what each is called -> the id of the one its authors used.
+        needs: the further networks it takes: what each is called -> the id of the one its authors used; "" where that
+            is none of transformers, or is one's own (a bank of references), so that it has to be given.
         takes: those that it takes where they are given, and else does with the model: likewise.
+        bank: those that its bank of references is made with beside them: likewise.
         extra: the extra of the package that must be installed for it, if any.
         licence: of the authors' code; "" where none is given. No line of any of them is here.
         reported: mean IoU in per cent by benchmark, as published.
@@ -58,6 +61,7 @@ class Method:
     branch: str = "clip"
     needs: dict[str, str] = field(default_factory=dict)
     takes: dict[str, str] = field(default_factory=dict)
+    bank: dict[str, str] = field(default_factory=dict)
     extra: str = ""
     licence: str = ""
     reported: dict[str, float] = field(default_factory=dict)
@@ -66,7 +70,12 @@ class Method:
     @property
     def networks(self) -> dict[str, str]:
         """All further networks that can be given, by name."""
-        return {**self.needs, **self.takes}
+        return {**self.needs, **self.takes, **self.bank}
+
+    @property
+    def defaults(self) -> dict[str, str]:
+        """The further networks that are taken where none is given."""
+        return {name: default for name, default in self.needs.items() if default}
 
     @property
     def recipe(self) -> Recipe | None:
@@ -288,8 +297,7 @@ _ROWS = (
         whole_image=True,
         branch="vfm",
         needs={"dino": "facebook/dinov2-with-registers-large", "regions": "facebook/sam2-hiera-large"},
-        reported=_reported(82.2, 50.8, 54.6, 93.6, 56.3, 38.5, 58.7, 33.2),
-        note="with MetaCLIP ViT-B/16, C-RADIOv3-L, retrieval from regions of COCO and the vote of regions",
+        note="the authors report it with its memory bank: `corrclip_v2_bank`",
     ),
     Method(
         "lavg",
@@ -339,6 +347,59 @@ _ROWS = (
         extra="vfm",
     ),
     Method(
+        "clip_diy",
+        "CLIP-DIY",
+        "Wysoczańska et al., WACV 2024",
+        whole_image=True,
+        branch="vfm",
+        needs={"saliency": ""},
+        takes={"dino": "facebook/dino-vits8"},
+    ),
+    Method(
+        "reco",
+        "ReCo",
+        "Shin et al., NeurIPS 2022",
+        whole_image=True,
+        branch="vfm",
+        needs={"dino": "", "bank": ""},
+        takes={"retriever": "openai/clip-vit-large-patch14-336"},
+    ),
+    Method(
+        "knn_clip",
+        "kNN-CLIP, around a recipe of CLIP",
+        "Gui et al., TMLR 2024",
+        whole_image=True,
+        branch="vfm",
+        needs={"dino": "", "regions": "facebook/sam2.1-hiera-large", "bank": ""},
+    ),
+    Method(
+        "corrclip_v2_bank",
+        "CorrCLIP v2, without its second CLIP",
+        "Zhang et al., extension of ICCV 2025",
+        window_px=336,
+        whole_image=True,
+        branch="vfm",
+        needs={
+            "dino": "facebook/dinov2-with-registers-large",
+            "regions": "facebook/sam2-hiera-large",
+            "bank": "",
+        },
+        bank={"bank_dino": "facebook/dino-vitb8"},
+        reported=_reported(82.2, 50.8, 54.6, 93.6, 56.3, 38.5, 58.7, 33.2),
+        note="with MetaCLIP ViT-B/16, DFN ViT-B/16, C-RADIOv3-L, regions of COCO and the vote of regions",
+    ),
+    Method(
+        "freeda",
+        "FreeDA, over references of one's own",
+        "Barsellotti et al., CVPR 2024",
+        window_px=448,
+        stride_px=224,
+        whole_image=True,
+        branch="generative",
+        needs={"dino": "facebook/dinov2-large", "bank": ""},
+        extra="vfm",
+    ),
+    Method(
         "scra",
         "RADSeg's last block alone",
         "Alama et al., arXiv 2511.19704",
@@ -364,6 +425,18 @@ _ROWS = (
 )
 
 METHODS: dict[str, Method] = {row.name: row for row in _ROWS}
+
+
+def for_method(method: str, pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Of networks or settings by NAME or METHOD.NAME, those for one method; its own go before the common ones."""
+    common, own = {}, {}
+    for name, value in pairs:
+        whose, dot, rest = name.partition(".")
+        if not (dot and whose in METHODS):
+            common[name] = value
+        elif whose == method:
+            own[rest] = value
+    return {**common, **own}
 
 
 def find_method(name: str) -> Method:

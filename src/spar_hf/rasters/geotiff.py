@@ -6,7 +6,6 @@ import errno
 import json
 import shutil
 import zlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
@@ -15,16 +14,17 @@ import numpy as np
 
 from ..files import whole_files
 from ..image_file_spar import one_line
-from ..visualize import palette
+from ..outputs.classes import class_text, colour_table
+from ..prompts_spar import Labels
 from .source import Raster, Rectangle
 
 TILE_PX = 512
 SMALLEST_OVERVIEW_PX = 256
 
 
-def no_class_value(num_classes: int) -> int:
+def no_class_value(highest_id: int) -> int:
     """What a pixel without a class is in a label map: the highest value of its type, as in `label_map_image`."""
-    return 255 if num_classes <= 255 else 65535
+    return 255 if highest_id < 255 else 65535
 
 
 class MapWriter:
@@ -35,7 +35,7 @@ class MapWriter:
         raster: gives size, place on Earth and projection.
         dtype: of the values.
         nodata: the value of a pixel that is none; None: there is no such value.
-        class_names: of a label map.
+        labels: of a label map, for their names and colours.
 
     Raises:
         OSError: the disk is full.
@@ -48,7 +48,7 @@ class MapWriter:
         raster: Raster,
         dtype: str,
         nodata: int | None,
-        class_names: Sequence[str] = (),
+        labels: Labels | None = None,
     ) -> None:
         self._rasterio, self.draft = rasterio, draft
         self._sums: dict[tuple[int, int, int, int], int] = {}
@@ -63,12 +63,11 @@ class MapWriter:
             if data.rpcs:
                 profile["rpcs"] = data.rpcs
         self._file = self._tried(rasterio.open, draft, "w", **profile)
-        if class_names:
-            self._file.update_tags(CLASS_NAMES=json.dumps(list(class_names), ensure_ascii=False))
+        if labels is not None:
+            self._file.update_tags(CLASS_NAMES=json.dumps(labels.class_names, ensure_ascii=False))
+            self._file.update_tags(1, classes=class_text(labels))
             if dtype == "uint8":
-                colours = palette(len(class_names))
-                table = {index: (*map(int, colour), 255) for index, colour in enumerate(colours)}
-                self._file.write_colormap(1, {**table, nodata: (0, 0, 0, 0)})
+                self._file.write_colormap(1, {**colour_table(labels), nodata: (0, 0, 0, 0)})
 
     def write(self, window: Rectangle, values: np.ndarray) -> None:
         """Puts (h, w) into a window whose corner is a multiple of `TILE_PX`."""
@@ -114,9 +113,11 @@ class MapWriter:
         return OSError(number, f"{self.draft.name} can't be written ({reason})")
 
 
-def write_categories(path: Path, class_names: Sequence[str]) -> None:
-    """The class names in the file beside a GeoTIFF where GDAL and QGIS look for them."""
-    names = "".join(f"<Category>{escape(_printable(name))}</Category>" for name in class_names)
+def write_categories(path: Path, labels: Labels) -> None:
+    """The class names in the file beside a GeoTIFF where GDAL and QGIS look for them: one for each value from 0."""
+    of_id = dict(zip(labels.written_ids, labels.class_names, strict=True))
+    every = (of_id.get(number, "") for number in range(max(of_id) + 1))
+    names = "".join(f"<Category>{escape(_printable(name))}</Category>" for name in every)
     text = f'<PAMDataset><PAMRasterBand band="1"><CategoryNames>{names}</CategoryNames></PAMRasterBand></PAMDataset>\n'
     with whole_files(path) as (draft,):
         draft.write_text(text, encoding="utf-8")

@@ -19,6 +19,7 @@ from ..files import digest, full_disk_in_words, require_disk, weights_digest, wh
 from ..image_values_spar import ReadOptions
 from ..results_spar import NO_CLASS
 from ..segmentation_spar import FromFeatures, Segmenter, segment
+from ..visualize import as_written
 from .blocks import Grid, block_side, runs
 from .features import Features, Journal, Progress, tower_features, window_features, work_bytes
 from .geotiff import TILE_PX, MapWriter, no_class_value, write_categories
@@ -132,7 +133,8 @@ def segment_raster(
         segmenter: of a dense encoder; see `raster_encoder`.
         encoded: what its `encode_labels` gave.
         image_processor: how pictures are read and normalised.
-        label_map: the file of class ids (uint8, or uint16 from 256 classes on); the highest value is no class.
+        label_map: the file of the classes' `written_ids` (uint8, or uint16 where one is above 254); the highest value
+            is no class.
         scores: the file of the best probability of each pixel, 0 to 255, if wanted.
         memory_bytes: about what a block may take.
         progress: is told of blocks that are done, and of all.
@@ -221,12 +223,13 @@ def _labels(
 ) -> RasterResult:
     """Finds the classes of the pixels window by window, and writes them."""
     labels, class_ids = encoded.labels, torch.tensor(encoded.labels.class_ids)
-    text, nothing = unit_text(encoded, segmenter.device), no_class_value(len(labels))
+    thresholds["background_threshold"] = labels.least_probabilities(thresholds.get("background_threshold"))
+    text, nothing = unit_text(encoded, segmenter.device), no_class_value(max(labels.written_ids))
     dtype = np.uint8 if nothing == 255 else np.uint16
     counts, valid_pixels = np.zeros(len(labels) + 1, dtype=np.int64), 0
     label_map, scores, windows = target.label_map, target.scores, _windows(raster.size_hw)
     with quiet_gdal() as rasterio, whole_files(*(path for path in (label_map, scores) if path is not None)) as drafts:
-        maps = [MapWriter(rasterio, drafts[0], raster, np.dtype(dtype).name, nothing, labels.class_names)]
+        maps = [MapWriter(rasterio, drafts[0], raster, np.dtype(dtype).name, nothing, labels)]
         maps += [MapWriter(rasterio, draft, raster, "uint8", None) for draft in drafts[1:]]
         try:
             with grid_file(features.path, features.grid_hw, features.width, features.dtype) as file:
@@ -236,7 +239,8 @@ def _labels(
                     ids, valid = found.labels.cpu().numpy(), raster.valid(window)
                     counts += np.bincount(ids[valid] + 1, minlength=len(counts))
                     valid_pixels += int(valid.sum())
-                    maps[0].write(window, np.where(valid & (ids != NO_CLASS), ids, nothing).astype(dtype))
+                    shown = np.where(valid & (ids != NO_CLASS), as_written(ids, labels), nothing)
+                    maps[0].write(window, shown.astype(dtype))
                     if found.scores is not None:
                         maps[1].write(window, (255 * found.scores.cpu().numpy()).round().astype(np.uint8) * valid)
                     target.progress(number, len(windows))
@@ -245,6 +249,6 @@ def _labels(
         finally:
             for written in maps:
                 written.close()
-    write_categories(label_map.with_name(f"{label_map.name}.aux.xml"), labels.class_names)
+    write_categories(label_map.with_name(f"{label_map.name}.aux.xml"), labels)
     pixels = {index - 1: int(count) for index, count in enumerate(counts) if count}
     return RasterResult(raster.size_hw, features.grid_hw, pixels, valid_pixels, label_map, scores, resumed)

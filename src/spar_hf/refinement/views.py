@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..encoder_spar import SparVisionOutput
-from ..encoders.base import DenseEncoder, EncoderWrapper
+from ..encoder_spar import EncoderWrapper, SparVisionOutput
+from ..encoders.base import DenseEncoder
 from .clip_internals import covered_pixels
 
 LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601, as torchvision rounds it

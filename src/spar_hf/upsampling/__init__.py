@@ -1,5 +1,5 @@
 """Upsamplers of patch features, one file each, and their table."""
 
-from .table import UPSAMPLERS, UpsamplerRow, load_upsampler
+from .table import UPSAMPLERS, UpsamplerRow, check_upsampler, load_upsampler
 
-__all__ = ["UPSAMPLERS", "UpsamplerRow", "load_upsampler"]
+__all__ = ["UPSAMPLERS", "UpsamplerRow", "check_upsampler", "load_upsampler"]

@@ -92,6 +92,18 @@ _ROWS = (
 UPSAMPLERS: dict[str, UpsamplerRow] = {row.name: row for row in _ROWS}
 
 
+def check_upsampler(name: str) -> str:
+    """The row of an upsampler that `load_upsampler` would load.
+
+    Raises:
+        ValueError: there is none; the message lists the rows and the nearest name.
+    """
+    row = name.partition("=")[0]
+    if row not in UPSAMPLERS:
+        raise ValueError(unknown("upsampler", row, UPSAMPLERS))
+    return row
+
+
 def load_upsampler(name: str | Upsampler) -> Upsampler:
     """The upsampler called `name`, or `name=weights` for one that has weights; an upsampler is its own.
 
@@ -100,7 +112,5 @@ def load_upsampler(name: str | Upsampler) -> Upsampler:
     """
     if isinstance(name, Upsampler):
         return name
-    row, equals, weights = name.partition("=")
-    if row not in UPSAMPLERS:
-        raise ValueError(unknown("upsampler", row, UPSAMPLERS))
+    row, (_, equals, weights) = check_upsampler(name), name.partition("=")
     return UPSAMPLERS[row].load(weights if equals else None)
