@@ -16,7 +16,7 @@ from ..files import whole_files
 from ..image_file_spar import one_line
 from ..outputs.classes import class_text, colour_table
 from ..prompts_spar import Labels
-from .source import Raster, Rectangle, quiet_gdal
+from .source import Raster, Rectangle
 
 TILE_PX = 512
 SMALLEST_OVERVIEW_PX = 256
@@ -107,9 +107,7 @@ class MapWriter:
     def _failure(self, reason: str) -> OSError:
         """A failed write, which is nearly always a full disk or a limit of the file's size."""
         number = errno.EIO
-        full = any(
-            word in reason for word in ("No space", "too large", "Write error", "writ", "SetSize", "back differently")
-        )
+        full = any(word in reason for word in ("No space", "too large", "rite", "SetSize", "back differently"))
         if full or shutil.disk_usage(self.draft.parent).free < 2**20:
             number = errno.ENOSPC
         return OSError(number, f"{self.draft.name} can't be written ({reason})")
@@ -128,6 +126,3 @@ def write_categories(path: Path, labels: Labels) -> None:
 def _printable(name: str) -> str:
     """Without what XML can't hold."""
     return "".join(char if char.isprintable() else " " for char in name)
-
-
-__all__ = ["TILE_PX", "MapWriter", "no_class_value", "quiet_gdal", "write_categories"]
