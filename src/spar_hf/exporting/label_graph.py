@@ -113,6 +113,7 @@ label_map (
 }}
 """
 
+
 def label_graph(size_rule: str, patch_px: int, opset: int) -> Any:
     """The graph as an `onnx.ModelProto`.
 
