@@ -544,7 +544,8 @@ def test_features_answer_clicks_and_arrow_keys(page):
     until(page, changed, arg=second)
     idle(page)
     note = page.locator("#feature-view .note").inner_text()
-    assert re.search(r"48 × 32 patches of 128 numbers, from tiny in one pass. Cosine: -?\d.\d\d to (0.9\d|1.00)", note), note
+    facts = r"48 × 32 patches of 128 numbers, from tiny in one pass. Cosine: -?\d.\d\d to (0.9\d|1.00)"
+    assert re.search(facts, note), note
     page.locator("#tab-features").press("ArrowLeft")
     assert page.locator("#answer").is_visible() and not page.locator("#feature-view").is_visible()
 

@@ -75,7 +75,7 @@ class _Pictures:
         self.column, self.batch_size = column, batch_size
         self.model, self.processor = load(model, dtype=getattr(torch, dtype))
         device = device or str(torch.accelerator.current_accelerator() or "cpu")
-        self.model.to(torch.device(device)).eval()
+        self.model.to(torch.device(device)).eval()  # type: ignore[arg-type]
         self.image_processor = self.processor.image_processor
         if short_side is not None:
             self.image_processor.size, self.image_processor.do_resize = {"shortest_edge": short_side}, True

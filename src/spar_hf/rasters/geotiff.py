@@ -27,6 +27,11 @@ def no_class_value(highest_id: int) -> int:
     return 255 if highest_id < 255 else 65535
 
 
+def checksum(values: np.ndarray) -> int:
+    """CRC-32 of an array's values."""
+    return zlib.crc32(np.ascontiguousarray(values).tobytes())
+
+
 class MapWriter:
     """A map that grows in a draft: `write` each window once, then `finish`.
 
@@ -72,7 +77,7 @@ class MapWriter:
     def write(self, window: Rectangle, values: np.ndarray) -> None:
         """Puts (h, w) into a window whose corner is a multiple of `TILE_PX`."""
         rows, columns = window
-        self._sums[rows.start, rows.stop, columns.start, columns.stop] = zlib.crc32(np.ascontiguousarray(values))
+        self._sums[rows.start, rows.stop, columns.start, columns.stop] = checksum(values)
         self._tried(self._file.write, values, 1, window=((rows.start, rows.stop), (columns.start, columns.stop)))
 
     def finish(self) -> None:
@@ -86,7 +91,7 @@ class MapWriter:
         with self._tried(self._rasterio.open, self.draft) as written:
             for (top, bottom, left, right), expected in self._sums.items():
                 values = self._tried(written.read, 1, window=((top, bottom), (left, right)))
-                if zlib.crc32(np.ascontiguousarray(values)) != expected:
+                if checksum(values) != expected:
                     raise self._failure("what was written reads back differently")
 
     def close(self) -> None:

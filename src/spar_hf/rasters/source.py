@@ -194,7 +194,7 @@ class Raster:
         given = np.ones(values.shape, dtype=bool)
         if self._masked:
             given = self._read(self._bands, stored, shape, masks=True) > 0
-        valid = given.any(axis=0)
+        valid = np.asarray(given.any(axis=0))
         if values.dtype.kind == "f":
             finite = np.isfinite(values)
             valid, given = valid & (finite | ~given).all(axis=0), given & finite
