@@ -94,14 +94,18 @@ def main() -> None:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     rows = []
     with sync_playwright() as playwright, tempfile.TemporaryDirectory() as scratch:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-dev-shm-usage"])
+        browser = playwright.chromium.launch(
+            executable_path=chromium, args=["--no-sandbox", "--disable-dev-shm-usage"]
+        )
         page = browser.new_page()
         page.goto(f"http://127.0.0.1:{server.server_address[1]}/")
         page.locator("#status", has_text="works offline").wait_for()
         runs = page.locator("#status").inner_text()
         page.locator("#words").fill(WORDS)
         pipeline = spar_onnx.load(folder, threads=2)
-        print(f"{runs}\n\n| picture | network | whole request | onnxruntime in Python, network |\n|---|---:|---:|---:|")
+        print(
+            f"{runs}\n\n| picture | network | whole request | onnxruntime in Python, network |\n|---|---:|---:|---:|"
+        )
         for height, width in SIZES_HW:
             picture = Path(scratch) / f"{width}.png"
             Image.open(ASSETS / "pictures" / "demo.png").convert("RGB").resize((width, height)).save(picture)

@@ -108,11 +108,20 @@ def test_features_are_shared(photos, model_folder):
     assert len(list(Path("out").glob("*.safetensors"))) == 39
 
 
-def test_an_evaluation_by_two_is_that_of_one_to_the_last_pixel(tmp_path, monkeypatch):
+def test_an_evaluation_by_two_is_that_of_one_to_the_last_pixel(tmp_path, monkeypatch, model_folder):
     from safetensors.numpy import load_file
 
     monkeypatch.chdir(tmp_path)
-    words = ["evaluate", "--benchmark", "picturebook", "--scale", "1", "--limit", "9"]
+    rng = np.random.default_rng(0)
+    for folder in ("images", "masks"):
+        Path(folder).mkdir()
+    for number in range(9):
+        blocks = rng.integers(0, 256, (8, 9, 3), dtype=np.uint8)
+        Image.fromarray(blocks.repeat(8, 0).repeat(8, 1)).save(f"images/{number}.png")
+        Image.fromarray(rng.integers(0, 3, (64, 72), dtype=np.uint8)).save(f"masks/{number}.png")
+    Path("classes.txt").write_text("road\ncar, automobile\nsky\n")
+    words = ["evaluate", "--images", "images", "--masks", "masks", "--classes", "classes.txt", "--model", model_folder]
+    words += ["--protocol", "spar", "--short-side", "64"]
     assert main([*words, "--json", "one.json", "--state", "one.safetensors"]) == 0
     finish(launch(*words, "--json", "two.json", "--state", "two.safetensors"))
     one, two = (json.loads(Path(f"{name}.json").read_text()) for name in ("one", "two"))

@@ -180,7 +180,7 @@ def test_a_built_page_becomes_a_static_space(hub, spar, tmp_path):
         "README.md",
         "index.html",
         "service-worker.js",
-        "models/exported/export.json"
+        "models/exported/export.json",
     }
     assert files["README.md"] == b"the page's own"
     assert hub.repository("you/onnx-page", "spaces").created["sdk"] == "static"

@@ -62,8 +62,8 @@ CARD = """---
 
 # SPAR in the browser
 
-Name what you look for and the picture answers: any image, any size, any words, in one forward pass, in the visitor's own
-browser. The picture stays there. Made by `spaces/browser/build.py` of spar-hf; the model is {{ model }}.
+Name what you look for and the picture answers: any image, any size, any words, in one forward pass, in the visitor's
+own browser. The picture stays there. Made by `spaces/browser/build.py` of spar-hf; the model is {{ model }}.
 """
 
 

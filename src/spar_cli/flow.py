@@ -39,6 +39,11 @@ class Picture:
     pixel_values: np.ndarray | None
 
 
+def stacked(pictures: Sequence[Picture]) -> np.ndarray:
+    """(B, 3, H, W), what the network reads of pictures of one size."""
+    return np.stack([picture.pixel_values for picture in pictures if picture.pixel_values is not None])
+
+
 @dataclass
 class Tool:
     """What the processes beside the network do.

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import raster
 from .exported import EXPORTED, on_onnx
-from .flow import Picture, Tool, do_all
+from .flow import Picture, Tool, do_all, stacked
 from .labels import embeds_of_export, words_to_encode
 from .many import EPILOG as MANY
 from .many import add_image_arguments, begin, open_pictures, writer_number
@@ -216,7 +216,6 @@ def write_result(writer: Writer, stem: str, picture: Picture, found: dict[str, A
 def _on_pytorch(
     args: argparse.Namespace, labels: Labels, source: Photographs | None, options: dict[str, Any]
 ) -> Ready:
-    import numpy as np
     import torch
 
     from spar_hf.files import weights_digest
@@ -254,7 +253,7 @@ def _on_pytorch(
         for picture in pictures:
             opened.tell_masks(picture.name, picture.image)
         started = time.perf_counter()
-        pixel_values = torch.from_numpy(np.stack([picture.pixel_values for picture in pictures]))
+        pixel_values = torch.from_numpy(stacked(pictures))
         sizes_hw = [(picture.image.height, picture.image.width) for picture in pictures]
         found = pipeline.from_pixels(pixel_values, sizes_hw, encoded, network, **options)
         for result in found:

@@ -295,7 +295,8 @@ def _page_files(page: Path, folder: Path) -> dict[str, Path]:
     records = sorted(page.glob(f"models/*/{RECORD}"))
     if not records or not (page / "service-worker.js").is_file():
         raise PublishError(
-            f"{page} is no built page; build one with 'python spaces/browser/build.py --model {folder} --output {page}'."
+            f"{page} is no built page; build one with 'python spaces/browser/build.py --model {folder} "
+            f"--output {page}'."
         )
     if not is_exported(folder) or records[0].read_bytes() != (folder / RECORD).read_bytes():
         raise PublishError(

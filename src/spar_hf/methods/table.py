@@ -429,7 +429,8 @@ METHODS: dict[str, Method] = {row.name: row for row in _ROWS}
 
 def for_method(method: str, pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
     """Of networks or settings by NAME or METHOD.NAME, those for one method; its own go before the common ones."""
-    common, own = {}, {}
+    common: dict[str, str] = {}
+    own: dict[str, str] = {}
     for name, value in pairs:
         whose, dot, rest = name.partition(".")
         if not (dot and whose in METHODS):

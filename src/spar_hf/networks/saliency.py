@@ -38,6 +38,9 @@ class Found(nn.Module):
         ValueError: they don't fit.
     """
 
+    weight: Tensor
+    bias: Tensor
+
     def __init__(self, dino: ViT, weight: Tensor, bias: Tensor) -> None:
         super().__init__()
         width = dino.network.config.hidden_size

@@ -16,7 +16,7 @@ from ..files import whole_files
 from ..image_file_spar import one_line
 from ..outputs.classes import class_text, colour_table
 from ..prompts_spar import Labels
-from .source import Raster, Rectangle, quiet_gdal
+from .source import Raster, Rectangle
 
 TILE_PX = 512
 SMALLEST_OVERVIEW_PX = 256
@@ -25,6 +25,11 @@ SMALLEST_OVERVIEW_PX = 256
 def no_class_value(highest_id: int) -> int:
     """What a pixel without a class is in a label map: the highest value of its type, as in `label_map_image`."""
     return 255 if highest_id < 255 else 65535
+
+
+def checksum(values: np.ndarray) -> int:
+    """CRC-32 of an array's values."""
+    return zlib.crc32(np.ascontiguousarray(values).tobytes())
 
 
 class MapWriter:
@@ -72,7 +77,7 @@ class MapWriter:
     def write(self, window: Rectangle, values: np.ndarray) -> None:
         """Puts (h, w) into a window whose corner is a multiple of `TILE_PX`."""
         rows, columns = window
-        self._sums[rows.start, rows.stop, columns.start, columns.stop] = zlib.crc32(np.ascontiguousarray(values))
+        self._sums[rows.start, rows.stop, columns.start, columns.stop] = checksum(values)
         self._tried(self._file.write, values, 1, window=((rows.start, rows.stop), (columns.start, columns.stop)))
 
     def finish(self) -> None:
@@ -86,7 +91,7 @@ class MapWriter:
         with self._tried(self._rasterio.open, self.draft) as written:
             for (top, bottom, left, right), expected in self._sums.items():
                 values = self._tried(written.read, 1, window=((top, bottom), (left, right)))
-                if zlib.crc32(np.ascontiguousarray(values)) != expected:
+                if checksum(values) != expected:
                     raise self._failure("what was written reads back differently")
 
     def close(self) -> None:
@@ -107,9 +112,7 @@ class MapWriter:
     def _failure(self, reason: str) -> OSError:
         """A failed write, which is nearly always a full disk or a limit of the file's size."""
         number = errno.EIO
-        full = any(
-            word in reason for word in ("No space", "too large", "Write error", "writ", "SetSize", "back differently")
-        )
+        full = any(word in reason for word in ("No space", "too large", "rite", "SetSize", "back differently"))
         if full or shutil.disk_usage(self.draft.parent).free < 2**20:
             number = errno.ENOSPC
         return OSError(number, f"{self.draft.name} can't be written ({reason})")
@@ -128,6 +131,3 @@ def write_categories(path: Path, labels: Labels) -> None:
 def _printable(name: str) -> str:
     """Without what XML can't hold."""
     return "".join(char if char.isprintable() else " " for char in name)
-
-
-__all__ = ["TILE_PX", "MapWriter", "no_class_value", "quiet_gdal", "write_categories"]
