@@ -10,10 +10,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from .many import Batch, workers_of, writer_number
 
 if TYPE_CHECKING:
-    import numpy as np
     from PIL import Image
 
     from spar_hf.sources import Photographs
