@@ -99,6 +99,9 @@ def test_two_processes_do_what_one_does_and_go_on_after_a_kill(photos, model_fol
     assert [entry["image"] for entry in ours["failed"]] == ["photos/13.png"]
     coco = [json.loads(Path(name, "coco-instances.json").read_text()) for name in ("one", "two")]
     assert coco[0] == coco[1] and len(coco[0]["images"]) == 39
+    capsys.readouterr()
+    assert main([*words, "--output", "two", "--resume"]) == 1  # one process takes up what two have done
+    assert "0 of 40 pictures" in capsys.readouterr().out
 
 
 def test_features_are_shared(photos, model_folder):

@@ -72,7 +72,8 @@ def run(args: argparse.Namespace) -> int:
     def weights() -> str:
         return weights_digest(*(part for part in (encoder, opened.model) if isinstance(part, torch.nn.Module)))
 
-    batch = begin(args, source, called, lambda: {"model": [weights(), opened.facts]})
+    decides = {name: fact for name, fact in opened.facts.items() if name != "device"}
+    batch = begin(args, source, called, lambda: {"model": [weights(), decides]})
 
     def encode(pictures: list[Picture]) -> list[Found]:
         nonlocal network_seconds

@@ -169,6 +169,7 @@ def open_model(args: argparse.Namespace, refine: Sequence[str] = ()) -> Opened:
 
     from spar_hf.build import record, vision_config_of, window_of
     from spar_hf.checkpoints import load
+    from spar_hf.processes import launched
     from spar_hf.upsampling import load_upsampler
 
     dtype = args.dtype or DTYPES[0]
@@ -204,7 +205,7 @@ def open_model(args: argparse.Namespace, refine: Sequence[str] = ()) -> Opened:
         "method": args.method or vision.method,
         "attention_reach": args.attention_reach or vision.attention_reach,
         "dtype": dtype,
-        "device": str(device),
+        "device": device.type if launched() else str(device),  # each process of a launch has another
         **chosen,
         **pictures,
     }

@@ -185,7 +185,8 @@ def run(args: argparse.Namespace) -> int:
     writer = open_writer(writer_number(0))
 
     def decides() -> dict[str, Any]:
-        return {"labels": repr(rivalled), "model": [ready.weights(), ready.facts]}
+        facts = {name: fact for name, fact in ready.facts.items() if name != "device"}
+        return {"labels": repr(rivalled), "model": [ready.weights(), facts]}
 
     batch = begin(args, source, called, decides, writer.recorded)
 
