@@ -512,6 +512,7 @@ def test_two_processes_do_not_share_the_work(tmp_path):
 COMMAND = [sys.executable, "-m", "spar_hf", "segment"]
 
 
+@pytest.mark.slow  # processes of their own
 def test_full_disks_are_one_line_and_the_run_goes_on(tmp_path):
     """The limit of a file's size stops the features, then the label map."""
     path = write_raster(tmp_path / "scene.tif", mosaic(2, 2))
