@@ -5,11 +5,11 @@ VENV := $(or $(VIRTUAL_ENV),.venv)
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test lint bench
+.PHONY: help demo test lint bench browser
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.spar-demo  ## install, then segment a shipped picture with the shipped checkpoint
 	$(BIN)/spar segment src/spar_hf/assets/pictures/demo.png \
@@ -25,6 +25,9 @@ lint: $(VENV)/.spar-dev  ## ruff and mypy
 
 bench: $(VENV)/.spar-dev  ## measure speed and memory on this machine
 	$(BIN)/python benchmarks/speed.py
+
+browser: $(VENV)/.spar-dev  ## build the page that runs in the browser, dist/browser (needs npm)
+	$(BIN)/python spaces/browser/build.py
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -205,6 +205,7 @@ def test_the_rule(monkeypatch: Any) -> None:
     assert not cpu_is_fast_at(torch.bfloat16) and not cpu_is_fast_at(torch.float16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fast", [True, False])
 @torch.no_grad()
 def test_half_precision_compiles(fast: bool, make_vision: Any, inputs: Any, monkeypatch: Any) -> None:

@@ -31,15 +31,6 @@ from spar_hf.refinement.table import STAGES
 LABELS = "road; car, automobile; sky"
 
 
-@pytest.fixture(scope="session")
-def model_folder(make_spar, spar_processor, tmp_path_factory) -> str:
-    """A tiny random SPAR model with its processor, as `save_pretrained` writes them."""
-    folder = tmp_path_factory.mktemp("model")
-    make_spar(num_hidden_layers=2).save_pretrained(folder)
-    spar_processor.save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture
 def here(tmp_path, monkeypatch) -> Path:
     """An empty working folder with one picture of 150 x 90 pixels in it."""
@@ -459,7 +450,7 @@ def test_evaluate_runs_the_window_of_the_command_line(here, capsys, model_folder
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "no command given; choose one of segment, features, methods, models, evaluate"),
+        ([], "no command given; choose one of segment, features, labels, methods, models, evaluate"),
         (["segmnt"], "there is no command 'segmnt'; choose one of segment, .* Did you mean 'segment'"),
         (["segment", "street.png"], "required: --labels"),
         (

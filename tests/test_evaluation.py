@@ -6,7 +6,10 @@ import importlib.util
 import json
 import math
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.numpy import load_file as load_numpy
 from torch import nn
 
 from spar_hf import (
@@ -39,6 +43,7 @@ from spar_hf.evaluation import (
 )
 from spar_hf.evaluation.evaluate import EvaluationResult, evaluate
 from spar_hf.files import write_atomically
+from spar_hf.processes import Processes
 from spar_hf.processing_spar import LabelFeatures
 from spar_hf.prompts_spar import Labels
 from spar_hf.segmentation_spar import FromFeatures
@@ -330,6 +335,48 @@ def stop_at(data: BenchmarkData, sample: int) -> BenchmarkData:
         return data.read(index)
 
     return replace(data, read=read)
+
+
+class Together(Processes):
+    """Processes that are threads of this one."""
+
+    def gather(self, part: Any) -> list[Any]:
+        PARTS[self.index] = part
+        BARRIER.wait()
+        parts = [deepcopy(PARTS[index]) for index in range(self.count)]
+        BARRIER.wait()
+        return parts
+
+
+PARTS: dict[int, Any] = {}
+BARRIER = threading.Barrier(3, timeout=60)
+
+
+def test_several_processes_count_what_one_counts(
+    tmp_path: Path, tiny: SparModel, processor: SparProcessor, book: BenchmarkData
+) -> None:
+    arguments = (segmenter(tiny.vision_model, processor, tiny), processor)
+    options: dict[str, Any] = {"limit": 8, "progress": False, "save_every": 1}
+    alone = evaluate(*arguments, book, **options, state_path=tmp_path / "alone.safetensors")
+    state = tmp_path / "together.safetensors"
+    read: list[int] = []
+    counted = replace(book, read=lambda index: (read.append(index), book.read(index))[1])
+
+    def run(data: BenchmarkData) -> list[EvaluationResult]:
+        with ThreadPoolExecutor(3) as pool:
+            shares = [Together(index, 3) for index in range(3)]
+            parts = [pool.submit(evaluate, *arguments, data, **options, state_path=state, processes=s) for s in shares]
+            return [part.result() for part in parts]
+
+    for result in run(counted):
+        np.testing.assert_equal(scores_of(result), scores_of(alone))
+    assert sorted(read) == [number * 512 // 8 for number in range(8)]  # each once
+    matrices = [load_numpy(path)["pixels"] for path in (state, tmp_path / "alone.safetensors")]
+    np.testing.assert_array_equal(*matrices)  # to the last pixel
+    # One process takes up what several have done.
+    np.testing.assert_equal(
+        scores_of(evaluate(*arguments, stop_at(book, 0), **options, state_path=state)), scores_of(alone)
+    )
 
 
 def test_stopped_and_resumed_equals_uninterrupted(

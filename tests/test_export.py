@@ -30,6 +30,7 @@ from spar_hf.families import make_processor
 from spar_hf.hub.publish import PublishError, prepare
 from spar_hf.outputs import FORMATS
 from spar_hf.segmentation_spar import feature_scores, segment
+from spar_hf.vocabulary import Vocabulary
 from spar_onnx.folder import open_session
 from spar_onnx.pipeline import label_map
 
@@ -246,16 +247,22 @@ def test_a_list_of_pictures_gives_a_list_and_words_are_encoded_once(exported):
 
 def test_the_command_runs_without_pytorch(exported, tmp_path):
     formats = [word for name in FORMATS for word in ("--format", name)]
+    saved = tmp_path / "words.safetensors"
     code = (
         "import sys\nfrom spar_cli.main import main\n"
-        f"status = main(['segment', {str(PICTURE)!r}, '--labels', {LABELS!r}, '--model', {str(exported)!r}, "
-        f"'--output', {str(tmp_path)!r}, '--short-side', '64', '--scores', *{formats!r}])\n"
+        f"model = ['--model', {str(exported)!r}]\n"
+        f"assert main(['labels', '--labels', {LABELS!r}, *model, '--save', {str(saved)!r}]) == 0\n"
+        f"status = main(['segment', {str(PICTURE)!r}, '--labels', {f'@{saved}'!r}, *model, '--not', 'grass', "
+        f"'--output', {str(tmp_path / 'out')!r}, '--short-side', '64', '--scores', *{formats!r}])\n"
         "loaded = [name for name in ('torch', 'transformers', 'datasets') if name in sys.modules]\n"
         "assert status == 0 and not loaded, (status, loaded)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert {path.name for path in tmp_path.iterdir()} == {
+    expected = spar_onnx.load(exported)(PICTURE, LABELS, size=64, against=["grass"])["segmentation"]
+    assert (np.asarray(Image.open(tmp_path / "out/demo-labels.png")) == expected.astype(np.uint8)).all()
+    assert Vocabulary.read(saved).model == str(exported)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "demo-overlay.png", "demo-labels.png", "demo-scores.png", "demo-labels.tif", "demo.geojson", "demo-scores.npz",
         "demo-scores.safetensors", "demo-panoptic.png", "coco-instances.json", "coco-panoptic.json", "labels",
         "data.yaml", ".spar-results",

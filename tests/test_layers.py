@@ -43,7 +43,14 @@ LAYERS = (
     ("spar_hf.outputs",),
     ("spar_hf.pretrained", "spar_hf.checkpoint_files", "spar_hf.downloads"),
     ("spar_hf.sources", "spar_hf.journal", "spar_hf.workers", "spar_hf.processes"),
-    ("spar_hf.files", "spar_hf.extras", "spar_hf.visualize", "spar_hf.families", "spar_hf.video"),
+    (
+        "spar_hf.files",
+        "spar_hf.extras",
+        "spar_hf.visualize",
+        "spar_hf.families",
+        "spar_hf.video",
+        "spar_hf.vocabulary",
+    ),
     ("spar_onnx",),
     tuple(f"spar_hf.{path.stem}" for path in REMOTE_CODE),
 )

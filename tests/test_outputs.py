@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import json
 import multiprocessing
+import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +22,7 @@ from safetensors.numpy import load_file
 from shapely.geometry import Polygon, shape
 from transformers.image_transforms import rgb_to_id
 
+from spar_hf import results_spar
 from spar_hf.outputs import FORMATS, ResultOptions, Writer
 from spar_hf.outputs.polygons import area_of, polygons
 from spar_hf.outputs.regions import Regions, clean, components
@@ -34,7 +38,7 @@ LABELS = Labels.parse(
         {"name": "ciel d'été", "id": 23},
     ]
 )
-SIZES_HW = [(1, 1), (1, 9), (40, 31), (64, 64), (7, 130)]
+SIZES_HW = [(1, 1), (1, 9), (40, 31), (32, 32), (7, 90)]
 
 
 def blocks(size_hw: tuple[int, int], seed: int = 0, side_px: int = 3, num_classes: int = 3) -> np.ndarray:
@@ -242,6 +246,25 @@ def test_coco_and_polygons_of_a_result():
             drawn[rasterize(shapes, out_shape=drawn.shape) > 0] = index
         assert (drawn == result["segmentation"]).all()
     assert all(len(region["polygons"]) == 1 for region in result.to_polygons(instances=True))
+
+
+def test_remote_code_converts_by_the_installed_package(tmp_path, monkeypatch):
+    """transformers imports what ships with a model as a package of its own, which has no `outputs`."""
+    (tmp_path / "remote_model").mkdir()
+    (tmp_path / "remote_model/__init__.py").touch()
+    shutil.copy(results_spar.__file__, tmp_path / "remote_model")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    remote = importlib.import_module("remote_model.results_spar")
+    result = remote.SegmentationResult(result_of(blocks((30, 44))))
+    assert type(result.cleaned(4)) is remote.SegmentationResult
+    assert sum(region["area"] for region in result.to_polygons()) == (result["segmentation"] >= 0).sum()
+
+    def absent(name: str) -> None:
+        raise ModuleNotFoundError(f"No module named {name!r}", name="spar_hf")
+
+    monkeypatch.setattr(remote, "import_module", absent)
+    with pytest.raises(ValueError, match=r"results are converted by the package spar_hf; run: pip install spar-hf"):
+        result.to_coco()
 
 
 def test_a_cleaned_result_is_whole():
@@ -502,6 +525,8 @@ def test_a_full_disk_leaves_earlier_results_whole(tmp_path, monkeypatch, name):
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="disk full while writing"):
         writer.add("b", picture_of((20, 20)), result)
+    with pytest.raises(OSError, match="disk full while writing") if FORMATS[name].finish else nullcontext():
+        writer.close()
     monkeypatch.undo()
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 

@@ -95,7 +95,7 @@ def test_a_name_in_a_list_may_hold_a_comma() -> None:
         (5, "labels are a int; allowed are a string such as"),
         ({"road", "sky"}, "labels are a set; allowed are a string such as"),
         (b"road", "labels are a bytes; allowed are a string such as"),
-        (["road", {"title": "sky"}], "label 2: there is no field 'title'; choose one of name, names, templates"),
+        (["road", {"title": "sky"}], "label 2: there is no field 'title'; choose one of id, name, names, synonyms"),
         (["road", {"names": ["sky"]}], "label 2 has no name; give"),
         ({"road": ["a road"], "road ": ["street"]}, "two classes are called 'road'"),
         ("car; \udcff\udcfe", r"label 2 is ' \\udcff\\udcfe', which holds bytes that are no UTF-8 text"),

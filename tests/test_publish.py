@@ -28,6 +28,7 @@ from spar_hf import SparModel
 from spar_hf.families import make_processor
 from spar_hf.hub.model_card import without_paths
 from spar_hf.hub.publish import PublishError, prepare
+from spar_onnx.folder import LAYOUT, RECORD
 
 TEACHER = {
     "model": "openai/clip-vit-base-patch16", "weights": "0123", "revision": "abc", "method": "maskclip",
@@ -150,6 +151,39 @@ def test_nothing_of_this_machine_leaves(hub, trained, spar):
         for secret in (b"alice", b"hf_abc", b"hf_writer", str(trained).encode(), str(Path.home()).encode() + b"/"):
             assert secret not in content, (name, secret)
     assert set(hub.files("you/spar-space", "spaces")) == {".gitattributes", "README.md", "app.py", "requirements.txt"}
+
+
+def test_a_built_page_becomes_a_static_space(hub, spar, tmp_path):
+    exported, page = tmp_path / "exported", tmp_path / "page"
+    record = {"layout": LAYOUT, "format": "onnx", "patch_px": 16, "size_rule": "floor", "text": {}, "files": {}}
+    for folder in (exported, page / "models/exported"):
+        folder.mkdir(parents=True)
+        (folder / RECORD).write_text(json.dumps(record | {"dtypes": {}}))
+    (exported / "config.json").write_text(json.dumps({"model_type": "spar"}))
+    words = ("publish", exported, "--repo-id", "you/onnx", "--with-page", page)
+
+    refused = spar(*words)
+    assert refused.status == 1 and f"{page} is no built page; build one with 'python spaces/" in refused.err
+    for name in ("index.html", "service-worker.js", "README.md"):
+        (page / name).write_text("the page's own")
+    (page / "models/exported" / RECORD).write_text("{}")
+    refused = spar(*words)
+    assert refused.status == 1 and f"{page} ships with another model than {exported}; build it" in refused.err
+    assert not hub.repositories
+
+    shutil.copy(exported / RECORD, page / "models/exported")
+    done = spar(*words)
+    assert done.status == 0, done.err
+    assert f"page      {hub.url}/spaces/you/onnx-page" in done.out
+    files = hub.files("you/onnx-page", "spaces")
+    assert set(files) - {".gitattributes"} == {
+        "README.md",
+        "index.html",
+        "service-worker.js",
+        "models/exported/export.json",
+    }
+    assert files["README.md"] == b"the page's own"
+    assert hub.repository("you/onnx-page", "spaces").created["sdk"] == "static"
 
 
 def test_card_holds_what_was_measured_and_leaves_out_the_rest(hub, trained, make_spar, tmp_path):

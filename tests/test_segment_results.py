@@ -7,8 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import rasterio
 from PIL import Image
 from pycocotools.coco import COCO
+from rasterio.features import rasterize
+from shapely.geometry import shape
 
 import spar_hf
 from spar_cli import result_options
@@ -187,3 +190,42 @@ def test_what_formats_need_is_asked_of_the_pipeline():
     assert ResultOptions().of_pipeline() == {}
     assert ResultOptions(scores=True).of_pipeline() == {"return_scores": True}
     assert ResultOptions(("coco", "npz"), top_k=3).of_pipeline() == {"return_scores": True, "return_top_k": 3}
+
+
+def geotiff(path: str, size_hw: tuple[int, int]) -> None:
+    """A raster of random colours with a place on Earth."""
+    values = np.random.default_rng(5).integers(0, 255, (3, *size_hw), np.uint8)
+    place = rasterio.Affine(0.5, 0, 500_000, 0, -0.5, 4_600_000)
+    profile = {"driver": "GTiff", "count": 3, "dtype": "uint8", "crs": "EPSG:32633", "transform": place}
+    with rasterio.open(path, "w", height=size_hw[0], width=size_hw[1], **profile) as raster:
+        raster.write(values)
+
+
+def test_rasters_have_the_ids_colours_and_thresholds_of_a_saved_vocabulary(here, capsys, model_folder):
+    geotiff("scene.tif", (96, 160))
+    assert main(["labels", "--labels", "@classes.csv", "--model", model_folder, "--save", "v.safetensors"]) == 0
+    model = ["--model", model_folder, "--json", "r.json"]
+    assert main(["segment", "scene.tif", "--labels", "@v.safetensors", *model, "--class-threshold", "road=0.9"]) == 0
+    with rasterio.open("spar-output/scene-labels.tif") as raster:
+        values, colours = raster.read(1), raster.colormap(1)
+        assert [row["id"] for row in json.loads(raster.tags(1)["classes"])] == [7, 26, 23]
+    assert set(np.unique(values)) <= {7, 26, 23, 255}
+    assert (colours[26], colours[7]) == ((0, 0, 128, 255), (128, 64, 128, 255))
+    (record,) = json.loads(Path("r.json").read_text())["images"]
+    assert {entry["id"]: entry["area_fraction"] for entry in record["classes"]} == {
+        number: pytest.approx((values == number).mean()) for number in (7, 26, 23)
+    }
+    # The same as a picture, whose label map keeps the place.
+    words = ["segment", "scene.tif", "--labels", "@v.safetensors", *model, "--class-threshold", "road=0.9"]
+    assert main([*words, "--format", "geotiff", "--format", "geojson", "--output", "picture"]) == 0
+    with rasterio.open("picture/scene-labels.tif") as raster:
+        assert (raster.read(1) == values).mean() > 0.99 and raster.crs.to_epsg() == 32633
+        place = raster.transform
+    content = json.loads(Path("picture/scene.geojson").read_text())
+    assert content["crs"]["properties"]["name"].endswith("EPSG::32633")
+    drawn = [(shape(feature["geometry"]), feature["properties"]["id"]) for feature in content["features"]]
+    with rasterio.open("picture/scene-labels.tif") as raster:
+        assert (rasterize(drawn, out_shape=(96, 160), fill=255, transform=place) == raster.read(1)).all()
+    capsys.readouterr()
+    assert main([*words, "--min-area", "9"]) == 2
+    assert "--min-area does not go with a raster: a component may reach over windows" in capsys.readouterr().err

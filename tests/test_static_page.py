@@ -1,6 +1,6 @@
 """`spaces/browser`: its modules in Node against the package, and the built page in a real Chromium.
 
-    make browser && SPAR_PAGE=spaces/browser/dist pytest -m browser tests/test_static_page.py
+    make browser && SPAR_PAGE=dist/browser pytest -m browser tests/test_static_page.py
 
 Without SPAR_PAGE the page is built first. Skipped where there is no npm or no Chromium.
 """
@@ -49,7 +49,7 @@ FLAGS = [
     "--use-fake-device-for-media-stream",
     "--use-fake-ui-for-media-stream",
 ]
-WAIT_MS = 300_000
+WAIT_MS = 120_000
 WORDS = "cake; car, automobile; tree; apple; star; sea; sky; sand"
 EXAMPLES = {
     "demo.png": WORDS,
@@ -94,7 +94,8 @@ def node(site) -> Callable[..., Any]:
     def run(script: str, data: Any) -> Any:
         wrapped = (
             "import { readFileSync } from 'node:fs';\n"
-            "const data = JSON.parse(readFileSync(0)), bytes = (text) => new Uint8ClampedArray(Buffer.from(text, 'base64'));\n"
+            "const data = JSON.parse(readFileSync(0));\n"
+            "const bytes = (text) => new Uint8ClampedArray(Buffer.from(text, 'base64'));\n"
             f"const text = (array) => Buffer.from(array.buffer).toString('base64');\n{script}"
         )
         command = ["node", "--input-type=module", "-e", wrapped]
@@ -247,7 +248,8 @@ def test_features_as_pictures_are_the_packages(node, site):
         const own = new Float32Array(bytes(data.rows).buffer);
         const cosines = similarity(own, ...rest, covered, { x: 0.4, y: 0.99 });
         const heat = heatPicture(bytes(data.shown), cosines, constants.heat);
-        console.log(JSON.stringify([covered, text(pcaPicture(own, ...rest, covered)), text(cosines), text(heat.pixels)]));
+        const pca = pcaPicture(own, ...rest, covered);
+        console.log(JSON.stringify([covered, text(pca), text(cosines), text(heat.pixels)]));
     """
     rgba = np.concatenate([shown, np.full((*size, 1), 255, np.uint8)], axis=2)
     data = {"rows": packed(rows.numpy()), "size": size, "image": image, "shown": packed(rgba)}
@@ -415,8 +417,10 @@ def alert(page: Any, text: str, viewer: str = "#answer") -> str:
 
 @pytest.fixture(scope="module")
 def page(visit) -> Any:
-    """One page for the tests that leave it as they find it."""
-    return visit()
+    """One page for the tests that leave it as they find it; what is under *Model* can be reached."""
+    opened = visit()
+    opened.locator("#model").evaluate("one => { one.open = true; }")
+    return opened
 
 
 def test_the_page_is_isolated_and_has_threads(page):
@@ -481,7 +485,7 @@ def test_odd_pictures_thresholds_and_sizes(page, pipeline, tmp_path):
         segment(page, PICTURES / "sandbox.png", typed)
         expected = pipeline(PICTURES / "sandbox.png", typed, background_threshold=0.6)["segmentation"]
         found = label_map(page, tmp_path)
-        assert (expected == -1).mean() > 0.05 and (found == expected).mean() >= EQUAL
+        assert (expected == -1).mean() > 0.01 and (found == expected).mean() >= EQUAL
         page.locator("#answer .legend", has_text="no class").wait_for()
     page.locator("#threshold").fill("0")
 
@@ -492,7 +496,8 @@ def test_legend_hover_opacity_and_the_other_downloads(page, tmp_path):
 
     def drawn() -> np.ndarray:
         script = """() => { const c = document.querySelector('#answer canvas');
-            return [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data.filter((_, i) => i % 397 < 3)]; }"""
+            const { data } = c.getContext('2d').getImageData(0, 0, c.width, c.height);
+            return [...data.filter((_, i) => i % 397 < 3)]; }"""
         return np.array(page.evaluate(script))
 
     tinted, legend = drawn(), page.locator("#answer .legend button")
@@ -539,7 +544,8 @@ def test_features_answer_clicks_and_arrow_keys(page):
     until(page, changed, arg=second)
     idle(page)
     note = page.locator("#feature-view .note").inner_text()
-    assert re.search(r"48 × 32 patches of 128 numbers, from tiny in one pass. Cosine: -?\d.\d\d to 1.00", note), note
+    facts = r"48 × 32 patches of 128 numbers, from tiny in one pass. Cosine: -?\d.\d\d to (0.9\d|1.00)"
+    assert re.search(facts, note), note
     page.locator("#tab-features").press("ArrowLeft")
     assert page.locator("#answer").is_visible() and not page.locator("#feature-view").is_visible()
 
@@ -549,9 +555,11 @@ def test_paste_drop_camera_and_examples(page):
     content = base64.b64encode((PICTURES / "night-road.png").read_bytes()).decode()
     give = """([kind, content]) => {
         const data = new DataTransfer();
-        data.items.add(new File([Uint8Array.from(atob(content), (c) => c.charCodeAt(0))], 'x.png', { type: 'image/png' }));
+        const bytes = Uint8Array.from(atob(content), (c) => c.charCodeAt(0));
+        data.items.add(new File([bytes], 'x.png', { type: 'image/png' }));
         const options = { bubbles: true, cancelable: true, clipboardData: data, dataTransfer: data };
-        document.body.dispatchEvent(kind === 'paste' ? new ClipboardEvent(kind, options) : new DragEvent(kind, options));
+        const event = kind === 'paste' ? new ClipboardEvent(kind, options) : new DragEvent(kind, options);
+        document.body.dispatchEvent(event);
     }"""
     for kind in ("paste", "drop"):
         before = page.evaluate(image)
@@ -597,7 +605,6 @@ def test_mistakes_are_told_in_one_line(page, tmp_path):
 
 
 def load_address(page: Any, address: str) -> None:
-    page.locator("#model").evaluate("one => { one.open = true; }")
     page.locator("#address").fill(address)
     page.locator("#load").click()
 

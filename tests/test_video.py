@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 import subprocess
 import sys
 from fractions import Fraction
@@ -173,7 +174,20 @@ def test_scores_without_a_grid_are_smoothed_at_every_pixel():
 def test_the_command_writes_a_video_and_a_label_map_for_each_frame(tmp_path, monkeypatch, capsys, model_folder):
     monkeypatch.chdir(tmp_path)
     make_video(Path("clip.mp4"), count=4)
-    words = ["segment", "clip.mp4", "--labels", LABELS, "--model", model_folder, "--json", "r.json", "--smooth", "0.6"]
+    make_video(Path("before.mp4"), count=2)  # of the same size; nothing of it may reach the other
+    words = [
+        "segment",
+        "before.mp4",
+        "clip.mp4",
+        "--labels",
+        LABELS,
+        "--model",
+        model_folder,
+        "--json",
+        "r.json",
+        "--smooth",
+        "0.6",
+    ]
     assert main([*words, "--format", "png", "--format", "coco", "--min-area", "20"]) == 0
     out, err = capsys.readouterr()
     assert err == "" and "spar-output/clip-overlay.mp4" in out
@@ -186,14 +200,14 @@ def test_the_command_writes_a_video_and_a_label_map_for_each_frame(tmp_path, mon
         found = segment(frame.image, candidate_labels=LABELS, segmenter=smoothed).cleaned(20)["segmentation"]
         assert (np.asarray(Image.open(f"spar-output/clip/{number:06d}-labels.png")) == found.astype(np.uint8)).all()
         share += [(found == index).mean() / 4 for index in range(3)]
-    (record,) = json.loads(Path("r.json").read_text())["images"]
+    _, record = json.loads(Path("r.json").read_text())["images"]
     assert record["frames"] == 4 and record["image"] == "clip.mp4"
     assert [entry["area_fraction"] for entry in record["classes"]] == pytest.approx(share.tolist(), abs=1e-6)
     written = list(read_frames(Path("spar-output/clip-overlay.mp4")))
     assert [frame.image.size for frame in written] == [(96, 64)] * 4
     assert [float(frame.seconds) for frame in written] == pytest.approx([0, 0.1, 0.2, 0.3], abs=1e-4)
     names = [image["file_name"] for image in COCO("spar-output/coco-instances.json").dataset["images"]]
-    assert names == [f"clip.mp4#{number}" for number in range(1, 5)]
+    assert names[2:] == [f"clip.mp4#{number}" for number in range(1, 5)]
 
 
 def test_a_video_whose_size_changes(tmp_path, monkeypatch, capsys, model_folder):
@@ -209,9 +223,9 @@ def test_a_video_whose_size_changes(tmp_path, monkeypatch, capsys, model_folder)
 def test_a_truncated_video_keeps_what_was_done(tmp_path, monkeypatch, capsys, model_folder, name):
     monkeypatch.chdir(tmp_path)
     options = {"movflags": "faststart"} if name == "clip.mp4" else {"cluster_time_limit": "300"}
-    make_video(Path(name), count=40, **options)
+    make_video(Path(name), count=24, **options)
     whole = Path(name).read_bytes()
-    Path(name).write_bytes(whole[: 7 * len(whole) // 8])
+    Path(name).write_bytes(whole[: 3 * len(whole) // 4])
     Image.new("RGB", (64, 64)).save("good.png")
     words = ["segment", name, "--labels", LABELS, "--model", model_folder, "--format", "palette"]
     assert main(words) == 2
@@ -220,7 +234,7 @@ def test_a_truncated_video_keeps_what_was_done(tmp_path, monkeypatch, capsys, mo
         rf"spar: error: {name} breaks off after \d+ frames \(.*\). What was made of these is kept.*\n", err
     )
     count = int(re.search(r"after (\d+) frames", err)[1])
-    assert 0 < count < 40 and len(list(Path("spar-output/clip").iterdir())) == count
+    assert 0 < count < 24 and len(list(Path("spar-output/clip").iterdir())) == count
     assert len(list(read_frames(Path("spar-output/clip-overlay.mp4")))) == count
     make_video(Path("good.mkv"), count=2)
     assert main(["segment", name, "good.mkv", *words[2:], "--output", "both"]) == 1
@@ -251,18 +265,15 @@ def test_files_that_are_no_video(tmp_path):
 def test_a_full_disk_keeps_the_frames_before(tmp_path, monkeypatch, capsys, model_folder):
     monkeypatch.chdir(tmp_path)
     make_video(Path("clip.mp4"), (128, 192), count=12)
-    code = (
-        "import resource, signal, sys\n"
-        "from spar_cli.main import main\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))\n"
-        f"sys.exit(main(['segment', 'clip.mp4', '--labels', {LABELS!r}, '--model', {model_folder!r}, "
-        "'--format', 'palette']))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 2, done.stderr
-    assert re.search(r"spar: error: disk full while writing .*clip-overlay.mp4", done.stderr), done.stderr
-    assert done.stderr.count("\n") == 1
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, before[1]))  # Python ignores the signal that comes of it
+    try:
+        status = main(["segment", "clip.mp4", "--labels", LABELS, "--model", model_folder, "--format", "palette"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    err = capsys.readouterr().err
+    assert status == 2 and err.count("\n") == 1
+    assert re.search(r"spar: error: disk full while writing .*clip-overlay.mp4", err), err
     assert not list(Path("spar-output").glob(".*.tmp")) and not Path("spar-output/clip-overlay.mp4").exists()
     for path in Path("spar-output/clip").iterdir():
         assert Image.open(path).size == (192, 128)

@@ -2,7 +2,7 @@
 
     python spaces/browser/build.py                                  # ships with tiny, exported on the way
     python spaces/browser/build.py --model my-onnx --output site    # ships with a folder of `spar export`
-    python -m http.server -b 127.0.0.1 -d spaces/browser/dist 8000
+    python -m http.server -b 127.0.0.1 -d dist/browser 8000
 
 Needs npm, whose packages are pinned in package-lock.json; the page itself asks for nothing from elsewhere.
 """
@@ -36,7 +36,8 @@ from spar_onnx import Exported
 from spar_onnx.folder import LAYOUT, RECORD
 
 HERE = Path(__file__).resolve().parent
-VIEWERS = HERE.parents[1] / "src" / "spar_hf" / "demo" / "page"  # the same viewers as on the other page
+ROOT = HERE.parents[1]
+VIEWERS = ROOT / "src" / "spar_hf" / "demo" / "page"  # the same viewers as on the other page
 # Of onnxruntime-web: one build for the CPU, one that has the GPU as well; a visitor fetches one of them.
 RUNTIMES = (
     ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm"),
@@ -61,15 +62,15 @@ CARD = """---
 
 # SPAR in the browser
 
-Name what you look for and the picture answers: any image, any size, any words, in one forward pass, in the visitor's own
-browser. The picture stays there. Made by `spaces/browser/build.py` of spar-hf; the model is {{ model }}.
+Name what you look for and the picture answers: any image, any size, any words, in one forward pass, in the visitor's
+own browser. The picture stays there. Made by `spaces/browser/build.py` of spar-hf; the model is {{ model }}.
 """
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="of 'spar export --format onnx' (default: tiny)")
-    parser.add_argument("--output", type=Path, default=HERE / "dist", metavar="FOLDER")
+    parser.add_argument("--output", type=Path, default=ROOT / "dist" / "browser", metavar="FOLDER")
     args = parser.parse_args()
     try:
         build(args.output, args.model)

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
-from .flow import Picture, Tool, do_all
+from .flow import Picture, Tool, do_all, stacked
 from .many import EPILOG as MANY
 from .many import add_image_arguments, begin, open_pictures
 from .options import add_model_options, open_model
@@ -57,7 +57,6 @@ class Found:
 
 
 def run(args: argparse.Namespace) -> int:
-    import numpy as np
     import torch
 
     from spar_hf.files import weights_digest
@@ -78,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     def encode(pictures: list[Picture]) -> list[Found]:
         nonlocal network_seconds
         started = time.perf_counter()
-        pixel_values = torch.from_numpy(np.stack([picture.pixel_values for picture in pictures]))
+        pixel_values = torch.from_numpy(stacked(pictures))
         with torch.inference_mode():
             outputs = encoder(pixel_values.to(encoder.device, encoder.dtype))
         patch_embeds = outputs.patch_embeds.cpu().contiguous()  # (B, h, w, D)

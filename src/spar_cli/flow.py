@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
     from spar_hf.sources import Photographs
 
-BATCHES_AHEAD = 4  # read before they are needed, and waiting to be written
+BATCHES_AHEAD = 4  # read before they are needed, waiting for others of their size, and waiting to be written
+MEMORY_BYTES = 2**29  # of pictures that wait at each of these places
 
 
 @dataclass
@@ -36,6 +37,11 @@ class Picture:
     name: str
     image: Image.Image
     pixel_values: np.ndarray | None
+
+
+def stacked(pictures: Sequence[Picture]) -> np.ndarray:
+    """(B, 3, H, W), what the network reads of pictures of one size."""
+    return np.stack([picture.pixel_values for picture in pictures if picture.pixel_values is not None])
 
 
 @dataclass
@@ -65,14 +71,37 @@ class Tool:
 
 
 @dataclass
+class Room:
+    """How many pictures may wait at each place: a number of them, fewer where they are large.
+
+    Attributes:
+        most: pictures.
+        largest: picture so far, bytes.
+    """
+
+    most: int
+    largest: int = 1
+
+    def see(self, picture: Picture) -> None:
+        """Makes a picture count."""
+        pixels = 0 if picture.pixel_values is None else picture.pixel_values.nbytes
+        self.largest = max(self.largest, 3 * picture.image.width * picture.image.height + pixels)
+
+    def __call__(self) -> int:
+        return max(1, min(self.most, MEMORY_BYTES // self.largest))
+
+
+@dataclass
 class Buckets:
     """Pictures gathered by the size of their pixels.
 
     Attributes:
         size: of a batch.
+        room: for those that wait.
     """
 
     size: int
+    room: Room
     waiting: dict[Any, list[Picture]] = field(default_factory=dict)
 
     def add(self, picture: Picture) -> list[Picture]:
@@ -81,7 +110,7 @@ class Buckets:
         self.waiting.setdefault(key, []).append(picture)
         if len(self.waiting[key]) == self.size:
             return self.waiting.pop(key)
-        if sum(map(len, self.waiting.values())) >= BATCHES_AHEAD * self.size:
+        if sum(map(len, self.waiting.values())) >= self.room():
             return self.waiting.pop(max(self.waiting, key=lambda key: len(self.waiting[key])))
         return []
 
@@ -121,7 +150,8 @@ def do_all(
     started = time.perf_counter()
     count = workers_of(batch.args, len(batch.todo))
     writing: deque[tuple[int, Future[Any]]] = deque()
-    buckets = Buckets(batch_size)
+    room = Room(BATCHES_AHEAD * max(batch_size, count))
+    buckets = Buckets(batch_size, room)
     alone = len(batch.stems) < 2 or not batch.processes.is_main
     with (
         Workers(tool, count) as workers,
@@ -145,13 +175,15 @@ def do_all(
                     stem = batch.stems[picture.number]
                     picture.pixel_values = None
                     writing.append((picture.number, workers.submit("write", stem, picture, found)))
-            finish(BATCHES_AHEAD * max(batch_size, count) if count else 0)
+            finish(room() if count else 0)
 
         try:
-            for number, future in workers.ahead("read", batch.todo, BATCHES_AHEAD * max(batch_size, count)):
+            for number, future in workers.ahead("read", batch.todo, room):
                 ready: list[Picture] = []
                 with batch.may_fail(number):
-                    ready = buckets.add(workers.result(future))
+                    picture = workers.result(future)
+                    room.see(picture)
+                    ready = buckets.add(picture)
                 through(ready)
             for pictures in buckets.rest():
                 through(pictures)

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 
-from . import convert, demo, evaluate, export, features, methods, models, prototypes, publish, segment
+from . import convert, demo, evaluate, export, features, labels, methods, models, prototypes, publish, segment
 from .errors import MISTAKE, clean, exit_status, fail
+from .exported import on_onnx
 from .parser import Parser, check_one_of, with_flags
 from .picture_options import PICTURE_FLAGS
 
 COMMANDS = {
     "segment": segment,
     "features": features,
+    "labels": labels,
     "methods": methods,
     "models": models,
     "evaluate": evaluate,
@@ -29,7 +32,7 @@ COMMANDS = {
 
 EPILOG = """examples:
   spar segment street.jpg --labels "road; car, automobile; sky"
-  spar segment photos/*.jpg --labels "dog; grass" --model openai/clip-vit-base-patch16 --output results
+  spar segment photos/ --labels "dog; grass" --model openai/clip-vit-base-patch16 --output results --resume
   spar features street.jpg --output features
   spar methods
   spar evaluate --benchmark picturebook --scale 4 --limit 20
@@ -97,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         return fail("spar", " ".join(str(error).split()), MISTAKE)
 
-    with_pytorch = args.command != "segment" or not segment.on_onnx(args)
+    with_pytorch = args.command not in ("segment", "labels") or not on_onnx(args)
     if not with_pytorch:
         from spar_onnx.library import without_pytorch
 
@@ -105,7 +108,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def run() -> int | None:
         with _loudness(verbose, with_pytorch):
-            return COMMANDS[args.command].run(args)
+            status = COMMANDS[args.command].run(args)
+        if "WORLD_SIZE" in os.environ:
+            from spar_hf.processes import leave
+
+            leave()
+        return status
 
     remedy = "give a smaller --short-side, or --dtype bfloat16"
     return exit_status(run, "spar", FLAGS, remedy, verbose)

@@ -143,7 +143,7 @@ class Batch:
         return self.args.dataset is None and len(self.source.names) == len(self.args.images)
 
     @contextmanager
-    def may_fail(self, *numbers: int, count: bool = True) -> Iterator[None]:
+    def may_fail(self, *numbers: int) -> Iterator[None]:
         """Counts pictures that cannot be read instead of ending the command; other errors pass.
 
         Raises:
@@ -156,8 +156,6 @@ class Batch:
         except InvalidImageError as error:
             if len(self.source.names) == 1:
                 raise
-            if not count:
-                return
             for number in numbers:
                 self.failed.append((self.source.names[number], str(error)))
                 complain(str(error))
@@ -208,9 +206,15 @@ class Batch:
         if self.journal is not None:
             self.journal.merge()
         if self.args.json is not None:
-            content = {"command": command_line(self.args), **facts, "images": self._all_records()}
-            bad = [{"image": name, "error": reason} for name, reason in failed]
-            write_json(self.args.json, {**content, "failed": bad})
+            content = {
+                "command": command_line(self.args),
+                **facts,
+                "seconds": round(seconds, 3),
+                "network_seconds": round(network_seconds, 3),
+                "images": self._all_records(),
+                "failed": [{"image": name, "error": reason} for name, reason in failed],
+            }
+            write_json(self.args.json, content)
         if not self.one_by_one:
             rate = f"{done / seconds:.2f} images/s, " if done and seconds else ""
             before = f", {self.done_before} were done before" if self.done_before else ""
@@ -258,7 +262,7 @@ def begin(
     from spar_hf.processes import processes
 
     team = processes()
-    if len(set(team.gather(digest(name.encode("utf-8", "replace") for name in source.names)))) > 1:
+    if len(set(team.gather(digest(f"{name}\0".encode("utf-8", "replace") for name in source.names)))) > 1:
         raise ValueError("the processes see different pictures; give all of them the same folder, and change it later")
     journal: Journal | None = None
     if len(called) > 1 or args.resume or Journal.exists(args.output, args.command):  # else nothing to go on from

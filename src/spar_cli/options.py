@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from spar_hf.processing_spar import SparProcessor
     from spar_hf.prompts_spar import Labels
     from spar_hf.segmentation_spar import Segmenter
+    from spar_hf.vocabulary import Vocabulary
 
 BATCH_SIZE = 8  # of pictures, on an accelerator
 DTYPES = ("float32", "bfloat16", "float16")
@@ -184,7 +185,7 @@ def open_model(args: argparse.Namespace, refine: Sequence[str] = ()) -> Opened:
         "upsample_factor": args.upsample_factor,
     }
     chosen = record(args.method, choices["networks"], choices["settings"], refine)  # mistakes are told before loading
-    device = _device(args.device)
+    device = device_of(args.device)
     model, processor = load(args.model, dtype=getattr(torch, dtype))
     model.to(device)
     image_processor = processor.image_processor
@@ -239,18 +240,32 @@ def read_masks(args: argparse.Namespace, refine: Sequence[str]) -> MaskFolder | 
     return MaskFolder(folder)
 
 
-def read_labels(text: str) -> Labels:
+def read_labels(text: str, max_labels: int | None = None) -> Labels:
     """The vocabulary of `--labels`: words, or a file after an @."""
-    from spar_hf.prompts_spar import Labels
+    from spar_hf.prompts_spar import MAX_LABELS, Labels
 
+    if (saved := read_vocabulary(text)) is not None:
+        return saved.labels
     if text.startswith("@"):
-        return Labels.read(text[1:])
+        return Labels.read(text[1:], max_labels or MAX_LABELS)
     if text.strip() and "\n" not in text and len(text) < 200 and Path(text).is_file():
         raise ValueError(f"--labels is {text!r}, which is a file; write --labels @{text} to read the labels in it")
-    return Labels.parse(text)
+    return Labels.parse(text, max_labels or MAX_LABELS)
 
 
-def _device(name: str) -> Any:
+def read_vocabulary(text: str) -> Vocabulary | None:
+    """The vocabulary with text features of `--labels`, where that names such a file."""
+    from spar_hf.vocabulary import Vocabulary, is_vocabulary
+
+    return Vocabulary.read(text[1:]) if text.startswith("@") and is_vocabulary(text[1:]) else None
+
+
+def device_of(name: str) -> Any:
+    """The device of `--device`.
+
+    Raises:
+        ValueError: this machine has none of that name.
+    """
     import torch
 
     from spar_hf.processes import launched, own_device

@@ -26,6 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--private", action="store_true", help="create the repository as a private one")
     parser.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
     parser.add_argument("--with-space", action="store_true", help="also create the Space OWNER/NAME-space")
+    parser.add_argument(
+        "--with-page",
+        type=Path,
+        metavar="PAGE",
+        help="also create the static Space OWNER/NAME-page from what 'python spaces/browser/build.py --model FOLDER "
+        "--output PAGE' built",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -37,6 +44,7 @@ def run(args: argparse.Namespace) -> None:
         private=args.private,
         create_pr=args.create_pr,
         with_space=args.with_space,
+        with_page=args.with_page,
         license=args.license,
     )
     print(f"{'published' if done.changed else 'nothing has changed at'} {done.url}")
@@ -46,3 +54,5 @@ def run(args: argparse.Namespace) -> None:
         print(f"  left out  {', '.join(done.left_out)}")
     if done.space_url:
         print(f"  space     {done.space_url}")
+    if done.page_url:
+        print(f"  page      {done.page_url}")

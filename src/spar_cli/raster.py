@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .labels import words_to_encode
 from .options import open_model, read_labels
 from .output import check_outputs, one_by_one
 from .parser import check_one_of
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 WHEN = ("auto", "always", "never")
 # TIFF's tags of width and height, and of a place on Earth: pixel scale, tie points, matrix, keys.
 WIDTH, HEIGHT, GEOREFERENCE = 256, 257, {33550, 33922, 34264, 34735}
+OWN_FORMATS = ("png", "geotiff")  # of what is written window by window; others want the picture in memory
 OVERLAY_PX = 2048  # longer side of the overlay
 
 
@@ -32,7 +34,8 @@ def add_raster_options(parser: argparse.ArgumentParser) -> None:
         default="auto",
         metavar="auto|always|never",
         help="read and write window by window, at the file's own resolution, into NAME-labels.tif; auto: files with a "
-        "place on Earth, and files of more than 100 million pixels or of a format that only GDAL reads",
+        "place on Earth, and files of more than 100 million pixels or of a format that only GDAL reads, but not where "
+        "--format asks for more than png and geotiff",
     )
 
 
@@ -46,6 +49,8 @@ def asked(args: argparse.Namespace) -> bool:
     files = [path for path in map(Path, args.images) if path.is_file()]
     if when != "auto" or not files:
         return when == "always"
+    if set(args.formats or ()) - set(OWN_FORMATS):
+        return False  # done as pictures, whose results keep the place on Earth
     rasters = [path for path in files if is_raster(path, args.max_pixels)]
     if rasters and len(rasters) < len(args.images):
         other = next(path for path in map(Path, args.images) if path not in rasters)
@@ -126,7 +131,7 @@ def run(
 
     from spar_hf.rasters import segment_raster
 
-    labels = read_labels(args.labels)
+    labels = read_labels(args.labels).with_thresholds(dict(args.class_threshold))
     options = _thresholds(args, labels)
     check_outputs(args)
     for path in args.images:
@@ -134,7 +139,8 @@ def run(
             raise ValueError(f"there is no file {path}")
     opened = open_model(args)
     segmenter = opened.segmenter()
-    encoded = segmenter.encode_labels(competing(replace(labels, background=options.get("background_class")), args))
+    rivalled = competing(replace(labels, background=options.get("background_class")), args)
+    encoded = segmenter.encode_labels(words_to_encode(args, rivalled, opened))
 
     def do(path: Path, stem: str) -> dict[str, Any]:
         with tqdm(unit="block", leave=False, disable=None) as bar:
@@ -172,8 +178,11 @@ def _thresholds(args: argparse.Namespace, labels: Labels) -> dict[str, Any]:
         ),
         "--refine": (args.refine, "refinements look at whole pictures"),
         "--upsample": (args.upsample, "upsamplers look at whole pictures"),
+        "--min-area": (args.min_area, "a component may reach over windows"),
+        "--fill-holes": (args.fill_holes, "a hole may reach over windows"),
+        "--smooth": (args.smooth, "it is for videos"),
         "--backend onnx": (args.backend == "onnx", "exported models run on pictures"),
-        "--format": (set(args.formats or ("png",)) - {"png"}, "a raster's results are GeoTIFFs"),
+        "--format": (set(args.formats or ()) - set(OWN_FORMATS), "its results are written window by window"),
     }
     for flag, (value, why) in without.items():
         if value:
@@ -203,7 +212,7 @@ def _write_overlay(path: Path, result: RasterResult, labels: Labels, reading: An
     from spar_hf.rasters.preview import preview
     from spar_hf.visualize import overlay as tinted
 
-    image, segmentation = preview(path, reading, result.label_map, OVERLAY_PX)
+    image, segmentation = preview(path, reading, result.label_map, labels, OVERLAY_PX)
     with whole_files(overlay) as (draft,):
         tinted(image, segmentation, labels).save(draft, format="PNG")
 
@@ -221,8 +230,8 @@ def _as_json(path: Path, result: RasterResult, labels: Labels, overlay: Path, se
         "resumed": result.resumed,
         "valid_pixels": result.valid,
         "classes": [
-            {"id": index, "label": name, "area_fraction": share(index)}
-            for index, name in enumerate(labels.class_names)
+            {"id": number, "label": name, "area_fraction": share(index)}
+            for index, (number, name) in enumerate(zip(labels.written_ids, labels.class_names, strict=True))
         ],
         "no_class": share(-1),
         "files": {what: str(file) for what, file in files.items() if file is not None},

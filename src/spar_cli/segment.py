@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import raster
-from .flow import Picture, Tool, do_all
+from .exported import EXPORTED, on_onnx
+from .flow import Picture, Tool, do_all, stacked
+from .labels import embeds_of_export, words_to_encode
 from .many import EPILOG as MANY
 from .many import add_image_arguments, begin, open_pictures, writer_number
 from .options import add_model_options, add_refine_option, open_model, read_labels
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
     from spar_hf.sources import Photographs
 
 BACKENDS = ("pytorch", "onnx")
-EXPORTED = "export.json"  # spar_onnx.folder.RECORD, which takes a moment to import
 # Options that an exported folder has settled.
 FIXED_BY_EXPORT = (
     "method", "network", "attention_reach", "window_px", "stride_px", "upsample", "upsample_factor", "refine"
@@ -46,15 +47,19 @@ EPILOG = """examples:
       edges that follow the picture; 'spar methods' lists the refinements
   spar segment street.jpg --labels "road; car; sky" --method textregion --masks masks
       regions from masks/street.png or masks/street.json; --network regions=slic: superpixels; else SAM 2
-  spar segment street.jpg --labels car --background-threshold 0.5
+  spar segment street.jpg --labels car --other 0.5
       only what is surely a car; the rest has no class
   spar segment street.jpg --labels "road; car; sky" --window-px native --stride-px 24
       slow: a window slides over the picture, SPAR's teacher
+  spar segment photos/*.jpg --labels @classes.csv --format coco --instances --min-area 64
+      what other tools read: coco, geojson, geotiff, yolo, score maps (docs/results.md)
+  spar segment clip.mp4 --labels "road; car; sky" --smooth 0.8
+      a video, frame by frame
 
 files:
   NAME-overlay.png  the picture tinted by class, with a legend
-  NAME-labels.png   the label map: the value of a pixel is the position of its class in --labels, from 0; a pixel
-                    without a class has the highest value, 255 or 65535
+  NAME-labels.png   the label map: the value of a pixel is the position of its class in --labels, from 0, or its id
+                    in a file of labels; a pixel without a class has the highest value, 255 or 65535
 
 """ + MANY.replace("COMMAND", "segment")
 
@@ -122,11 +127,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def on_onnx(args: argparse.Namespace) -> bool:
-    """Whether onnxruntime runs, and PyTorch is not imported."""
-    return args.backend == "onnx" or (args.backend is None and (Path(args.model) / EXPORTED).is_file())
-
-
 @dataclass
 class Ready:
     """What segments pictures, in PyTorch or without it.
@@ -160,9 +160,7 @@ def run(args: argparse.Namespace) -> int:
     check_result_options(args)
     if raster.asked(args):
         return raster.run(args, competing, report)
-    labels = read_labels(args.labels)
-    if args.class_threshold:
-        labels = labels.with_thresholds(dict(args.class_threshold))
+    labels = read_labels(args.labels).with_thresholds(dict(args.class_threshold))
     thresholds = {name: getattr(args, name) for name in ("background_threshold", "score_threshold", "area_threshold")}
     options: dict[str, Any] = {name: value for name, value in thresholds.items() if value is not None}
     if args.background is not None:
@@ -177,7 +175,7 @@ def run(args: argparse.Namespace) -> int:
     if videos := videos_among(args.images):
         ready = make_ready(args, rivalled, None, options)
         facts = {**ready.facts, **thresholds}
-        return segment_videos(videos, ready.stream(args.smooth), args, labels, asked, facts, report)
+        return segment_videos(videos, partial(ready.stream, args.smooth), args, labels, asked, facts, report)
     if args.smooth:
         raise ValueError("--smooth is for videos, and there is none; leave it out")
     source, called = open_pictures(args)
@@ -218,7 +216,6 @@ def write_result(writer: Writer, stem: str, picture: Picture, found: dict[str, A
 def _on_pytorch(
     args: argparse.Namespace, labels: Labels, source: Photographs | None, options: dict[str, Any]
 ) -> Ready:
-    import numpy as np
     import torch
 
     from spar_hf.files import weights_digest
@@ -243,7 +240,8 @@ def _on_pytorch(
                 image = opened.tell_masks(name, source.picture(number))  # type: ignore[union-attr]
                 yield opened.processor(images=image, return_tensors="pt")["pixel_values"]
 
-    encoded = segmenter.encode_labels(labels, unlabelled=unlabelled())  # once, for all pictures
+    words = words_to_encode(args, labels, opened)
+    encoded = segmenter.encode_labels(words, unlabelled=unlabelled())  # once, for all pictures
 
     def network(pixel_values: Any, encoded: Any) -> Any:
         started = time.perf_counter()
@@ -255,7 +253,7 @@ def _on_pytorch(
         for picture in pictures:
             opened.tell_masks(picture.name, picture.image)
         started = time.perf_counter()
-        pixel_values = torch.from_numpy(np.stack([picture.pixel_values for picture in pictures]))
+        pixel_values = torch.from_numpy(stacked(pictures))
         sizes_hw = [(picture.image.height, picture.image.width) for picture in pictures]
         found = pipeline.from_pixels(pixel_values, sizes_hw, encoded, network, **options)
         for result in found:
@@ -295,7 +293,7 @@ def _on_onnx(args: argparse.Namespace, labels: Labels, source: Photographs | Non
     pipeline.reading = replace(pipeline.reading, **pictures, **limits)
     if args.max_pixels is not None:
         pipeline.pixels = replace(pipeline.pixels, max_input_pixels=args.max_pixels)
-    encoded = pipeline.encode_labels(labels)  # once, for all pictures
+    encoded = embeds_of_export(args, labels, pipeline)  # once, for all pictures
     facts = {
         "model": args.model,
         "backend": "onnx",

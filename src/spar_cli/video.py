@@ -35,7 +35,7 @@ def videos_among(paths: Sequence[Path]) -> list[Path]:
 
 def segment_videos(
     videos: Sequence[Path],
-    segment: Callable[[Any], Any],
+    stream: Callable[[], Callable[[Any], Any]],
     args: argparse.Namespace,
     labels: Labels,
     options: ResultOptions,
@@ -46,7 +46,7 @@ def segment_videos(
 
     Args:
         videos: files.
-        segment: a frame to the pipeline's result, called in order.
+        stream: gives, for each video anew, what makes the pipeline's result of a frame, called in order.
         args: of the command.
         labels, options: see `Writer`.
         facts: what runs and how, for the JSON output.
@@ -57,7 +57,7 @@ def segment_videos(
     """
 
     def do(path: Path, stem: str) -> dict[str, Any]:
-        return segment_video(path, stem, segment, args.output, labels, options)
+        return segment_video(path, stem, stream(), args.output, labels, options)
 
     return one_by_one(videos, do, report, args, facts, "videos")
 

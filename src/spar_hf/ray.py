@@ -33,7 +33,7 @@ from .build import build_encoder, build_segmenter
 from .checkpoints import load
 from .image_file_spar import InvalidImageError
 from .image_io_spar import read_image
-from .names_spar import one_of
+from .names_spar import unknown
 from .pipeline_spar import OpenVocabularySegmentationPipeline
 from .results_spar import SegmentationResult
 from .visualize import label_map_image
@@ -48,7 +48,7 @@ def _column(values: list[Any]) -> np.ndarray:
 
 def _png(result: Mapping[str, Any]) -> bytes:
     buffer = io.BytesIO()
-    label_map_image(result["segmentation"]).save(buffer, format="PNG")
+    label_map_image(result["segmentation"], result["labels"]).save(buffer, format="PNG")
     return buffer.getvalue()
 
 
@@ -75,7 +75,7 @@ class _Pictures:
         self.column, self.batch_size = column, batch_size
         self.model, self.processor = load(model, dtype=getattr(torch, dtype))
         device = device or str(torch.accelerator.current_accelerator() or "cpu")
-        self.model.to(torch.device(device)).eval()
+        self.model.to(torch.device(device)).eval()  # type: ignore[arg-type]
         self.image_processor = self.processor.image_processor
         if short_side is not None:
             self.image_processor.size, self.image_processor.do_resize = {"shortest_edge": short_side}, True
@@ -85,8 +85,11 @@ class _Pictures:
         raise NotImplementedError
 
     @property
-    def columns(self) -> tuple[str, ...]:
-        """The names of the new columns."""
+    def columns(self) -> dict[str, Any]:
+        """The new columns by name, and what stands there for a picture that cannot be read.
+
+        It has the type of the others, for a block of nothing but nulls would have another in Parquet.
+        """
         raise NotImplementedError
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,27 +99,28 @@ class _Pictures:
             batch: column by name, as Ray Data gives it (`batch_format="numpy"`).
 
         Returns:
-            The other columns, the new ones, and `error`: why a picture cannot be read; its new columns are empty.
+            The other columns, the new ones, and `error`: why a picture cannot be read, whose new columns are empty;
+            empty for the others.
 
         Raises:
             ValueError: there is no such column.
         """
         if self.column not in batch:
             raise ValueError(f"the data have no column {self.column!r}; their columns: {', '.join(batch)}")
-        errors: list[str | None] = []
-        of_one_size = defaultdict(list)  # (number, pixel values, size before)
+        errors: list[str] = []
+        of_one_size: defaultdict[Any, list[Any]] = defaultdict(list)  # (number, pixel values, size before)
         for number, stored in enumerate(batch[self.column]):
             try:
                 pixels, size_hw = self._read(stored, f"picture {number} of the batch")
                 of_one_size[pixels.shape].append((number, pixels, size_hw))
-                errors.append(None)
+                errors.append("")
             except InvalidImageError as error:
                 errors.append(str(error))
-        rows: list[dict[str, Any]] = [dict.fromkeys(self.columns) for _ in errors]
+        rows: list[dict[str, Any]] = [self.columns for _ in errors]
         for pictures in of_one_size.values():
             for start in range(0, len(pictures), self.batch_size):
-                numbers, pixels, sizes_hw = zip(*pictures[start : start + self.batch_size], strict=True)
-                for number, row in zip(numbers, self.find(torch.stack(pixels), list(sizes_hw)), strict=True):
+                numbers, of_all, sizes_hw = zip(*pictures[start : start + self.batch_size], strict=True)
+                for number, row in zip(numbers, self.find(torch.stack(of_all), list(sizes_hw)), strict=True):
                     rows[number] = row
         return {
             **{name: values for name, values in batch.items() if name != self.column},
@@ -181,7 +185,10 @@ class Segment(_Pictures):
         refine: Iterable[str] = (),
         **thresholds: Any,
     ) -> None:
-        self.results = tuple(one_of("result", name, RESULTS) for name in results)
+        self.results = tuple(results)
+        for name in self.results:
+            if name not in RESULTS:
+                raise ValueError(unknown("result", name, RESULTS))
         super().__init__(model, column, batch_size, dtype, device, short_side)
         self.segmenter = build_segmenter(
             self.model,
@@ -201,8 +208,8 @@ class Segment(_Pictures):
         self.encoded = self.pipeline.encode_labels(labels, segmenter=self.segmenter)  # once, for all pictures
 
     @property
-    def columns(self) -> tuple[str, ...]:
-        return self.results
+    def columns(self) -> dict[str, Any]:
+        return {name: b"" if name == "label_map" else "" for name in self.results}
 
     def find(self, pixel_values: torch.Tensor, sizes_hw: list[tuple[int, int]]) -> list[dict[str, Any]]:
         found = self.pipeline.from_pixels(pixel_values, sizes_hw, self.encoded, self.segmenter, **self.thresholds)
@@ -221,8 +228,6 @@ class Features(_Pictures):
         encoder: method, networks, settings, window, ...; see `build_encoder`.
     """
 
-    columns = ("features",)  # type: ignore[assignment]
-
     def __init__(
         self,
         model: str,
@@ -236,6 +241,10 @@ class Features(_Pictures):
     ) -> None:
         super().__init__(model, column, batch_size, dtype, device, short_side)
         self.encoder = build_encoder(self.model.vision_model, encoder.pop("method", None), **encoder)
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        return {"features": b""}
 
     @torch.inference_mode()
     def find(self, pixel_values: torch.Tensor, sizes_hw: list[tuple[int, int]]) -> list[dict[str, Any]]:

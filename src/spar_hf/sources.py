@@ -175,6 +175,11 @@ def tar_files(patterns: list[str], max_images: int | None = None) -> Photographs
                     if member.isfile() and member.name.lower().endswith(SUFFIXES):
                         names.append(f"{path.name}/{member.name}")
                         places.append((path, member.offset_data, member.size))
+                end = tar.offset
+            with open(path, "rb") as file:  # tarfile takes a cut between two members for the end
+                file.seek(end)
+                if len(file.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:
+                    raise tarfile.ReadError("unexpected end of data")
         except (tarfile.TarError, OSError) as error:
             raise ValueError(f"{path} cannot be read as a tar ({error}); give whole, uncompressed tars.") from error
     if not names:

@@ -20,6 +20,7 @@ SUFFIXES = (
 )  # fmt: skip
 USUAL_RATE = Fraction(25)  # frames per second where a file does not say
 TICKS = 90_000  # of a written video's clock in a second
+BICUBIC = Image.Resampling.BICUBIC
 CODECS = ("libx264", "libopenh264", "mpeg4")  # the first that PyAV was built with
 
 
@@ -158,7 +159,8 @@ def fitted(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     if all(0 <= whole - side <= 1 for whole, side in zip(size, image.size, strict=True)):
         canvas.paste(image)
         return canvas
-    factor = min(whole / side for whole, side in zip(size, image.size, strict=True))
-    inner = image.resize(tuple(max(1, round(side * factor)) for side in image.size), Image.Resampling.BICUBIC)
-    canvas.paste(inner, tuple((whole - side) // 2 for whole, side in zip(size, inner.size, strict=True)))
+    (width, height), (inner_width, inner_height) = size, image.size
+    factor = min(width / inner_width, height / inner_height)
+    inner = image.resize((max(1, round(inner_width * factor)), max(1, round(inner_height * factor))), BICUBIC)
+    canvas.paste(inner, ((width - inner.width) // 2, (height - inner.height) // 2))
     return canvas

@@ -1,7 +1,7 @@
 """Processes that read pictures ahead of the network and write results behind it. Imports no PyTorch.
 
 with Workers(tool, 2) as workers:
-    for number, future in workers.ahead("read", numbers, 8):
+    for number, future in workers.ahead("read", numbers, lambda: 8):
         picture = workers.result(future)
         ...
         written = workers.submit("write", result)
@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from types import TracebackType
@@ -45,6 +45,8 @@ class Workers:
 
     def __enter__(self) -> Workers:
         if self.count:
+            # Words are read before: what tokenizers says about forks, and does after them, is of no concern.
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
             # Where processes fork they start at once, and with what this one has imported.
             forks = sys.platform == "linux"
             context = multiprocessing.get_context("fork" if forks else "spawn")
@@ -74,12 +76,12 @@ class Workers:
             future.set_exception(error)
         return future
 
-    def ahead(self, method: str, items: Iterable[T], depth: int) -> Iterator[tuple[T, Future[Any]]]:
-        """Each item and the call with it, in order; the calls of the `depth` items after it have begun."""
+    def ahead(self, method: str, items: Iterable[T], depth: Callable[[], int]) -> Iterator[tuple[T, Future[Any]]]:
+        """Each item and the call with it, in order; the calls of the `depth()` items after it have begun."""
         waiting: deque[tuple[T, Future[Any]]] = deque()
         for item in items:
             waiting.append((item, self.submit(method, item)))
-            if len(waiting) > (depth if self.count else 0):
+            while len(waiting) > (depth() if self.count else 0):
                 yield waiting.popleft()
         yield from waiting
 

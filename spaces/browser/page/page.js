@@ -167,7 +167,7 @@ function choose(tab, focus = false) {
 $('run').onclick = segment;
 $('look').onclick = look;
 $('cancel').onclick = cancel;
-$('words').onkeydown = (event) => { if (event.key === 'Enter' && (event.shiftKey || event.ctrlKey)) { event.preventDefault(); segment(); } };
+$('words').onkeydown = (event) => { if (event.key === 'Enter' && (event.shiftKey || event.ctrlKey)) { event.preventDefault(); choose('segment'); segment(); } };
 $('vocabulary').append(...Object.keys(constants.vocabularies).map((name) => new Option(name)));
 $('vocabulary').onchange = () => { if ($('vocabulary').value) $('words').value = constants.vocabularies[$('vocabulary').value]; };
 $('threshold').oninput = () => { $('threshold-value').textContent = $('threshold').value; };

@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils._validators import validate_repo_id
 
-from spar_onnx.folder import is_exported
+from spar_onnx.folder import RECORD, is_exported
 
 from ..checkpoint_files import read_json
 from ..checkpoints import load_tower
@@ -59,6 +59,7 @@ class Published:
         files: The files of the model, by name.
         left_out: Files of the folder that were not uploaded.
         space_url: The Space, if one was asked for.
+        page_url: The static Space, if one was asked for.
     """
 
     url: str
@@ -67,6 +68,7 @@ class Published:
     files: tuple[str, ...]
     left_out: tuple[str, ...]
     space_url: str | None = None
+    page_url: str | None = None
 
 
 def publish(
@@ -76,6 +78,7 @@ def publish(
     private: bool = False,
     create_pr: bool = False,
     with_space: bool = False,
+    with_page: str | Path | None = None,
     license: str | None = None,
     token: str | None = None,
 ) -> Published:
@@ -88,6 +91,8 @@ def publish(
         private: Create the repository as a private one.
         create_pr: Open a pull request instead of committing to the main branch; the repository must exist.
         with_space: Also create the Space `owner/name-space` that shows the model.
+        with_page: A page that `spaces/browser/build.py` built with this exported folder: also create the static Space
+            `owner/name-page` from it.
         license: Identifier of the licence for the card, such as `apache-2.0`.
         token: A token with write access; None is the one of `hf auth login` or `HF_TOKEN`.
 
@@ -95,6 +100,7 @@ def publish(
         PublishError: There is nothing to publish, no right to, or no way to; nothing was committed.
     """
     _check_repo_id(repo_id)
+    page = {} if with_page is None else _page_files(Path(with_page), Path(folder))
     with _draft(repo_id) as draft:
         prepare(folder, draft, repo_id, license)
         files = {path.relative_to(draft).as_posix(): path for path in sorted(draft.rglob("*")) if path.is_file()}
@@ -105,7 +111,8 @@ def publish(
         message = f"Publish {repo_id.partition('/')[2]}"
         url, commit = _commit(api, repo_id, "model", files, message, create_pr)
         space_url = _publish_space(api, repo_id, private) if with_space else None
-    return Published(url, commit, commit != before, tuple(files), left_out, space_url)
+        page_url = _publish_page(api, repo_id, private, page) if page else None
+    return Published(url, commit, commit != before, tuple(files), left_out, space_url, page_url)
 
 
 def prepare(folder: str | Path, draft: Path, repo_id: str, license: str | None = None) -> None:
@@ -276,6 +283,35 @@ def _publish_space(api: HfApi, repo_id: str, private: bool) -> str:
             files[name].write_text(content, encoding="utf-8")
         api.create_repo(space_id, repo_type="space", space_sdk="gradio", private=private, exist_ok=True)
         url, _ = _commit(api, space_id, "space", files, f"Show {repo_id}")
+    return url
+
+
+def _page_files(page: Path, folder: Path) -> dict[str, Path]:
+    """The files of a built page, by name.
+
+    Raises:
+        PublishError: it is none, or ships with another model than the folder's.
+    """
+    records = sorted(page.glob(f"models/*/{RECORD}"))
+    if not records or not (page / "service-worker.js").is_file():
+        raise PublishError(
+            f"{page} is no built page; build one with 'python spaces/browser/build.py --model {folder} "
+            f"--output {page}'."
+        )
+    if not is_exported(folder) or records[0].read_bytes() != (folder / RECORD).read_bytes():
+        raise PublishError(
+            f"{page} ships with another model than {folder}; build it with 'python spaces/browser/build.py --model "
+            f"{folder} --output {page}', where the folder is one of 'spar export'."
+        )
+    return {path.relative_to(page).as_posix(): path for path in sorted(page.rglob("*")) if path.is_file()}
+
+
+def _publish_page(api: HfApi, repo_id: str, private: bool, files: dict[str, Path]) -> str:
+    """The static Space `owner/name-page`: a built page as it is."""
+    space_id = f"{repo_id}-page"
+    with _words(f"open the Space {space_id}", api):
+        api.create_repo(space_id, repo_type="space", space_sdk="static", private=private, exist_ok=True)
+        url, _ = _commit(api, space_id, "space", files, f"Show {repo_id} in the browser")
     return url
 
 

@@ -36,7 +36,7 @@ from ..networks.vit import ViT
 from ..processing_spar import LabelFeatures
 from ..prompts_spar import Labels, fill_template
 from ..segmentation_spar import FullScores, ScoreMaps
-from .bank import Bank, MethodPrototypes, Reference, Rows, nearest, region_means
+from .bank import Bank, MethodPrototypes, Reference, Rows, region_means
 from .segmenter import MethodSegmenter
 
 TEMPLATES = (
@@ -109,8 +109,9 @@ class Segmenter(MethodSegmenter):
             return labels
         labels = Labels.parse(labels.labels if isinstance(labels, LabelFeatures) else labels)
         texts = self.texts(labels.names)
-        keys = self.texts(self.bank.names)[self.bank.tensors["name"]]  # (M, D), of the entries
-        _, found = nearest(texts, keys, self.settings.neighbours)
+        # Entries of one name are alike to a text, to the last bit; the earlier ones come first.
+        likeness = (texts @ self.texts(self.bank.names).T)[:, self.bank.tensors["name"]]  # (K, M)
+        found = likeness.argsort(dim=1, descending=True, stable=True)[:, : self.settings.neighbours]
         return FreedaTexts(labels, texts, self.bank.features.float()[found].mean(dim=1))
 
     @torch.no_grad()

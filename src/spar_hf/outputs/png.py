@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from functools import partial
 from typing import Any
 
@@ -11,12 +12,15 @@ from ..visualize import label_map_image, overlay, scores_image
 from .classes import class_text
 from .picture import File, PictureResult
 
+# Of an overlay: as small as by zlib's own choice, in a quarter of the time.
+QUICK = {"compress_level": 1, "compress_type": zlib.Z_RLE}
+
 
 def png(found: PictureResult) -> dict[str, File]:
     """The overlay with its legend, the label map, and the scores where they are asked for."""
     result = found.result
     tinted = overlay(found.image, result["segmentation"], result["labels"])
-    files = {"overlay": _file(found, "overlay", tinted), **label_map(found)}
+    files = {"overlay": _file(found, "overlay", tinted, **QUICK), **label_map(found)}
     if found.with_scores:
         files["scores"] = _file(found, "scores", scores_image(result["scores"]))
     return files

@@ -48,11 +48,11 @@ def polygons(numbers: np.ndarray) -> dict[int, Polygon]:
     rings = _rings(after, turning)
 
     found: dict[int, Polygon] = {}
-    side, at = np.divmod(codes, ids.size)
-    corners = np.stack(np.divmod(at, width), 1) - 1 + START[side]  # (y, x) where each edge begins
+    sides, places = np.divmod(codes, ids.size)
+    corners = np.stack(np.divmod(places, width), 1) - 1 + START[sides]  # (y, x) where each edge begins
     for edges in rings:
         ring = corners[edges, ::-1]
-        number = int(ids[at[edges[0]]])
+        number = int(ids[places[edges[0]]])
         x, y = ring.T
         is_outline = np.dot(x, np.roll(y, -1)) > np.dot(y, np.roll(x, -1))
         found.setdefault(number, []).insert(0 if is_outline else len(found[number]), ring)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +25,8 @@ def npz(found: PictureResult) -> dict[str, File]:
 
     def save(path: Path) -> None:
         with open(path, "wb") as file:
-            np.savez_compressed(file, **_arrays(found), classes=np.array(class_text(found.labels)))
+            arrays: Any = _arrays(found)
+            np.savez_compressed(file, **arrays, classes=np.array(class_text(found.labels)))
 
     return {"score_maps": File(f"{found.stem}-scores.npz", save)}
 

@@ -6,7 +6,6 @@ import errno
 import json
 import shutil
 import zlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
@@ -15,16 +14,22 @@ import numpy as np
 
 from ..files import whole_files
 from ..image_file_spar import one_line
-from ..visualize import palette
-from .source import Raster, Rectangle, quiet_gdal
+from ..outputs.classes import class_text, colour_table
+from ..prompts_spar import Labels
+from .source import Raster, Rectangle
 
 TILE_PX = 512
 SMALLEST_OVERVIEW_PX = 256
 
 
-def no_class_value(num_classes: int) -> int:
+def no_class_value(highest_id: int) -> int:
     """What a pixel without a class is in a label map: the highest value of its type, as in `label_map_image`."""
-    return 255 if num_classes <= 255 else 65535
+    return 255 if highest_id < 255 else 65535
+
+
+def checksum(values: np.ndarray) -> int:
+    """CRC-32 of an array's values."""
+    return zlib.crc32(np.ascontiguousarray(values).tobytes())
 
 
 class MapWriter:
@@ -35,7 +40,7 @@ class MapWriter:
         raster: gives size, place on Earth and projection.
         dtype: of the values.
         nodata: the value of a pixel that is none; None: there is no such value.
-        class_names: of a label map.
+        labels: of a label map, for their names and colours.
 
     Raises:
         OSError: the disk is full.
@@ -48,7 +53,7 @@ class MapWriter:
         raster: Raster,
         dtype: str,
         nodata: int | None,
-        class_names: Sequence[str] = (),
+        labels: Labels | None = None,
     ) -> None:
         self._rasterio, self.draft = rasterio, draft
         self._sums: dict[tuple[int, int, int, int], int] = {}
@@ -63,17 +68,16 @@ class MapWriter:
             if data.rpcs:
                 profile["rpcs"] = data.rpcs
         self._file = self._tried(rasterio.open, draft, "w", **profile)
-        if class_names:
-            self._file.update_tags(CLASS_NAMES=json.dumps(list(class_names), ensure_ascii=False))
+        if labels is not None:
+            self._file.update_tags(CLASS_NAMES=json.dumps(labels.class_names, ensure_ascii=False))
+            self._file.update_tags(1, classes=class_text(labels))
             if dtype == "uint8":
-                colours = palette(len(class_names))
-                table = {index: (*map(int, colour), 255) for index, colour in enumerate(colours)}
-                self._file.write_colormap(1, {**table, nodata: (0, 0, 0, 0)})
+                self._file.write_colormap(1, {**colour_table(labels), 255: (0, 0, 0, 0)})  # no class
 
     def write(self, window: Rectangle, values: np.ndarray) -> None:
         """Puts (h, w) into a window whose corner is a multiple of `TILE_PX`."""
         rows, columns = window
-        self._sums[rows.start, rows.stop, columns.start, columns.stop] = zlib.crc32(np.ascontiguousarray(values))
+        self._sums[rows.start, rows.stop, columns.start, columns.stop] = checksum(values)
         self._tried(self._file.write, values, 1, window=((rows.start, rows.stop), (columns.start, columns.stop)))
 
     def finish(self) -> None:
@@ -87,7 +91,7 @@ class MapWriter:
         with self._tried(self._rasterio.open, self.draft) as written:
             for (top, bottom, left, right), expected in self._sums.items():
                 values = self._tried(written.read, 1, window=((top, bottom), (left, right)))
-                if zlib.crc32(np.ascontiguousarray(values)) != expected:
+                if checksum(values) != expected:
                     raise self._failure("what was written reads back differently")
 
     def close(self) -> None:
@@ -108,17 +112,17 @@ class MapWriter:
     def _failure(self, reason: str) -> OSError:
         """A failed write, which is nearly always a full disk or a limit of the file's size."""
         number = errno.EIO
-        full = any(
-            word in reason for word in ("No space", "too large", "Write error", "writ", "SetSize", "back differently")
-        )
+        full = any(word in reason for word in ("No space", "too large", "rite", "SetSize", "back differently"))
         if full or shutil.disk_usage(self.draft.parent).free < 2**20:
             number = errno.ENOSPC
         return OSError(number, f"{self.draft.name} can't be written ({reason})")
 
 
-def write_categories(path: Path, class_names: Sequence[str]) -> None:
-    """The class names in the file beside a GeoTIFF where GDAL and QGIS look for them."""
-    names = "".join(f"<Category>{escape(_printable(name))}</Category>" for name in class_names)
+def write_categories(path: Path, labels: Labels) -> None:
+    """The class names in the file beside a GeoTIFF where GDAL and QGIS look for them: one for each value from 0."""
+    of_id = dict(zip(labels.written_ids, labels.class_names, strict=True))
+    every = (of_id.get(number, "") for number in range(max(of_id) + 1))
+    names = "".join(f"<Category>{escape(_printable(name))}</Category>" for name in every)
     text = f'<PAMDataset><PAMRasterBand band="1"><CategoryNames>{names}</CategoryNames></PAMRasterBand></PAMDataset>\n'
     with whole_files(path) as (draft,):
         draft.write_text(text, encoding="utf-8")
@@ -127,6 +131,3 @@ def write_categories(path: Path, class_names: Sequence[str]) -> None:
 def _printable(name: str) -> str:
     """Without what XML can't hold."""
     return "".join(char if char.isprintable() else " " for char in name)
-
-
-__all__ = ["TILE_PX", "MapWriter", "no_class_value", "quiet_gdal", "write_categories"]

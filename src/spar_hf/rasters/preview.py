@@ -8,17 +8,20 @@ import numpy as np
 from PIL import Image
 
 from ..image_values_spar import ReadOptions
-from .geotiff import no_class_value
+from ..prompts_spar import Labels
 from .source import open_raster, quiet_gdal
 
 
-def preview(path: Path, options: ReadOptions, label_map: Path, side_px: int) -> tuple[Image.Image, np.ndarray]:
-    """The picture and its class ids (H, W), -1 for no class, with a longer side of at most `side_px`."""
+def preview(
+    path: Path, options: ReadOptions, label_map: Path, labels: Labels, side_px: int
+) -> tuple[Image.Image, np.ndarray]:
+    """The picture and the positions of its classes (H, W), -1 for none, with a longer side of at most `side_px`."""
     with open_raster(path, options) as raster:
         shrink = min(1.0, side_px / max(raster.size_hw))
         height, width = (max(1, round(side * shrink)) for side in raster.size_hw)
         image = Image.fromarray(raster.shrunk((height, width)))
     with quiet_gdal() as rasterio, rasterio.open(label_map) as written:
-        ids = written.read(1, out_shape=(height, width)).astype(np.int32)
-        ids[ids == (no_class_value(0) if written.dtypes[0] == "uint8" else no_class_value(256))] = -1
-    return image, ids
+        ids = written.read(1, out_shape=(height, width))
+    positions = np.full(65536, -1, np.int32)
+    positions[list(labels.written_ids)] = np.arange(len(labels))
+    return image, positions[ids]

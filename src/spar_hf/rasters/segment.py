@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ from ..files import digest, full_disk_in_words, require_disk, weights_digest, wh
 from ..image_values_spar import ReadOptions
 from ..results_spar import NO_CLASS
 from ..segmentation_spar import FromFeatures, Segmenter, segment
+from ..visualize import as_written
 from .blocks import Grid, block_side, runs
 from .features import Features, Journal, Progress, tower_features, window_features, work_bytes
-from .geotiff import TILE_PX, MapWriter, no_class_value, quiet_gdal, write_categories
+from .geotiff import TILE_PX, MapWriter, no_class_value, write_categories
 from .labels import WindowScores, unit_text
-from .source import Raster, open_raster
+from .source import Raster, Rectangle, open_raster, quiet_gdal
 from .store import grid_file, work_folder
 
 MEMORY_BYTES = 1_200_000_000  # for a block; the process takes some hundred megabytes beside it
@@ -131,7 +133,8 @@ def segment_raster(
         segmenter: of a dense encoder; see `raster_encoder`.
         encoded: what its `encode_labels` gave.
         image_processor: how pictures are read and normalised.
-        label_map: the file of class ids (uint8, or uint16 from 256 classes on); the highest value is no class.
+        label_map: the file of the classes' `written_ids` (uint8, or uint16 where one is above 254); the highest value
+            is no class.
         scores: the file of the best probability of each pixel, 0 to 255, if wanted.
         memory_bytes: about what a block may take.
         progress: is told of blocks that are done, and of all.
@@ -156,10 +159,19 @@ def segment_raster(
             resumed = journal.step + journal.blocks > 0
             if not resumed:
                 require_disk(folder, work_bytes(encoder, grid.size_hw), "or take a smaller --dtype")
-            features = _features(encoder, grid, journal, memory_bytes, progress)
-            result = _labels(
-                raster, grid, features, segmenter, encoded, label_map, scores, resumed=resumed, **thresholds
-            )
+            windows, steps = len(_windows(raster.size_hw)), 0
+
+            def features_progress(done: int, total: int) -> None:
+                nonlocal steps
+                steps = total
+                progress(done, total + windows)
+
+            def labels_progress(done: int, total: int) -> None:
+                progress(steps + done, steps + total)
+
+            features = _features(encoder, grid, journal, memory_bytes, features_progress)
+            target = _Target(label_map, scores, labels_progress)
+            result = _labels(raster, grid, features, segmenter, encoded, target, resumed, **thresholds)
         shutil.rmtree(work, ignore_errors=True)
     return result
 
@@ -185,46 +197,58 @@ def _features(encoder: Any, grid: Grid, journal: Journal, memory_bytes: int, pro
     return run(encoder, grid, journal, side, progress)
 
 
+def _windows(size_hw: tuple[int, int]) -> list[Rectangle]:
+    """The windows of pixels whose classes are found at once, row by row."""
+    return list(product(runs(size_hw[0], WINDOW_PX), runs(size_hw[1], WINDOW_PX)))
+
+
+@dataclass(frozen=True)
+class _Target:
+    """The files to write, and who is told of each window."""
+
+    label_map: Path
+    scores: Path | None
+    progress: Progress
+
+
 def _labels(
     raster: Raster,
     grid: Grid,
     features: Features,
     segmenter: Segmenter,
     encoded: Any,
-    label_map: Path,
-    scores: Path | None,
+    target: _Target,
     resumed: bool,
     **thresholds: Any,
 ) -> RasterResult:
     """Finds the classes of the pixels window by window, and writes them."""
     labels, class_ids = encoded.labels, torch.tensor(encoded.labels.class_ids)
-    text, nothing = unit_text(encoded, segmenter.device), no_class_value(len(labels))
+    thresholds["background_threshold"] = labels.least_probabilities(thresholds.get("background_threshold"))
+    text, nothing = unit_text(encoded, segmenter.device), no_class_value(max(labels.written_ids))
     dtype = np.uint8 if nothing == 255 else np.uint16
     counts, valid_pixels = np.zeros(len(labels) + 1, dtype=np.int64), 0
-    wanted = [label_map] if scores is None else [label_map, scores]
-    with quiet_gdal() as rasterio, whole_files(*wanted) as drafts:
-        maps = [MapWriter(rasterio, drafts[0], raster, np.dtype(dtype).name, nothing, labels.class_names)]
+    label_map, scores, windows = target.label_map, target.scores, _windows(raster.size_hw)
+    with quiet_gdal() as rasterio, whole_files(*(path for path in (label_map, scores) if path is not None)) as drafts:
+        maps = [MapWriter(rasterio, drafts[0], raster, np.dtype(dtype).name, nothing, labels)]
         maps += [MapWriter(rasterio, draft, raster, "uint8", None) for draft in drafts[1:]]
         try:
             with grid_file(features.path, features.grid_hw, features.width, features.dtype) as file:
-                for rows in runs(raster.size_hw[0], WINDOW_PX):
-                    for columns in runs(raster.size_hw[1], WINDOW_PX):
-                        window = (rows, columns)
-                        found = segment(
-                            WindowScores.of(file, features, text, grid, window),
-                            class_ids, with_scores=scores is not None, **thresholds,
-                        )  # fmt: skip
-                        ids, valid = found.labels.cpu().numpy(), raster.valid(window)
-                        counts += np.bincount(ids[valid] + 1, minlength=len(counts))[: len(counts)]
-                        valid_pixels += int(valid.sum())
-                        maps[0].write(window, np.where(valid & (ids != NO_CLASS), ids, nothing).astype(dtype))
-                        if found.scores is not None:
-                            maps[1].write(window, (255 * found.scores.cpu().numpy()).round().astype(np.uint8) * valid)
+                for number, window in enumerate(windows, start=1):
+                    in_window = WindowScores.of(file, features, text, grid, window)
+                    found = segment(in_window, class_ids, with_scores=scores is not None, **thresholds)
+                    ids, valid = found.labels.cpu().numpy(), raster.valid(window)
+                    counts += np.bincount(ids[valid] + 1, minlength=len(counts))
+                    valid_pixels += int(valid.sum())
+                    shown = np.where(valid & (ids != NO_CLASS), as_written(ids, labels), nothing)
+                    maps[0].write(window, shown.astype(dtype))
+                    if found.scores is not None:
+                        maps[1].write(window, (255 * found.scores.cpu().numpy()).round().astype(np.uint8) * valid)
+                    target.progress(number, len(windows))
             for written in maps:
                 written.finish()
         finally:
             for written in maps:
                 written.close()
-    write_categories(label_map.with_name(f"{label_map.name}.aux.xml"), labels.class_names)
+    write_categories(label_map.with_name(f"{label_map.name}.aux.xml"), labels)
     pixels = {index - 1: int(count) for index, count in enumerate(counts) if count}
     return RasterResult(raster.size_hw, features.grid_hw, pixels, valid_pixels, label_map, scores, resumed)

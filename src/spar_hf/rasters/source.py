@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,7 @@ from ..image_values_spar import (
     scaled_values,
 )
 
+KEPT_BYTES = 600_000_000  # of whole rows, of files that are decoded row by row
 CACHE_MB = 128  # of decoded blocks that GDAL keeps; its own default is a share of the machine's memory
 GLANCE_PX = 512  # side at which a raster is looked at as a whole, to tell a notice
 # How a stored picture is turned upright, by EXIF's orientation: transposed, then rows and columns reversed.
@@ -49,7 +51,8 @@ def quiet_gdal() -> Iterator[Any]:
     level = log.level
     log.setLevel(logging.CRITICAL)
     try:
-        with rasterio.Env(GDAL_CACHEMAX=CACHE_MB, CPL_DEBUG=False):
+        with rasterio.Env(GDAL_CACHEMAX=CACHE_MB, CPL_DEBUG=False), warnings.catch_warnings():
+            warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
             yield rasterio
     finally:
         log.setLevel(level)
@@ -134,9 +137,9 @@ class Raster:
 
     def _in_whole_rows(self, window: Rectangle) -> np.ndarray:
         """(h, w, 4). Files without tiles are decoded row by row, so whole rows are kept for the next window."""
-        if not self._whole_rows:
-            return self._upright(window)
         rows, columns = window
+        if not self._whole_rows or (rows.stop - rows.start) * self.size_hw[1] * 4 > KEPT_BYTES:
+            return self._upright(window)
         if self._kept is None or self._kept[0] != rows:
             self._kept = None  # frees it first
             self._kept = (rows, self._upright((rows, slice(0, self.size_hw[1]))))
@@ -191,7 +194,7 @@ class Raster:
         given = np.ones(values.shape, dtype=bool)
         if self._masked:
             given = self._read(self._bands, stored, shape, masks=True) > 0
-        valid = given.any(axis=0)
+        valid = np.asarray(given.any(axis=0))
         if values.dtype.kind == "f":
             finite = np.isfinite(values)
             valid, given = valid & (finite | ~given).all(axis=0), given & finite
@@ -262,10 +265,7 @@ def open_raster(path: str | os.PathLike[str], options: ReadOptions) -> Iterator[
         InvalidImageError: it can't be opened, or see `Raster`.
         ValueError: rasterio is not installed.
     """
-    import warnings
-
-    with quiet_gdal() as rasterio, warnings.catch_warnings():
-        warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+    with quiet_gdal() as rasterio:
         try:
             dataset = rasterio.open(Path(path))
         except rasterio.errors.RasterioIOError as error:
