@@ -21,6 +21,8 @@ from transformers import (
     ViTModel,
 )
 
+from spar_hf.files import weights_digest
+from spar_hf.methods.bank import network_digest
 from spar_hf.networks.vit import ViT
 
 WIDE = {**SMALL, "intermediate_size": 32}
@@ -99,3 +101,10 @@ def test_one_adapter_serves_many():
     assert ViT.of(adapter.network).network is adapter.network
     assert "image_mean=(0.5, 0.5, 0.5), image_std=(0.25, 0.25, 0.25)" in repr(adapter)
     assert adapter.grid_hw(65, 31) == (8, 3) and adapter.grid_hw(65, 31, "pad") == (9, 4)
+
+
+def test_a_checkpoint_without_a_pooler_is_the_same_each_time(tmp_path):
+    """As those of DINO are: transformers would make a pooler up."""
+    spread(ViTModel(ViTConfig(**WIDE, patch_size=8), add_pooling_layer=False)).save_pretrained(tmp_path)
+    first, second = (ViT(str(tmp_path)) for _ in range(2))
+    assert weights_digest(first) == weights_digest(second) and network_digest(first) == network_digest(second)

@@ -54,8 +54,12 @@ class ViT(SecondNetwork):
     """
 
     def __init__(self, network: str | nn.Module, *normalisation: Sequence[float] | None) -> None:
+        by_name = isinstance(network, str)
         super().__init__(network, *normalisation)
         self.network = getattr(self.network, "vision_model", self.network)  # of a whole CLIP
+        if by_name and isinstance(self.network, ViTModel):
+            # DINO's checkpoints lack it, so that it would be random, and no two loads would have one digest.
+            self.network.pooler = None
         patch_px = getattr(getattr(self.network, "config", None), "patch_size", None)
         sides_px = {patch_px} if isinstance(patch_px, int) else set(patch_px or ())
         if len(sides_px) != 1:
