@@ -1,8 +1,8 @@
 // What a visitor is told: one line that names the input, the rule and the remedy.
 export class Refusal extends Error {
-  constructor(message, remedy = null) {
+  constructor(message, pixels = null) {
     super(message);
-    this.remedy = remedy;   // 'shrink': the page offers a smaller size
+    this.pixels = pixels;   // that were too many for the network: the page offers a smaller size
   }
 }
 
