@@ -14,7 +14,7 @@ export class Client {
       if (text) return this.progress(text, share);
       const call = this.calls.get(id);
       this.calls.delete(id);
-      if (error) call?.failed(Object.assign(new Error(error.message), { remedy: error.remedy }));
+      if (error) call?.failed(Object.assign(new Error(error.message), { pixels: error.pixels }));
       else call?.done(result);
     };
   }

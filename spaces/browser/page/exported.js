@@ -112,10 +112,14 @@ export class Exported {
     return Object.keys(SUFFIXES).filter((dtype) => dtype in this.record.dtypes);
   }
 
-  /** Bytes of a graph: vision_model, text_model or label_map, the last of which is in fp32 always. */
+  /** The file of a graph: vision_model, text_model or label_map, the last of which is in fp32 always. */
+  file(name, dtype) {
+    return `onnx/${name}${name === 'label_map' ? '' : SUFFIXES[dtype]}.onnx`;
+  }
+
+  /** Bytes of a graph. */
   graph(name, dtype, progress) {
-    const file = `onnx/${name}${name === 'label_map' ? '' : SUFFIXES[dtype]}.onnx`;
-    const digest = this.record.files[file];
+    const file = this.file(name, dtype), digest = this.record.files[file];
     if (!digest) throw new Refusal(`${this.called} has no ${file}; ${AGAIN}.`);
     return this.source.read(file, digest, progress);
   }

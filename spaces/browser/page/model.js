@@ -32,18 +32,18 @@ export class Model {
       const bytes = await model.exported.graph(name, model.dtype, (done, total) =>
         progress(`Fetching ${name}, ${(done / MEGABYTE).toFixed(1)}${total ? ` of ${(total / MEGABYTE).toFixed(1)}` : ''} MB`, total ? done / total : undefined));
       progress(`Preparing ${name}`);
-      model[name] = await model.runtime.session(bytes, `${model.exported.called}/${name}`, name === 'label_map');
+      model[name] = await model.runtime.session(bytes, `${model.exported.called}/${model.exported.file(name, model.dtype)}`, name === 'label_map');
     }
     model.texts = new Map();   // unit features of each name, by name: a word is encoded once
     return model;
   }
 
-  async run(name, feeds, outputs, what) {
+  async run(name, feeds, outputs, what, pixels = null) {
     let found;
     try {
       found = await this[name].run(feeds, outputs);
     } catch (error) {
-      if (isShortOfMemory(error)) throw new Refusal(`Memory is short: ${what} does not fit.`, 'shrink');
+      if (isShortOfMemory(error)) throw new Refusal(`Memory is short: ${what} does not fit. ${pixels ? 'Choose a smaller size' : 'Close other tabs, or shrink the picture'}.`, pixels);
       throw new Refusal(`${name} failed on ${what} (${firstLine(error)}); ${this.runtime.device === 'webgpu' ? 'choose WebAssembly under Model' : 'try a smaller size, or export the model again'}.`);
     }
     return found;
@@ -89,7 +89,7 @@ export class Model {
       throw new Refusal(`The picture is ${height}x${width} pixels and the model reads patches of ${patch}; both sides must be at least that. Enlarge it.`);
     progress(`Looking at ${width} × ${height} pixels`);
     const started = performance.now();
-    const { patch_embeds: found } = await this.run('vision_model', { pixel_values: this.runtime.tensor('float32', values, [1, 3, height, width]) }, ['patch_embeds'], `a picture of ${width} × ${height} pixels`);
+    const { patch_embeds: found } = await this.run('vision_model', { pixel_values: this.runtime.tensor('float32', values, [1, 3, height, width]) }, ['patch_embeds'], `a picture of ${width} × ${height} pixels`, width * height);
     const embeds = await found.getData(), ms = performance.now() - started;
     if (!embeds.every(Number.isFinite)) throw new Refusal('The features hold NaN or infinite numbers; choose float32 under Model.');
     const [, rows, columns, dim] = found.dims;

@@ -48,7 +48,7 @@ async function job(view, work) {
     busy(false);
     if (error === null) return;   // cancelled
     viewers[view].show({ message: error.message });
-    if (error.remedy === 'shrink') offerSmaller();
+    if (error.pixels) offerSmaller(error.pixels);
   }
 }
 
@@ -116,8 +116,8 @@ const look = () => job('features', async () => {
 
 const again = () => (state.tab === 'segment' ? segment() : look());
 
-function offerSmaller() {
-  const smaller = constants.sizes.findLast((size) => size < Number($('size').value));
+function offerSmaller(pixels) {
+  const smaller = constants.sizes.findLast((size) => size < pixels);
   if (!smaller) return;
   $('shrink').textContent = `Try at ${smaller / 1e6} million pixels`;
   $('shrink').hidden = false;

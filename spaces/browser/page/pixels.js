@@ -34,7 +34,7 @@ export function inputValues(processor, picture, maxPixels) {
   if (height * width > processor.max_input_pixels)
     throw new Refusal(
       `The picture would be ${height}x${width} pixels for the model; at most ${processor.max_input_pixels} are allowed. Choose a smaller size.`,
-      'shrink',
+      height * width,
     );
   const pixels = resize(picture.rgb, [picture.height, picture.width], [height, width], processor.resample);
   const area = height * width, values = new Float32Array(3 * area), f = Math.fround;

@@ -91,8 +91,8 @@ self.onmessage = ({ data: { id, kind, ...request } }) => {
       self.postMessage({ id, result: await KINDS[kind](request, progress) });
     } catch (error) {
       const short = !(error instanceof Refusal) && isShortOfMemory(error);
-      const message = error instanceof Refusal ? error.message : short ? 'Memory is short for this picture.' : `Something failed here (${firstLine(error)}); load the page again.`;
-      self.postMessage({ id, error: { message, remedy: short ? 'shrink' : error.remedy ?? null } });
+      const message = error instanceof Refusal ? error.message : short ? 'Memory is short for this picture; close other tabs, or shrink it.' : `Something failed here (${firstLine(error)}); load the page again.`;
+      self.postMessage({ id, error: { message, pixels: error.pixels ?? null } });
     }
   });
 };
