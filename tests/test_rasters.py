@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import rasterio
+import rasterio.shutil
 import torch
 from conftest import PATCH_PX, randomise
 from families import KINDS, whole_model
@@ -574,7 +575,7 @@ def test_the_command_writes_the_map_and_says_what_it_found(tmp_path, capsys):
         (["--refine", "pamr"], "--refine does not go with a raster: refinements look at whole pictures"),
         (["--area-threshold", "0.1"], "--area-threshold does not go with a raster"),
         (["--raster", "sometimes"], "--raster 'sometimes'"),
-        (["--bands", "4,2,1"], "scene.tif has 3 bands; --bands"),
+        (["--bands", "4,2,1"], "scene.tif has 3 bands; bands is 4, 2, 1"),
     ],
 )
 def test_what_does_not_go_with_a_raster_is_one_line(options, said, tmp_path, capsys):

@@ -56,6 +56,7 @@ class MapWriter:
         labels: Labels | None = None,
     ) -> None:
         self._rasterio, self.draft = rasterio, draft
+        self._is_read_back = False
         self._sums: dict[tuple[int, int, int, int], int] = {}
         data, (height, width) = raster.dataset, raster.size_hw
         gcps, gcps_crs = data.gcps
@@ -88,6 +89,7 @@ class MapWriter:
             mode = self._rasterio.enums.Resampling.mode
             self._tried(self._file.build_overviews, factors, mode)
         self._tried(self._file.close)
+        self._is_read_back = True
         with self._tried(self._rasterio.open, self.draft) as written:
             for (top, bottom, left, right), expected in self._sums.items():
                 values = self._tried(written.read, 1, window=((top, bottom), (left, right)))
@@ -110,10 +112,10 @@ class MapWriter:
             raise self._failure(one_line(error.__cause__ or error)) from error
 
     def _failure(self, reason: str) -> OSError:
-        """A failed write, which is nearly always a full disk or a limit of the file's size."""
+        """A failed write: of a full disk where GDAL says so, or says nothing and the file does not read back."""
         number = errno.EIO
-        full = any(word in reason for word in ("No space", "too large", "rite", "SetSize", "back differently"))
-        if full or shutil.disk_usage(self.draft.parent).free < 2**20:
+        full = any(word in reason for word in ("No space", "too large", "rite", "SetSize"))
+        if full or self._is_read_back or shutil.disk_usage(self.draft.parent).free < 2**20:
             number = errno.ENOSPC
         return OSError(number, f"{self.draft.name} can't be written ({reason})")
 
