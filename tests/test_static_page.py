@@ -544,8 +544,9 @@ def test_features_answer_clicks_and_arrow_keys(page):
     until(page, changed, arg=second)
     idle(page)
     note = page.locator("#feature-view .note").inner_text()
-    facts = r"48 × 32 patches of 128 numbers, from tiny in one pass. Cosine: -?\d.\d\d to (0.9\d|1.00)"
-    assert re.search(facts, note), note
+    assert re.search(
+        r"48 × 32 patches of 128 numbers, from tiny in one pass. Cosine: -?\d.\d\d to (0.9\d|1.00)", note
+    ), note
     page.locator("#tab-features").press("ArrowLeft")
     assert page.locator("#answer").is_visible() and not page.locator("#feature-view").is_visible()
 
@@ -761,11 +762,12 @@ def test_narrow_and_dark(visit, dark):
 
 
 def test_the_keyboard_reaches_everything(page):
+    segment(page, PICTURES / "demo.png", WORDS)
     page.locator("#choose").focus()
     reached = set()
     for _ in range(40):
         page.keyboard.press("Tab")
-        reached.add(page.evaluate("document.activeElement.id || document.activeElement.closest('[id]').id"))
+        reached.add(page.evaluate("document.activeElement.id || document.activeElement.closest('[id]')?.id"))
     wanted = {
         "camera",
         "words",
