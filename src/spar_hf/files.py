@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import socket
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,10 @@ if TYPE_CHECKING:  # PyTorch is imported where there are tensors: what writes fi
 DRAFT = re.compile(r"\..+\.(?:(?P<host>[^.]+)-)?(?P<process>\d+)\.tmp")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 HOST = re.sub(r"[^A-Za-z0-9]+", "-", socket.gethostname())[:40] or "host"
+CLEARING_PAUSE = (
+    20  # times as long as the last clearing took: a folder of 100,000 files is not listed for each of them
+)
+_next_clearing: dict[Path, float] = {}
 _growing: set[Path] = set()  # this process's drafts; another one with its number is of a process before it
 
 
@@ -94,7 +99,9 @@ def _drafts(*paths: Path) -> Iterator[list[Path]]:
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"{folder} is a file; give a folder to write into")
         folder.mkdir(parents=True, exist_ok=True)
-        clear_drafts(folder)
+        if (started := time.monotonic()) >= _next_clearing.get(folder, 0):
+            clear_drafts(folder)
+            _next_clearing[folder] = (now := time.monotonic()) + CLEARING_PAUSE * (now - started)
     drafts = [draft_of(path) for path in paths]
     try:
         yield drafts
