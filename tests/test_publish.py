@@ -163,12 +163,12 @@ def test_a_built_page_becomes_a_static_space(hub, spar, tmp_path):
     words = ("publish", exported, "--repo-id", "you/onnx", "--with-page", page)
 
     refused = spar(*words)
-    assert refused.status == 1 and f"{page} is no built page; build one with 'python spaces/" in refused.err
+    assert refused.status == 2 and f"{page} is no built page; build one with 'python spaces/" in refused.err
     for name in ("index.html", "service-worker.js", "README.md"):
         (page / name).write_text("the page's own")
     (page / "models/exported" / RECORD).write_text("{}")
     refused = spar(*words)
-    assert refused.status == 1 and f"{page} ships with another model than {exported}; build it" in refused.err
+    assert refused.status == 2 and f"{page} ships with another model than {exported}; build it" in refused.err
     assert not hub.repositories
 
     shutil.copy(exported / RECORD, page / "models/exported")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForSemanticSegmentation
 
+from ..checkpoint_files import load_pickle
 from ..checkpoints import folder_of
 from ..pretrained import open_model
 from .loading import SecondNetwork, normalisation_of
@@ -124,22 +125,9 @@ def read_found(path: Path) -> tuple[Tensor, Tensor]:
     if not path.is_file():
         raise ValueError(f"there is no file {path}; give FOUND's decoder_weights.pt, as network 'saliency'.")
     try:
-        state: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        state: Any = load_file(path) if path.suffix == ".safetensors" else load_pickle(path)
         state = state.get("decoder", state)
         return state["weight"], state["bias"]
-    except (
-        SafetensorError,
-        RuntimeError,
-        ValueError,
-        EOFError,
-        KeyError,
-        AttributeError,
-        TypeError,
-        OSError,
-    ) as error:
+    except (SafetensorError, ValueError, KeyError, AttributeError, TypeError, OSError) as error:
         brief = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
         raise ValueError(f"{path} holds no weights of FOUND ({brief}); give its decoder_weights.pt.") from None
-    except Exception as error:  # pickle's own, which derive from nothing else
-        if type(error).__module__ not in ("_pickle", "pickle"):
-            raise
-        raise ValueError(f"{path} holds no weights of FOUND; give its decoder_weights.pt.") from None
