@@ -102,3 +102,12 @@ def test_the_pages_show_commands():
     shown = [words for page in PAGES for words in commands(page)]
     assert sum(words[:1] == ["spar"] for words in shown) > 30
     assert sum("benchmarks/" in " ".join(words) for words in shown) > 8
+
+
+def test_the_readmes_figures_of_speed_are_the_stored_ones():
+    """`python benchmarks/readme.py` puts them there."""
+    import readme
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name, block in readme.blocks().items():
+        assert f"<!-- {name} -->\n{block}\n<!-- /{name} -->" in text, name
