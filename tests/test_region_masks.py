@@ -118,7 +118,7 @@ def test_evaluate_tells_of_each_image(here, capsys, model_folder):  # noqa: F811
     assert "state was written by another evaluation: segmenter changed" in fails(capsys, *words, *state)
     # Of many methods, those that read regions get them.
     args = SimpleNamespace(
-        argv=words[1:], network=[], refine=[], masks_of_regions=Path("regions"), json_dir=Path("all")
+        argv=words[1:], network=[], settings=[], refine=[], masks_of_regions=Path("regions"), json_dir=Path("all")
     )
     for name, refine, given in (("clip", [], 0), ("textregion", [], 1), ("clip", ["mask-vote"], 1)):
         args.refine = refine

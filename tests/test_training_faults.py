@@ -307,7 +307,7 @@ def first_weight(tensors):
 FAULTS = {
     "empty": (lambda path: path.write_bytes(b""), "is broken"),
     "half": (lambda path: path.write_bytes(path.read_bytes()[:5000]), "is broken"),
-    "another file": (lambda path: save_file({"a": torch.ones(2)}, path), "is no state of a training run"),
+    "another file": (lambda path: save_file({"a": torch.ones(2)}, path), "is no state of a run"),
     "text": (lambda path: path.write_text("notes"), "is broken"),
     "a folder": (lambda path: (path.unlink(), path.with_suffix("").mkdir()), "is no checkpoint"),
     "one bit": (flip_a_bit, r"is broken \(check sum\)"),
