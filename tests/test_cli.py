@@ -249,6 +249,7 @@ def test_evaluate_prints_a_table_and_writes_json(here, capsys, model_folder):
     assert f"**{100 * written['mean_iou']:.1f}**" in out
 
 
+@pytest.mark.slow
 def test_evaluate_compares_methods_and_goes_on(here, capfd, model_folder):
     words = ["evaluate", "--benchmark", "picturebook", "--scale", "1", "--limit", "2", "--model", model_folder]
     words += ["--methods", "clip,naclip,proxyclip", "--json-dir", "all", "--network", "dino=./nowhere"]

@@ -72,8 +72,8 @@ from spar_hf.families import TOWERS, WHOLE, make_processor
 CLEAN = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
 EXACT = {"atol": 0, "rtol": 0}
 CLOSE = {"atol": 2e-5, "rtol": 0}  # features are about 1 in magnitude
-# What compiles or starts another Python: for two kinds, and for the rest when asked.
-FEW = [pytest.param(kind, marks=[] if kind in ("tips", "eva02") else pytest.mark.slow) for kind in KINDS]
+# What compiles or starts another Python: for one kind, and for the rest when asked.
+FEW = [pytest.param(kind, marks=[] if kind == "tips" else pytest.mark.slow) for kind in KINDS]
 
 
 @pytest.fixture(scope="module", params=KINDS)

@@ -296,9 +296,8 @@ def test_gradients_of_patches_pass_by_the_unused_weights(make_vision, pixels):
 # ------------------------------------------------------------------------------------------- compiling
 
 
-@pytest.mark.parametrize(
-    "name", ["maskclip", *(pytest.param(name, marks=pytest.mark.slow) for name in ROWS if name != "maskclip")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ROWS)
 def test_compiles_whole_for_any_size(name, make_vision):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()

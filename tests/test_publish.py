@@ -308,10 +308,8 @@ def test_published_model_loads_with_and_without_the_package(hub, trained, street
     torch.testing.assert_close(own["words"], remote["words"], atol=1e-6, rtol=0)
 
 
-SLOW = [pytest.param(family, marks=pytest.mark.slow) for family in ("dinov3", "radio")]
-
-
-@pytest.mark.parametrize("family", ["siglip", *SLOW])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["siglip", "dinov3", "radio"])
 def test_the_other_families_go_to_the_hub_and_back(family, hub, clip_tokenizer, street, tmp_path, spar):
     if family == "siglip":
         model = spar_siglip(clip_tokenizer, tmp_path / "stock")
@@ -335,6 +333,7 @@ def test_the_other_families_go_to_the_hub_and_back(family, hub, clip_tokenizer, 
         torch.testing.assert_close(found["words"], words, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_snippets_of_the_card_run(hub, trained, street, spar):
     assert spar("publish", trained / "model", "--repo-id", "you/spar").status == 0
     with_remote_code, with_package = re.findall(
@@ -347,6 +346,7 @@ def test_snippets_of_the_card_run(hub, trained, street, spar):
     assert run.status == 0 and "'area_fraction'" in run.out, run.err
 
 
+@pytest.mark.slow
 def test_snippet_of_a_lone_tower_runs(hub, make_spar, tmp_path, spar):
     make_spar(num_hidden_layers=2).vision_model.save_pretrained(tmp_path / "tower")
     done = spar("publish", str(tmp_path / "tower"), "--repo-id", "you/tower")
@@ -356,6 +356,7 @@ def test_snippet_of_a_lone_tower_runs(hub, make_spar, tmp_path, spar):
     assert run.status == 0, run.err
 
 
+@pytest.mark.slow
 def test_push_to_hub_of_transformers_works_too(hub, trained, street):
     code = (
         "import sys, spar_hf; model, processor = spar_hf.load(sys.argv[1])\n"

@@ -140,6 +140,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(make_vision, pixels):
     torch.testing.assert_close(gradient(True), gradient(False), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_compiles_whole_for_any_size(make_vision):
     torch._dynamo.reset()
     model = make_vision(num_hidden_layers=2, attention_reach="window")
