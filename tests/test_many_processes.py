@@ -1,4 +1,4 @@
-"""Pictures shared among two real processes that `accelerate launch` starts, one of them killed on the way."""
+"""Pictures shared among two real processes of gloo that `torchrun` starts, one of them killed on the way."""
 
 from __future__ import annotations
 
@@ -23,10 +23,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def launch(*words: object, processes: int = 2) -> subprocess.Popen:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "spar_hf"]
+    # `accelerate launch` starts several processes on GPUs alone; without MPI it runs one on a CPU.
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command += ["-m", "spar_hf"]
     environment = {
         **os.environ,
+        "ACCELERATE_USE_CPU": "true",
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]),
     }

@@ -114,7 +114,7 @@ def test_a_cluster_of_two_workers_one_killed_on_the_way(cluster, model_folder, t
     rows = [{"id": number, "image": encoded(picture(number))} for number in range(24)]
     cluster.data.from_items(rows).repartition(12).write_parquet(str(tmp_path / "photos"))
     marker = tmp_path / "killed"
-    found = cluster.data.read_parquet(str(tmp_path / "photos")).map_batches(
+    found = cluster.data.read_parquet(str(tmp_path / "photos"), override_num_blocks=12).map_batches(
         KilledOnce,
         fn_constructor_args=(model_folder, LABELS),
         fn_constructor_kwargs={"marker": str(marker)},
