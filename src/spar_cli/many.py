@@ -29,7 +29,8 @@ EPILOG = """many pictures:
   IMAGE is a picture file, a folder (with its sub-folders), a pattern in quotes ("photos/**/*.jpg"), a tar of pictures
   (WebDataset), or @FILE, a list of files, one a line. Results are called after the path within the folder.
   spar-COMMAND.jsonl in the output folder has a line for each picture that is done; --resume goes on from there.
-  accelerate launch -m spar_hf COMMAND ... shares the pictures among processes and machines with one output folder."""
+  accelerate launch -m spar_hf COMMAND ... shares the pictures among processes and machines with one output folder;
+  on CPUs ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 -m spar_hf COMMAND ..."""
 
 
 def add_image_arguments(parser: argparse.ArgumentParser) -> None:
