@@ -1,4 +1,4 @@
-"""Writes the README's figures of speed and memory from the stored results of the benchmarks.
+"""Writes the figures of speed and memory in docs/speed.md from the stored results of the benchmarks.
 
 python benchmarks/readme.py            # after speed.py, families.py or post_processing.py
 """
@@ -15,7 +15,7 @@ from spar_hf.evaluation.evaluate import markdown_table
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-README = HERE.parent / "README.md"
+PAGE = HERE.parent / "docs" / "speed.md"
 
 
 def read(name: str, folder: Path = RESULTS) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def post_processing(document: dict[str, Any]) -> list[str]:
 
 
 def blocks(folder: Path = RESULTS) -> dict[str, str]:
-    """The text between each pair of marks in the README."""
+    """The text between each pair of marks in the page."""
     speed = [speed_table(read(path.name, path.parent)) for path in sorted((folder / "speed").glob("*.json"))]
     reach = speed_table(read("speed-reach.json", folder))
     lines = {
@@ -86,7 +86,7 @@ def blocks(folder: Path = RESULTS) -> dict[str, str]:
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     for name, block in blocks().items():
-        renew(README, name, block)
+        renew(PAGE, name, block)
 
 
 if __name__ == "__main__":
