@@ -1,7 +1,7 @@
 """Links of the pages to files of the repository: on the site each such file is a page or a file of its own.
 
 The pages are written for readers of the repository, so their links are paths in it. What lies in docs/ is a page of
-the site anyway; anything else that is linked (source, results, other READMEs) comes along under `repository/`, so that the
+the site anyway; anything else that is linked (source, results, READMEs) comes along under `repository/`, so that the
 site needs no address of a server and every link can be checked.
 """
 
@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 ROOT = Path(__file__).resolve().parents[2]
 FENCE = re.compile(r"(^ *(```+|~~~+).*?^ *\2 *$)", re.M | re.S)
-LINK = re.compile(r"(\]\(|src=\"|href=\")([^)\s\"]+)")
+LINK = re.compile(r"(\]\()([^)\s]+)")
 STATIC = {".json", ".png", ".svg", ".ipynb"}  # shown by the browser as they are
 UNSEARCHED = "---\nsearch:\n  exclude: true\n---\n\n"
 

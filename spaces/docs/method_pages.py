@@ -47,15 +47,12 @@ def gallery() -> str:
     """The pictures of all methods that have one, for the page of the table."""
     shown = [row for row in METHODS.values() if (PICTURES / f"{row.name}.png").is_file()]
     figures = [
-        f'<figure><a href="methods/{row.name}.md"><img src="pictures/methods/{row.name}.png" alt="Label map of '
-        f'{row.title}" loading="lazy"></a><figcaption>{row.title}</figcaption></figure>'
+        f'<figure markdown="span">\n[![Label map of {row.title}](pictures/methods/{row.name}.png)](methods/{row.name}.md)'
+        f"\n<figcaption>{row.title}</figcaption>\n</figure>"
         for row in shown
     ]
-    # The links are of HTML, which MkDocs leaves alone: the pages lie one folder down.
-    body = (
-        "\n".join(figures).replace('href="methods/', 'href="').replace(".md", "/").replace("pictures/", "../pictures/")
-    )
-    return f'\n\n## One scene, every method\n\n{_how_drawn()}\n\n<div class="pictures">\n{body}\n</div>\n'
+    body = "\n\n".join(figures)
+    return f'\n\n## One scene, every method\n\n{_how_drawn()}\n\n<div class="pictures" markdown="1">\n\n{body}\n\n</div>\n'
 
 
 def _how_drawn() -> str:
