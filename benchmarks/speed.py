@@ -20,7 +20,6 @@ import argparse
 import importlib.util
 import multiprocessing as mp
 import re
-import resource
 import time
 from collections.abc import Callable
 from functools import partial
@@ -30,7 +29,7 @@ from unittest.mock import patch
 
 import mismatched_torchvision  # noqa: F401 - before transformers looks for it
 import torch
-from record import origin
+from record import PeakMemory, origin
 
 from spar_hf.arithmetic_spar import HALF, FullProducts, cpu_capability, fast_half
 from spar_hf.files import write_json
@@ -120,10 +119,9 @@ def _measure(connection, name: str, size: str, dtype_name: str) -> None:
         torch.manual_seed(0)
         run = MODELS[name](height_px, width_px, dtype)
         passes.append(partial(run, torch.randn(1, 3, height_px, width_px, dtype=dtype)))
-    baseline = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with torch.inference_mode():
-        passes[0]()
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - baseline
+        with PeakMemory() as memory:
+            passes[0]()
         while connection.recv() == "go":
             seconds: list[list[float]] = [[] for _ in passes]
             while sum(seconds[0]) < 1:
@@ -132,7 +130,7 @@ def _measure(connection, name: str, size: str, dtype_name: str) -> None:
                     run()
                     taken.append(time.process_time() - start)
             connection.send([min(taken) for taken in seconds])
-        connection.send({"peak_mb": peak / 1024, "widening": widening(passes[0])})
+        connection.send({"peak_mb": memory.mb, "widening": widening(passes[0])})
 
 
 def widening(run: Callable[[], Any]) -> float:
