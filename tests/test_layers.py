@@ -48,6 +48,7 @@ LAYERS = (
         "spar_hf.extras",
         "spar_hf.visualize",
         "spar_hf.families",
+        "spar_hf.published",
         "spar_hf.video",
         "spar_hf.vocabulary",
     ),

@@ -8,6 +8,7 @@ import os
 import runpy
 import signal
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +81,7 @@ def test_features_of_a_batch(model_folder):
 
 
 class KilledOnce(Segment):
-    """Kills its own process with its second batch, if no other actor has done so."""
+    """Begins when two workers have a batch; kills its own process with its second batch, if no other has done so."""
 
     def __init__(self, *arguments, marker: str, **options):
         super().__init__(*arguments, **options)
@@ -88,6 +89,10 @@ class KilledOnce(Segment):
 
     def __call__(self, batch):
         self.batches += 1
+        Path(f"{self.marker}-{os.getpid()}").touch()
+        until = time.monotonic() + 120
+        while len(list(Path(self.marker).parent.glob("killed-*"))) < 2 and time.monotonic() < until:
+            time.sleep(0.1)
         if self.batches == 2:
             try:
                 os.close(os.open(self.marker, os.O_CREAT | os.O_EXCL))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 from ..evaluation import load_vocabulary
-from ..methods.table import BENCHMARKS
+from ..published import BENCHMARKS
 from ..picture_book.dataset import CLASSES as PICTURE_BOOK
 
 EXAMPLES = (
