@@ -15,7 +15,8 @@ from ideas import IDEAS
 from links import ROOT
 
 from spar_hf.evaluation.evaluate import markdown_table
-from spar_hf.methods.table import BENCHMARKS, FAMILIES, METHODS, Method
+from spar_hf.methods.table import FAMILIES, METHODS, Method
+from spar_hf.published import BENCHMARKS, method_rows
 
 BRANCHES = {"clip": "CLIP alone", "vfm": "With a vision foundation model", "generative": "With a generative model"}
 PICTURES = ROOT / "docs" / "pictures" / "methods"
@@ -128,10 +129,10 @@ def _numbers(row: Method) -> Iterator[str]:
     yield from ["", "## Numbers", ""]
     if row.reported:
         cells = [f"{row.reported[name]:.1f}" if name in row.reported else "" for name in BENCHMARKS]
-        yield "Published, mean IoU in % with CLIP ViT-B/16 under the authors' own protocol" + (
-            f" ({row.note}):" if row.note else ":"
-        )
-        yield from ["", *markdown_table(list(BENCHMARKS), [cells]), ""]
+        source = method_rows()[row.name]
+        note = f"; {row.note}" if row.note else ""
+        yield f"Published, mean IoU in % with {source.model} under the authors' own protocol{note}:"
+        yield from ["", *markdown_table(list(BENCHMARKS), [cells]), "", f"Source: {source.where}.", ""]
     else:
         yield "Published: none with CLIP ViT-B/16 that is of this alone" + (f"; {row.note}." if row.note else ".")
         yield ""
