@@ -148,7 +148,7 @@ def given(world: Path) -> dict[str, Any]:
         "spar_hf": spar_hf,
         "model": model,
         "processor": processor,
-        "segment": spar_hf.pipeline("open-vocabulary-segmentation", model=model, processor=processor),
+        "segment": spar_hf.pipeline(model, processor=processor),
         "pixel_values": torch.randn(1, 3, 96, 128, generator=torch.Generator().manual_seed(0)),
         "height": 70,
         "width": 96,

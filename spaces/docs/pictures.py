@@ -57,9 +57,7 @@ class Stage:
 
     def label_map(self, segmenter: Any = None, model: Any = None, processor: Any = None) -> np.ndarray:
         """(H, W) class ids of the scene, by the picture book's own words."""
-        segment = spar_hf.pipeline(
-            "open-vocabulary-segmentation", model=model or self.model, processor=processor or self.processor
-        )
+        segment = spar_hf.pipeline(model or self.model, processor=processor or self.processor)
         found = segment(self.image, candidate_labels=CLASSES, segmenter=segmenter, do_resize=False)
         return np.asarray(found["segmentation"])
 
