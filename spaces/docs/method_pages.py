@@ -82,7 +82,8 @@ def _facts(row: Method) -> Iterator[str]:
     if row.extra:
         facts.append(["extra", f'`pip install "spar-hf[{row.extra}]"`'])
     yield ""
-    yield from ["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in facts)]
+    first, *others = (f"| {name} | {value} |" for name, value in facts)
+    yield from [first, "| --- | --- |", *others]
     options = "".join(f" --network {name}=..." for name, default in row.needs.items() if not default)
     model = "openai/clip-vit-base-patch16" if row.family == "clip" else "c-radio-b"
     yield from ["", "```bash"]
@@ -128,11 +129,11 @@ def _lacking(row: Method) -> str:
 def _numbers(row: Method) -> Iterator[str]:
     yield from ["", "## Numbers", ""]
     if row.reported:
-        cells = [f"{row.reported[name]:.1f}" if name in row.reported else "" for name in BENCHMARKS]
+        cells = [[name, f"{row.reported[name]:.1f}"] for name in BENCHMARKS if name in row.reported]
         source = method_rows()[row.name]
         note = f"; {row.note}" if row.note else ""
         yield f"Published, mean IoU in % with {source.model} under the authors' own protocol{note}:"
-        yield from ["", *markdown_table(list(BENCHMARKS), [cells]), "", f"Source: {source.where}.", ""]
+        yield from ["", *markdown_table(["benchmark", "mean IoU"], cells), "", f"Source: {source.where}.", ""]
     else:
         yield "Published: none with CLIP ViT-B/16 that is of this alone" + (f"; {row.note}." if row.note else ".")
         yield ""
