@@ -5,7 +5,7 @@
         python benchmarks/speed.py                                                      # as on an older CPU
     python benchmarks/speed.py --models ours window stock --sizes 1024x1024 --dtypes float32 \\
         --output benchmarks/results/speed-reach.json                                    # within the window's reach
-    python benchmarks/readme.py                        # writes the README's tables from the stored results
+    python benchmarks/readme.py                        # writes docs/speed.md's tables from the stored results
 
 For each size and type: seconds of one core (the least of the rounds), ratio to ours in the same run, peak memory over
 the loaded model, and the share of this machine's measured matrix-product rate (floating-point operations counted by
