@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import subprocess
 import sys
 import tempfile
@@ -24,12 +23,12 @@ import numpy as np
 import torch
 from record import PeakMemory, origin
 
+from spar_cli.methods import renew
 from spar_hf.extras import extra_package
-from spar_hf.files import write_atomically, write_json
+from spar_hf.files import write_json
 
 HERE = Path(__file__).parent
 RESULTS, PAGE = HERE / "results" / "rasters.json", HERE.parent / "docs" / "rasters.md"
-MARKS = ("<!-- rasters -->\n", "<!-- /rasters -->")
 SCENE_PX, SCENES = 512, 24
 WORDS = "sky; grass; sea; sand; brick wall; wood; road; snow; house; tree; car; boat; fish; flower; star; balloon"
 
@@ -150,14 +149,6 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write_page(results: dict[str, Any], page: Path) -> None:
-    """Puts the table between its marks."""
-    text = page.read_text(encoding="utf-8")
-    begin, end = (re.escape(mark) for mark in MARKS)
-    filled = re.sub(f"({begin}).*?({end})", lambda found: found[1] + table(results) + found[2], text, flags=re.S)
-    write_atomically(page, filled.encode())
-
-
 def size_hw(word: str) -> tuple[int, int]:
     height, _, width = word.partition("x")
     return int(height), int(width)
@@ -185,7 +176,7 @@ def main() -> None:
     results = json.loads(args.output.read_text(encoding="utf-8"))
     print(table(results))
     if args.output == RESULTS:
-        write_page(results, PAGE)
+        renew(PAGE, "rasters", table(results))
 
 
 if __name__ == "__main__":

@@ -117,15 +117,20 @@ def test_a_cluster_of_two_workers_one_killed_on_the_way(cluster, model_folder, t
     import pyarrow.parquet
 
     rows = [{"id": number, "image": encoded(picture(number))} for number in range(24)]
-    cluster.data.from_items(rows).repartition(12).write_parquet(str(tmp_path / "photos"))
+    cluster.data.from_items(rows).write_parquet(str(tmp_path / "photos"))
     marker = tmp_path / "killed"
-    found = cluster.data.read_parquet(str(tmp_path / "photos"), override_num_blocks=12).map_batches(
-        KilledOnce,
-        fn_constructor_args=(model_folder, LABELS),
-        fn_constructor_kwargs={"marker": str(marker)},
-        batch_size=2,
-        concurrency=2,
-        num_cpus=0.5,
+    # Ray makes one block of so little, and a block is what a worker takes.
+    found = (
+        cluster.data.read_parquet(str(tmp_path / "photos"))
+        .repartition(12)
+        .map_batches(
+            KilledOnce,
+            fn_constructor_args=(model_folder, LABELS),
+            fn_constructor_kwargs={"marker": str(marker)},
+            batch_size=2,
+            concurrency=2,
+            num_cpus=0.5,
+        )
     )
     found.write_parquet(str(tmp_path / "found"))
     assert marker.exists()
