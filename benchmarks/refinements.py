@@ -18,16 +18,16 @@ from typing import Any
 from record import origin
 
 import spar_hf
+from spar_cli.methods import renew
 from spar_hf import REFINEMENTS, build_segmenter
 from spar_hf.evaluation import load_benchmark
 from spar_hf.evaluation.evaluate import evaluate, markdown_table
-from spar_hf.files import write_atomically, write_json
+from spar_hf.files import write_json
 from spar_hf.refinement.table import STAGES
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "refinements.json"
 DOCS = HERE.parent / "docs" / "refinement.md"
-BEGIN, END = "<!-- benchmarks/refinements.py: begin -->", "<!-- benchmarks/refinements.py: end -->"
 
 
 def measure(rows: list[list[str]], args: argparse.Namespace) -> dict[str, Any]:
@@ -75,10 +75,8 @@ def table(document: dict[str, Any]) -> list[str]:
 
 
 def write_docs(document: dict[str, Any], path: Path = DOCS) -> None:
-    """Puts the table between the marks."""
-    before, rest = path.read_text(encoding="utf-8").split(BEGIN)
-    _, after = rest.split(END)
-    write_atomically(path, "\n".join([before + BEGIN, "", *table(document), "", END + after]).encode())
+    """Puts the table between its marks."""
+    renew(path, "refinements", "\n".join(["", *table(document), ""]))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -162,9 +162,15 @@ def spar_processor(clip_tokenizer: CLIPTokenizer) -> Any:
     return SparProcessor(image_processor=SparImageProcessor(), tokenizer=clip_tokenizer)
 
 
+@pytest.fixture(scope="module")
+def model(make_spar: Callable[..., SparModel]) -> SparModel:
+    """A tiny random SPAR model, which `model_folder` holds."""
+    return make_spar(num_hidden_layers=2)
+
+
 @pytest.fixture(scope="session")
 def model_folder(make_spar, spar_processor, tmp_path_factory) -> str:
-    """A tiny random SPAR model with its processor, as `save_pretrained` writes them."""
+    """The tiny random SPAR model with its processor, as `save_pretrained` writes them."""
     folder = tmp_path_factory.mktemp("model")
     make_spar(num_hidden_layers=2).save_pretrained(folder)
     spar_processor.save_pretrained(folder)

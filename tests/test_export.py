@@ -40,11 +40,6 @@ EXPORT_MODULE = "spar_hf.exporting.export"
 
 
 @pytest.fixture(scope="module")
-def model(make_spar):
-    return make_spar(num_hidden_layers=2)
-
-
-@pytest.fixture(scope="module")
 def exported(model, spar_processor, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("export") / "onnx-model"
     export(model, spar_processor, folder, dtypes=("float32", "int8", "int8-static"), scenes=1)

@@ -18,14 +18,6 @@ from spar_hf import METHODS, SparModel
 LABELS = [name for name, row in METHODS.items() if row.kind == "label"]
 
 
-@pytest.fixture(scope="module")
-def model_folder(make_spar, spar_processor, tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("model")
-    make_spar(num_hidden_layers=2).save_pretrained(folder)
-    spar_processor.save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture
 def own(tmp_path, monkeypatch) -> Path:
     """Two small pictures, their masks and the classes: a benchmark of one's own."""

@@ -110,7 +110,7 @@ def test_make_help_lists_every_target():
     command = ["make", "--no-print-directory", "help"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
     listed = {line.split()[1] for line in run.stdout.splitlines()}
-    assert listed == {"help", "demo", "test", "lint", "bench", "browser"}
+    assert listed == {"help", "demo", "test", "lint", "bench", "browser", "docs", "release"}
 
 
 def test_ci_script_is_valid_and_executable():

@@ -20,14 +20,6 @@ from spar_hf.networks.masks import MaskFolder, Regions
 from spar_hf.segmentation_spar import label_map
 
 
-@pytest.fixture(scope="module")
-def model_folder(make_spar, spar_processor, tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("model")
-    make_spar(num_hidden_layers=2).save_pretrained(folder)
-    spar_processor.save_pretrained(folder)
-    return str(folder)
-
-
 def region_map() -> np.ndarray:
     """Of street.png, 150 x 90 pixels."""
     ids = np.zeros((90, 150), dtype=np.uint8)

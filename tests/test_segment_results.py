@@ -24,19 +24,6 @@ from spar_hf.visualize import colours_of, overlay, palette
 CSV = 'id,name,synonyms,colour,threshold\n7,road,,#804080,\n26,car,"automobile, house",navy,0.5\n23,sky,,,\n'
 
 
-@pytest.fixture(scope="module")
-def model(make_spar):
-    return make_spar(num_hidden_layers=2)
-
-
-@pytest.fixture(scope="module")
-def model_folder(model, spar_processor, tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("model")
-    model.save_pretrained(folder)
-    spar_processor.save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture
 def here(tmp_path, monkeypatch) -> Path:
     """An empty working folder with two pictures of one size and a file of classes."""

@@ -28,19 +28,6 @@ from spar_hf.video import VideoWriter, fitted, read_frames
 LABELS = "road; car, automobile; sky"
 
 
-@pytest.fixture(scope="module")
-def model(make_spar):
-    return make_spar(num_hidden_layers=2)
-
-
-@pytest.fixture(scope="module")
-def model_folder(model, spar_processor, tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("model")
-    model.save_pretrained(folder)
-    spar_processor.save_pretrained(folder)
-    return str(folder)
-
-
 def picture(size_hw: tuple[int, int], number: int) -> Image.Image:
     """Coloured squares that move by the frame."""
     y, x = np.mgrid[: size_hw[0], : size_hw[1]]

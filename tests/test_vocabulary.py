@@ -18,19 +18,6 @@ from spar_hf.vocabulary import Vocabulary, text_side_of
 CSV = 'id,name,synonyms,colour,threshold\n7,road,,#804080,\n26,car,"automobile, house",navy,0.2\n23,sky,,,\n'
 
 
-@pytest.fixture(scope="module")
-def model(make_spar):
-    return make_spar(num_hidden_layers=2)
-
-
-@pytest.fixture(scope="module")
-def model_folder(model, spar_processor, tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("model")
-    model.save_pretrained(folder)
-    spar_processor.save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture
 def here(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)

@@ -50,8 +50,10 @@ class Workers:
             # Where processes fork they start at once, and with what this one has imported.
             forks = sys.platform == "linux"
             context = multiprocessing.get_context("fork" if forks else "spawn")
-            started = context.Value("i", 0)
-            self._pool = ProcessPoolExecutor(self.count, context, _begin, (self.tool, os.getpid(), started))
+            numbers = context.SimpleQueue()
+            for number in range(self.count):
+                numbers.put(number)
+            self._pool = ProcessPoolExecutor(self.count, context, _begin, (self.tool, os.getpid(), numbers))
         else:
             self.tool.begin(0)
         return self
@@ -99,7 +101,7 @@ class Workers:
             raise OSError(DIED) from None
 
 
-def _begin(tool: Any, parent: int, started: Any) -> None:
+def _begin(tool: Any, parent: int, numbers: Any) -> None:
     """The start of a worker: signals are its parent's to handle, whose end is its own."""
     global _tool
     _tool = tool
@@ -116,9 +118,7 @@ def _begin(tool: Any, parent: int, started: Any) -> None:
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
-    with started.get_lock():
-        number, started.value = started.value, started.value + 1
-    tool.begin(number)
+    tool.begin(numbers.get())
 
 
 def _call(method: str, *arguments: Any) -> Any:
