@@ -29,7 +29,7 @@ from spar_hf.evaluation import OWN, PROTOCOLS, load_protocol
 from spar_hf.hub.model_card import model_card, read_records
 from spar_hf.published import BENCHMARKS, method_rows, spar_row, spar_rows
 from spar_hf.reproduction import DATASETS, PARTS, WEIGHTS, Outcome, Row, archives, data_set_of, plan, select
-from spar_hf.reproduction.report import means, published_table, times, verdict_of
+from spar_hf.reproduction.report import means, times, verdict_of
 
 ROOT = Path(__file__).resolve().parents[1]
 CLIP_WORDS, SIGLIP_WORDS = "openai/clip-vit-base-patch16", "google/siglip2-base-patch16-512"
@@ -181,12 +181,6 @@ def test_time_left_is_by_forward_passes():
     assert left == pytest.approx(1449 * 0.1 * (1 + strided.passes))
     args.limit, args.processes = 100, 2
     assert seconds_left([made(single, 50, 100, 0.1)], [single], args) == pytest.approx(100 * 0.1 / 2)
-
-
-def test_the_page_has_the_published_numbers():
-    page = (ROOT / "docs" / "reproduce.md").read_text(encoding="utf-8")
-    block = "\n".join(published_table())
-    assert f"<!-- published -->\n{block}\n<!-- /published -->" in page  # spar reproduce paper --markdown
 
 
 # ------------------------------------------------------------------------------------------- whole command

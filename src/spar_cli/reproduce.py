@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .compare import evaluated, pairs
-from .methods import renew
 from .output import command_line, complain, table
 from .parser import check_one_of, name_and_value, path, positive_or_0, whole_number
 
@@ -78,19 +77,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", metavar="NAME", help="as for spar evaluate")
     parser.add_argument("--device", metavar="NAME", help="as for spar evaluate")
-    parser.add_argument(
-        "--markdown", type=path, metavar="FILE", help="only renew the published numbers in a page, between its marks"
-    )
 
 
 def run(args: argparse.Namespace) -> int:
     from spar_hf.processes import launched
-    from spar_hf.reproduction import PARTS, plan, published_table, select
+    from spar_hf.reproduction import PARTS, plan, select
 
     check_one_of("part", args.part, PARTS)
-    if args.markdown is not None:
-        renew(args.markdown, "published", "\n".join(published_table()))
-        return 0
     if launched():
         raise ValueError("each row is launched anew; leave 'accelerate launch' out and give --processes N")
     words = [word.strip() for word in (args.only or "").split(",") if word.strip()]

@@ -4,7 +4,7 @@ from .archives import Archive, Problem, download, unpack
 from .datasets import DATASETS, DataSet, data_set_of, get_data
 from .needs import Need, get, needs
 from .plan import PARTS, Row, plan, select
-from .report import Outcome, as_json, as_markdown, published_table
+from .report import Outcome, as_json, as_markdown
 from .weights import WEIGHTS, Weights, get_model, get_network
 
 __all__ = [
@@ -28,7 +28,6 @@ __all__ = [
     "get_network",
     "needs",
     "plan",
-    "published_table",
     "select",
     "unpack",
 ]

@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from ..evaluation.evaluate import markdown_table
-from ..published import SIX, Published, spar_row, spar_rows, times_faster
+from ..published import SIX, spar_row, times_faster
 from .datasets import DATASETS, data_set_of
 from .plan import Row
 from .weights import WEIGHTS
@@ -252,21 +252,3 @@ def as_json(part: str, outcomes: Sequence[Outcome], facts: Mapping[str, Any]) ->
         "times": times(outcomes),
         "rows": rows,
     }
-
-
-# --------------------------------------------------------------------------------------------------- pages
-
-
-def published_table() -> list[str]:
-    """SPAR's published numbers as the lines of a Markdown table, for the documentation."""
-
-    def cells(row: Published) -> list[str]:
-        return [
-            WEIGHTS[row.model].title if row.model in WEIGHTS else row.model,
-            row.setting,
-            *(_number(row.miou.get(name)) for name in SIX),
-            _number(row.mean),
-            row.where,
-        ]
-
-    return markdown_table(["network", "setting", *SIX, "mean", "where"], map(cells, spar_rows()))
