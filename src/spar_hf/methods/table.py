@@ -15,7 +15,7 @@ from typing import Any
 
 from ..methods_spar import RECIPES, Recipe
 from ..names_spar import unknown
-from ..published import BENCHMARKS, method_rows
+from ..published import method_rows
 
 # The networks that the methods' windows, strides and block numbers were chosen for: CLIP ViT-B/16, C-RADIOv3-B.
 AUTHORS_NATIVE_PX, AUTHORS_PATCH_PX = {"clip": 224, "radio": 512}, 16
