@@ -23,7 +23,7 @@ PICTURES = ROOT / "docs" / "pictures" / "methods"
 RESULTS = ROOT / "benchmarks" / "results"
 # Words that begin a paragraph in the head of a file.
 PARAGRAPHS = re.compile(
-    r"\. (?=(?:As (?:in )?the authors' code|As released|Deviations?|Choices|Left out|Not here|Not established|"
+    r"(?<!\d)\. (?=(?:As (?:in )?the authors' code|As released|Deviations?|Choices|Left out|Not here|Not established|"
     r"To reach|Tests|Memory|Unlike it|Regions|Bank)\b)"
 )
 
