@@ -419,11 +419,6 @@ def test_saving_and_loading_take_the_hubs_keywords(model: Any, inputs: Any, tmp_
     assert missing <= {"config", "branch", "allow_patterns", "ignore_patterns", "delete_patterns", "model_card_kwargs"}
 
 
-def test_what_is_not_on_the_disk_is_asked_of_the_hub_and_said(model: Any) -> None:
-    with pytest.raises(OSError, match="you/there-is-none"):
-        type(model).from_pretrained("you/there-is-none", local_files_only=True)
-
-
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool], ids=str)
 def test_pixels_that_are_no_floats_are_refused(dtype: torch.dtype, model: Any) -> None:
     image = torch.zeros(1, 3, 64, 64, dtype=dtype)

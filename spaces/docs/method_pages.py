@@ -23,7 +23,7 @@ PICTURES = ROOT / "docs" / "pictures" / "methods"
 RESULTS = ROOT / "benchmarks" / "results"
 # Words that begin a paragraph in the head of a file.
 PARAGRAPHS = re.compile(
-    r"\. (?=(?:As (?:in )?the authors' code|As released|Deviations?|Choices|Left out|Not here|Not established|"
+    r"(?<!\d)\. (?=(?:As (?:in )?the authors' code|As released|Deviations?|Choices|Left out|Not here|Not established|"
     r"To reach|Tests|Memory|Unlike it|Regions|Bank)\b)"
 )
 
@@ -48,12 +48,13 @@ def gallery() -> str:
     """The pictures of all methods that have one, for the page of the table."""
     shown = [row for row in METHODS.values() if (PICTURES / f"{row.name}.png").is_file()]
     figures = [
-        f'<figure markdown="span">\n[![Label map of {row.title}](pictures/methods/{row.name}.png)](methods/{row.name}.md)'
-        f"\n<figcaption>{row.title}</figcaption>\n</figure>"
+        f'<figure markdown="span">\n[![Label map of {row.title}](pictures/methods/{row.name}.png)]'
+        f"(methods/{row.name}.md)\n<figcaption>{row.title}</figcaption>\n</figure>"
         for row in shown
     ]
     body = "\n\n".join(figures)
-    return f'\n\n## One scene, every method\n\n{_how_drawn()}\n\n<div class="pictures" markdown="1">\n\n{body}\n\n</div>\n'
+    grid = f'<div class="pictures" markdown="1">\n\n{body}\n\n</div>'
+    return f"\n\n## One scene, every method\n\n{_how_drawn()}\n\n{grid}\n"
 
 
 def _how_drawn() -> str:
