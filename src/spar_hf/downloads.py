@@ -63,6 +63,15 @@ def fetch(name: str, weights: bool = True, **hub: Any) -> Path:
     return folder
 
 
+def fetch_files(name: str, files: tuple[str, ...], **hub: Any) -> Path:
+    """The folder named, or the cache's snapshot of these files of a checkpoint on the Hub; they may be patterns.
+
+    Raises:
+        OSError: as `fetch`.
+    """
+    return Path(name) if Path(name).is_dir() else _download(name, files, hub)
+
+
 def revision_of(folder: Path) -> str | None:
     """The commit that a folder of the cache is a snapshot of; None for any other folder."""
     return folder.name if folder.parent.name == "snapshots" else None
