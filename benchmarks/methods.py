@@ -110,7 +110,7 @@ def diffusion(width: int, heads: int | tuple[int, ...]) -> Diffusion:
         ),
         "vae": AutoencoderKL(**blocks, block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4),
         "text_encoder": CLIPTextModel(CLIPTextConfig(**text)),
-        "scheduler": DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+        "scheduler": DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1),
     }
     more: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     return Diffusion(StableDiffusionPipeline(**parts, tokenizer=tokenizer, **more))

@@ -157,6 +157,7 @@ def diffusion_pipeline(xl: bool = False, **unet: Any) -> Any:
     for seed, part in enumerate((network, vae, *towers)):
         randomise(part, seed)
     betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
+    betas |= {"steps_offset": 1, "set_alpha_to_one": False}
     parts: dict[str, Any] = {"unet": network, "vae": vae, "scheduler": DDIMScheduler(**betas)}
     parts |= {"text_encoder": towers[0], "tokenizer": tokenizer}
     if xl:

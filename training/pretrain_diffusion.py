@@ -52,6 +52,7 @@ LATENT_CHANNELS, LATENT_SIDE = 4, 32
 VAE_WIDTHS, UNET_WIDTHS, HEADS = (16, 32, 64), (32, 64, 96, 96), 4
 KL_WEIGHT = 1e-6
 TRAIN_STEPS = 1000
+SAMPLING = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}  # Stable Diffusion's
 WARMUP_STEPS = 100
 FIRST_VIEWS = 1_000  # in the pool before training starts
@@ -115,7 +116,7 @@ def save(folder: Path, vae: nn.Module, unet: nn.Module, tower: nn.Module, tokeni
         unet=unet,
         text_encoder=tower,
         tokenizer=tokenizer,
-        scheduler=diffusers.DDIMScheduler(**BETAS, clip_sample=False, num_train_timesteps=TRAIN_STEPS),
+        scheduler=diffusers.DDIMScheduler(**BETAS, **SAMPLING, num_train_timesteps=TRAIN_STEPS),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
