@@ -135,7 +135,7 @@ def blip_model() -> Blip:
 
 
 def diffusion_pipeline(xl: bool = False, **unet: Any) -> Any:
-    """A Stable Diffusion of 64 px, or an XL of the same size: four levels, latents of 16 px; the words are `tiny`'s."""
+    """A Stable Diffusion of 64 px, or an XL of that size: four levels, latents of 16 px; the words are `tiny`'s."""
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
     from diffusers import UNet2DConditionModel
 

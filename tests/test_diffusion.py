@@ -138,7 +138,7 @@ def test_a_saved_pipeline_comes_back_the_same(tmp_path):
         again, own = Diffusion(tmp_path / str(xl)), Diffusion(pipeline(xl))
         assert all(torch.equal(value, again.state_dict()[name]) for name, value in own.state_dict().items())
         assert again.prompt(["red house"]) == own.prompt(["red house"]) and repr(again) == repr(own)
-        assert torch.equal(again.alphas, own.alphas)
+        assert again.alphas == own.alphas
 
 
 def test_bad_input_is_one_line(tmp_path, pixels, noise, monkeypatch):
@@ -150,8 +150,8 @@ def test_bad_input_is_one_line(tmp_path, pixels, noise, monkeypatch):
         lambda: diffusion.noise_for(0, 3, 64): r"given noise of shape \(2, 4, 16, 16\) and 3 of shape",
         lambda: diffusion.noise_for(0, 1, 128): r"given noise of shape .* 1 of shape \(4, 32, 32\) are taken",
         lambda: diffusion.noised(noise[:1], 1000, noise[:1]): r"step is 1000; .* steps 0 to 999",
-        lambda: diffusion.check_side(60, "method 'x'"): r"side_px of method 'x' is 60; .* multiple of 32, or 0 .* \(64\)",
-        lambda: diffusion.check_layers(["mid.x"], "method 'x'"): r"method 'x' reads layer mid.x .* Stable Diffusion 1 or",
+        lambda: diffusion.check_side(60, "method 'x'"): r"side_px of method 'x' is 60; .* 32, or 0 .* \(64\)",
+        lambda: diffusion.check_layers(["mid.x"], "method 'x'"): r"method 'x' reads layer mid.x .* Diffusion 1 or",
         lambda: Diffusion("nowhere"): r"there is no folder nowhere of a diffusion model; give one",
         lambda: Diffusion(SimpleNamespace(unet=None)): r"diffusion model's unet is missing and must be a UNet2DCond",
     }.items():
@@ -191,7 +191,7 @@ def test_another_or_a_broken_pipeline_is_refused(tmp_path):
     save_file({name: value for name, value in whole.items() if name != "conv_in.bias"}, weights, {"format": "pt"})
     refused(r"diffusion_pytorch_model.safetensors .* conv_in.bias")
     weights.write_bytes(b"no weights")
-    refused(r"diffusion_pytorch_model.safetensors with config.json cannot be used: .*")
+    refused(r"diffusion_pytorch_model.safetensors cannot be used: it is no file of safetensors")
     weights.unlink()
     refused(r"diffusion_pytorch_model.safetensors cannot be used: there is no such file")
     other = pipeline()

@@ -10,8 +10,8 @@ examples:
 
 Pictures are views of training scenes of 128 x 128 px, as for `pretrain_tiny.py`, drawn by a process of its own; the
 words are captions, lists of names and single names, and their tower is `tiny`'s, as it is. The autoencoder makes
-latents of 4 x 32 x 32, the UNet has Stable Diffusion's blocks: grids of 32, 16, 8 and 4, and predicts the noise of 1000
-steps. OUTPUT/model gets a pipeline that `diffusers` loads (averaged weights), OUTPUT `train.log` and the state.
+latents of 4 x 32 x 32, the UNet has Stable Diffusion's blocks: grids of 32, 16, 8 and 4, and predicts the noise of
+1000 steps. OUTPUT/model gets a pipeline that `diffusers` loads (averaged weights), OUTPUT `train.log` and the state.
 
 exit status: 0; 2 after a mistake, before anything is written; 128 + the number of the signal (130 for Ctrl-C, 143 for
 SIGTERM) when one stopped the run, which then has saved its state.
@@ -211,7 +211,8 @@ class Phase:
     def __init__(
         self, name: str, network: nn.Module, loss: Callable[[], Tensor], steps: int | None, minutes: float, args: Any
     ) -> None:
-        self.name, self.network, self.loss, self.steps, self.minutes, self.args = name, network, loss, steps, minutes, args
+        self.name, self.network, self.loss, self.args = name, network, loss, args
+        self.steps, self.minutes = steps, minutes
         self.average = copy.deepcopy(network).eval()
         self.optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.01, betas=(0.9, 0.99))
         self.counts: dict[str, Any] = {"phase": name, "step": 0, "elapsed_s": 0.0, "views_drawn": 0}

@@ -4,9 +4,9 @@ Paper: "CLIPer: Hierarchically Improving Spatial Representation of CLIP for Open
 et al., ICCV 2025. A label method; cliper_labels.py makes the maps. One pass of the UNet without words:
 1. The image, squashed to a square (nearest pixels, as diffusers squashes tensors), becomes a latent under the noise of
    step 101, the 46th of PNDM's fifty.
-2. Each head's attention of two layers of the finest grid: divided by each column's maximum, what lies under a cut goes to
-   0, rows brought to 1. The maps come to that grid bilinearly and are multiplied by all heads, the last of `up_blocks.3.
-   attentions.0` first, the first of `up_blocks.3.attentions.1` last.
+2. Each head's attention of two layers of the finest grid: divided by each column's maximum, what lies under a cut goes
+   to 0, rows brought to 1. The maps come to that grid bilinearly and are multiplied by all heads, the last of
+   `up_blocks.3.attentions.0` first, the first of `up_blocks.3.attentions.1` last.
 3. A name's score is half the refined map's maximum and half the former one's. The rest is as in cliper_labels.py.
 Choices and deviations: the authors draw other noise each time; here a seed decides. They multiply the heads' matrices
 with each other, here each with the maps: the product is the same, at a thousandth of the work.

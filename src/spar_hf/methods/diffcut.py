@@ -7,15 +7,15 @@ Couairon et al., NeurIPS 2024. A label method.
 2. Affinities F F', brought to 0..1 over all pairs, to the power of ten. A set of pixels is cut in two by the second
    eigenvector y of the normalised Laplacian, at the best of a hundred thresholds; where the cost of the cut is below
    tau, both sides are cut again. See `cut`.
-3. A segment's vector is the mean of its F; F comes to the pixels bilinearly and each takes the segment with the largest
-   product.
-4. A segment takes the name whose text (the mean of fourteen templates) has the largest cosine with its mean CLIP feature.
-   The background is a class as others are.
-As released: below the first cut, pixels whose row of affinities holds any zero are left out, which is meant for what was
-done before, but is also the pair of the least affinity of all (`drop_zeros`).
-Deviations: the authors name segments by OpenCLIP's ConvNeXt-L, the mean of its last stage in the mask and then its head;
-here it is the mean over the segment's pixels of the features of the model's own CLIP (MaskCLIP's last block), bilinear.
-Their PAMR is a refinement (`--refine pamr`), and acts on the names' scores.
+3. A segment's vector is the mean of its F; F comes to the pixels bilinearly and each takes the segment with the
+   largest product.
+4. A segment takes the name whose text (the mean of fourteen templates) has the largest cosine with its mean CLIP
+   feature. The background is a class as others are.
+As released: below the first cut, pixels whose row of affinities holds any zero are left out, which is meant for what
+was done before, but is also the pair of the least affinity of all (`drop_zeros`).
+Deviations: the authors name segments by OpenCLIP's ConvNeXt-L, the mean of its last stage in the mask and then its
+head; here it is the mean over the segment's pixels of the features of the model's own CLIP (MaskCLIP's last block),
+bilinear. Their PAMR is a refinement (`--refine pamr`), and acts on the names' scores.
 No published number is with ViT-B/16.
 """
 

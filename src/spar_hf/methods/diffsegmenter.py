@@ -3,16 +3,16 @@
 Paper: "Diffusion Model is Secretly a Training-free Open Vocabulary Semantic Segmenter", Wang et al., IEEE Transactions
 on Image Processing 2025. A label method; CLIP gives nothing but its pixels. A name a pass of the UNet:
 1. The image, squashed to a square, becomes a latent, a sample of the posterior, under the noise of step 100; the words
-   are "a photograph of NAME", the encoding of the name's last word moved 1.21 times as far from that of no words at all
-   as it is (compel's `++`).
+   are "a photograph of NAME", the encoding of the name's last word moved 1.21 times as far from that of no words at
+   all as it is (compel's `++`).
 2. C_r is the mean of the cross attention to the name's last token over all heads and layers of a grid, of 64, 32, 16
-   and 8 pixels a side at 512 px. Each comes to the finest grid bilinearly, is brought to 0..1, and the seed is
-   .1 C_64 + .1 C_32 + .5 C_16 + .3 C_8.
+   and 8 pixels a side at 512 px. Each comes to the finest grid bilinearly, is brought to 0..1, and the seed is .1 C_64
+   + .1 C_32 + .5 C_16 + .3 C_8.
 3. The mean self attention S of all heads and layers of the finest grid completes it: S seed, once. It comes to the
    pixels bilinearly and is brought to 0..1. The highest map has the pixel, and the background class one where all are
    below a threshold.
-The names given count as present, all of them: each has a map that reaches 1. The authors read the names in each picture
-from lists that CLIP and BLIP made; `presence` chooses by CLIP, as iSeg does by TagCLIP.
+The names given count as present, all of them: each has a map that reaches 1. The authors read the names in each
+picture from lists that CLIP and BLIP made; `presence` chooses by CLIP, as iSeg does by TagCLIP.
 Choices: the threshold is .45, the middle of what the authors try; they report the best of .30 to .74. The prompt goes
 on as BLIP describes the picture in their code; here it ends with the name.
 No numbers are printed with the code.

@@ -2,13 +2,14 @@
 
 Paper: "FreeSeg-Diff: Training-Free Open-Vocabulary Segmentation with Diffusion Models", Corradini et al., arXiv
 2403.20105. A label method.
-1. The image, squashed to a square, becomes a latent, a sample of the posterior, at step 0; no words. The queries of the
-   cross attention on a quarter of the latent's grid, of all heads and layers, come to half of it bilinearly.
+1. The image, squashed to a square, becomes a latent, a sample of the posterior, at step 0; no words. The queries of
+   the cross attention on a quarter of the latent's grid, of all heads and layers, come to half of it bilinearly.
 2. k-means makes four clusters of their pixels, which come to the picture by nearest pixels.
 3. CLIP sees the picture with all but one cluster black, and says how probable each name is, without a template. A name
-   stays with the cluster that it is most probable in; a cluster takes the most probable name that stayed with it, or none.
-4. A DenseCRF of each such mask against the rest; earlier clusters win. What none has is nothing, the background class's
-   where there is one.
+   stays with the cluster that it is most probable in; a cluster takes the most probable name that stayed with it, or
+   none.
+4. A DenseCRF of each such mask against the rest; earlier clusters win. What none has is nothing, the background
+   class's where there is one.
 Deviations: the authors let only the nouns of BLIP's caption of the picture stay, here all names of the vocabulary do;
 names of the background class are found as the others. CLIP is the model's own, theirs is ViT-B/32.
 Choices: scikit-learn starts k-means by chance (k-means++); here a seed does, the same rule with one draw for a centre.

@@ -1,4 +1,4 @@
-"""What the methods around a diffusion model have in common: what it is shown, the names in a picture, scores of maps."""
+"""What methods around a diffusion model have in common: what it is shown, the names in a picture, scores of maps."""
 
 from __future__ import annotations
 
@@ -82,7 +82,8 @@ class DiffusionSegmenter(MethodSegmenter):
             return names
         side = self.config.image_size
         square = F.interpolate(image.float(), size=(side, side), mode="bicubic", align_corners=False)
-        cosines = F.normalize(encoded.text_embeds.float(), dim=-1).to(self.device) @ self.encoder.image_embeds(square)[0]
+        text = F.normalize(encoded.text_embeds.float(), dim=-1).to(self.device)
+        cosines = text @ self.encoder.image_embeds(square)[0]
         best: dict[int, float] = {}
         for number in names:
             of = labels.class_ids[number]

@@ -6,14 +6,15 @@ one for the features:
 1. The words are the names with "and" between them. The image, squashed to a square, becomes a latent without noise, at
    step 0: the authors' single step of inversion leaves it as it is.
 2. M = exp of the raw cross attention, no soft-max, in fp32: layers on a quarter and an eighth of the latent's grid, to
-   half of it bilinearly, the mean over heads and layers; then bilinear to 256 x 352, what the authors score. Theirs has
-   a token for each name; here a name's tokens are averaged. (Their division by the maximum falls out in the next step.)
+   half of it bilinearly, the mean over heads and layers; then bilinear to 256 x 352, what the authors score. Theirs
+   has a token for each name; here a name's tokens are averaged. (Their division by the maximum falls out in the next
+   step.)
 3. F at each of these pixels at length one. A name's vector is the mean of F weighted with M, not normalised again; a
    pixel takes the name with the largest product. There is no background but the vocabulary's names for it.
-Deviation: the released features are not the UNet's own, but go through layers and a captioner of ODISE that were trained
-on COCO's masks (NVIDIA, not for commerce), so that they are not training-free. Those layers read what enters the last
-residual block of `up_blocks` 0, 1 and 2, skip connections included. Here that is F itself: bilinear to the grid, one
-after the other. Nothing of ODISE is here, and no number of theirs is to be reached.
+Deviation: the released features are not the UNet's own, but go through layers and a captioner of ODISE that were
+trained on COCO's masks (NVIDIA, not for commerce), so that they are not training-free. Those layers read what enters
+the last residual block of `up_blocks` 0, 1 and 2, skip connections included. Here that is F itself: bilinear to the
+grid, one after the other. Nothing of ODISE is here, and no number of theirs is to be reached.
 """
 
 from __future__ import annotations

@@ -1,14 +1,13 @@
-"""Stable Diffusion as a second network: what one pass of its UNet attends to, and pictures drawn from words.
+"""Stable Diffusion as a second network: words and pixels in, what one pass of its UNet attends to out.
 
-The only file that knows `diffusers` (extra `diffusion`). Any folder or Hub id of Stable Diffusion 1, 2 or XL and what
-is distilled from them (SSD-1B): a `UNet2DConditionModel`, an `AutoencoderKL` and CLIP's text towers; a safety checker
-is not read. Attention is read through the processors of the layers asked for, head by head, while they run; the others
-keep theirs, and so do all of them afterwards.
+Any folder or Hub id of Stable Diffusion 1, 2 or XL and what is distilled from them (SSD-1B): a `UNet2DConditionModel`,
+an `AutoencoderKL` and CLIP's text towers (`pipelines.py`). Attention is read through the processors of the layers
+asked for, head by head, while they run; the others keep theirs, and so do all of them afterwards.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,21 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from ..arithmetic_spar import with_fast_products
-from ..checkpoint_files import check_finite, naming, own_file, read_json, refuse
-from ..downloads import fetch_files
 from ..encoders.base import rgb
-from ..extras import extra_package
 from ..names_spar import shown
-from ..pretrained import open_model, open_tokenizer
+from .attention import Attention, Reader, Reading
+from .pipelines import EXAMPLE, TEXT_CLASSES, load_parts, parts_of
 
-INDEX = "model_index.json"
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-TEXT_CLASSES = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+__all__ = ["Attention", "Diffusion", "Prompt", "Texts"]
+
 MIN_PX = 64  # of a picture's shorter side: smaller ones hold nothing that a network for 512 px and more could know
-EXAMPLE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 
 @dataclass(frozen=True)
@@ -60,74 +54,6 @@ class Texts:
     pooled: Tensor | None = None
 
 
-@dataclass(frozen=True, eq=False)
-class Attention:
-    """What a layer of the UNet does in this pass, of one image or prompt.
-
-    Attributes:
-        name: as `down_blocks.2.attentions.1.transformer_blocks.0.attn1`; attn1 is over pixels, attn2 over the text.
-        queries: (heads, h * w, d).
-        keys: (heads, M, d): pixels, or tokens.
-        scale: factor on their products.
-        output: (h * w, C), of the layer, before its residual.
-        number: of the prompt, of those of the pass.
-    """
-
-    name: str
-    queries: Tensor
-    keys: Tensor
-    scale: float
-    output: Tensor
-    number: int = 0
-
-    @property
-    def num_heads(self) -> int:
-        return len(self.queries)
-
-    @property
-    def side(self) -> int:
-        """Rows and columns of the square of pixels."""
-        return round(self.queries.shape[1] ** 0.5)
-
-    def scores(self, head: int) -> Tensor:
-        """One head's scores before the soft-max, (h * w, M) fp32."""
-        return self.queries[head].float() @ self.keys[head].float().T * self.scale
-
-    def probabilities(self, head: int) -> Tensor:
-        """One head's attention, (h * w, M) fp32; rows sum to 1."""
-        return self.scores(head).softmax(dim=-1)
-
-    def mean(self) -> Tensor:
-        """The mean attention of all heads, (h * w, M) fp32; one head's is held beside it."""
-        total = self.probabilities(0)
-        for head in range(1, self.num_heads):
-            total += self.probabilities(head)
-        return total / self.num_heads
-
-
-Reader = Callable[[Attention], None]
-
-
-class Reading:
-    """An attention processor that shows what its layer does to a reader, and does what the former one did."""
-
-    def __init__(self, name: str, former: Any, read: Reader) -> None:
-        self.name, self.former, self.read = name, former, read
-
-    def __call__(
-        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, *args: Any, **kwargs: Any
-    ) -> Tensor:
-        output: Tensor = self.former(attn, hidden_states, encoder_hidden_states, *args, **kwargs)
-        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        queries, keys = (
-            projected.unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # (B, N, heads * d) -> (B, heads, N, d)
-            for projected in (attn.to_q(hidden_states), attn.to_k(context))
-        )
-        for number in range(len(queries)):
-            self.read(Attention(self.name, queries[number], keys[number], attn.scale, output[number], number))
-        return output
-
-
 class Diffusion(nn.Module):
     """A Stable Diffusion pipeline; see the head of the file. No gradients.
 
@@ -140,27 +66,26 @@ class Diffusion(nn.Module):
         OSError: the Hub or the files cannot be read.
     """
 
-    alphas: Tensor
     noise: Tensor | None
 
     def __init__(self, pipeline: str | Path | Any, noise: Tensor | None = None) -> None:
         super().__init__()
-        extra_package("diffusers", "diffusion")
-        parts = _loaded(str(pipeline)) if isinstance(pipeline, str | Path) else _parts_of(pipeline)
+        parts = load_parts(str(pipeline)) if isinstance(pipeline, str | Path) else parts_of(pipeline)
         self.unet: Any = parts["unet"].eval()
         self.vae: Any = parts["vae"].eval()
         towers = [name for name in TEXT_CLASSES if parts.get(name) is not None]
         self.text_encoders: Any = nn.ModuleList(parts[name].eval() for name in towers)
         self.tokenizers = [parts[name.replace("text_encoder", "tokenizer")] for name in towers]
         self.scheduler: Any = parts["scheduler"]
-        self.register_buffer("alphas", self.scheduler.alphas_cumprod.clone().float(), persistent=False)
+        self.alphas: list[float] = self.scheduler.alphas_cumprod.double().tolist()  # no buffer: half would round them
         self.register_buffer("noise", noise, persistent=noise is not None)
         self.is_xl = self.unet.config.addition_embed_type == "text_time"
         width = sum(tower.config.hidden_size for tower in self.text_encoders)
         if width != self.unet.config.cross_attention_dim or self.is_xl != (len(towers) == 2):
             raise ValueError(
                 f"the diffusion model's text tower has {width} numbers a token and its UNet reads "
-                f"{self.unet.config.cross_attention_dim}; give a pipeline whose parts are of one model, such as {EXAMPLE}."
+                f"{self.unet.config.cross_attention_dim}; give a pipeline whose parts are of one model, such as "
+                f"{EXAMPLE}."
             )
 
     @classmethod
@@ -225,10 +150,10 @@ class Diffusion(nn.Module):
             ids += found
         if len(ids) + 1 > self.max_tokens:
             text = " ".join(part.strip() for part in parts)
-            cut = tokenizer.decode(ids[self.max_tokens - 1 :])
+            cut = shown(tokenizer.decode(ids[self.max_tokens - 1 :]))
             raise ValueError(
-                f"prompt {text!r:.80} has {len(ids) + 1} tokens and the diffusion model reads {self.max_tokens}: "
-                f"{cut!r:.80} would be cut. Give a shorter one."
+                f"prompt {shown(text)} has {len(ids) + 1} tokens and the diffusion model reads {self.max_tokens}: "
+                f"{cut} would be cut. Give a shorter one."
             )
         return Prompt((*ids, tokenizer.eos_token_id), tuple(places))
 
@@ -273,8 +198,8 @@ class Diffusion(nn.Module):
         step = self.latent_px * 2 ** (len(self.unet.config.block_out_channels) - 1)
         if side_px < 0 or side_px % step:
             raise ValueError(
-                f"side_px of {whose} is {side_px}; it must be a multiple of {step}, or 0 for the diffusion model's own "
-                f"({self.side_px})."
+                f"side_px of {whose} is {side_px}; it must be a multiple of {step}, or 0 for the diffusion model's "
+                f"own ({self.side_px})."
             )
         return side_px or self.side_px
 
@@ -324,7 +249,7 @@ class Diffusion(nn.Module):
         return F.interpolate(colours, size=size_hw, mode="bilinear", align_corners=False, antialias=antialias)
 
     def noise_for(self, seed: int, count: int, side_px: int) -> list[Tensor]:
-        """Some noises (1, C, s, s) of a latent, fp32: those given, or drawn on the CPU, so the same on every device."""
+        """Some noises (1, C, s, s) of a latent, fp32: those given, or drawn on the CPU, the same for every device."""
         side = side_px // self.latent_px
         shape = (1, self.vae.config.latent_channels, side, side)
         if self.noise is None:
@@ -361,8 +286,9 @@ class Diffusion(nn.Module):
     def noised(self, latent: Tensor, step: int, noise: Tensor) -> Tensor:
         """A latent under noise, as the network knows it at a step of its training."""
         if not 0 <= step < len(self.alphas):
-            raise ValueError(f"step is {step}; the diffusion model was trained with steps 0 to {len(self.alphas) - 1}.")
-        return latent * self.alphas[step].sqrt() + noise * (1 - self.alphas[step]).sqrt()
+            last = len(self.alphas) - 1
+            raise ValueError(f"step is {step}; the diffusion model was trained with steps 0 to {last}. Give one.")
+        return latent * self.alphas[step] ** 0.5 + noise * (1 - self.alphas[step]) ** 0.5
 
     # ------------------------------------------------------------------------------------------- UNet
 
@@ -390,8 +316,8 @@ class Diffusion(nn.Module):
             found = self.unet(latents, step, encoder_hidden_states=states.to(self.dtype), **added).sample.float()
         if not found.isfinite().all():
             raise ValueError(
-                f"the diffusion model predicts NaN or infinity in {str(self.dtype).removeprefix('torch.')}; run it in "
-                "bfloat16 or float32 (--dtype)."
+                f"the diffusion model predicts NaN or infinity in {str(self.dtype).removeprefix('torch.')}; run it "
+                "in bfloat16 or float32 (--dtype)."
             )
         return found
 
@@ -428,74 +354,3 @@ class Diffusion(nn.Module):
         finally:
             for hook in hooks:
                 hook.remove()
-
-
-# ----------------------------------------------------------------------------------------------- loading
-
-
-def _parts_of(pipeline: Any) -> dict[str, Any]:
-    """The parts of a pipeline in memory, if they are of the kinds that this file knows."""
-    diffusers: Any = extra_package("diffusers", "diffusion")
-    parts = {
-        name: getattr(pipeline, name, None)
-        for name in ("unet", "vae", "scheduler", "tokenizer", "tokenizer_2", *TEXT_CLASSES)
-    }
-    kinds = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL, **TEXT_CLASSES}
-    for name, kind in kinds.items():
-        _check_kind(name, type(parts[name]).__name__ if parts[name] is not None else None, kind)
-    parts["scheduler"] = diffusers.DDIMScheduler.from_config(parts["scheduler"].config)
-    return parts
-
-
-def _check_kind(name: str, found: str | None, kind: type) -> None:
-    if found != kind.__name__ and not (found is None and name == "text_encoder_2"):
-        raise ValueError(
-            f"the diffusion model's {name} is {'missing' if found is None else f'a {found}'} and must be a "
-            f"{kind.__name__}; give Stable Diffusion 1, 2 or XL, such as {EXAMPLE}."
-        )
-
-
-def _loaded(name: str) -> dict[str, Any]:
-    """The parts of a pipeline by the id or folder it was saved to; nothing of its own code runs."""
-    diffusers: Any = extra_package("diffusers", "diffusion")
-    if not Path(name).is_dir() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
-        raise ValueError(
-            f"there is no folder {name} of a diffusion model; give one that save_pretrained wrote, or an id of the Hub "
-            f"such as {EXAMPLE}."
-        )
-    folder = fetch_files(name, (INDEX,))
-    index = read_json(own_file(folder, INDEX))
-    classes = {part: (entry or [None, None])[1] for part, entry in index.items() if isinstance(entry, list | None)}
-    kinds = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL}
-    for part, kind in {**kinds, **TEXT_CLASSES}.items():
-        _check_kind(part, classes.get(part), kind)
-    towers = [part for part in TEXT_CLASSES if classes.get(part)]
-    wanted = [f"{part}/{file}" for part in kinds for file in ("config.json", WEIGHTS)]
-    wanted += [f"{part}/{file}" for part in towers for file in ("config.json", "model.safetensors")]
-    wanted += [f"{part.replace('text_encoder', 'tokenizer')}/*" for part in towers]
-    folder = fetch_files(name, (INDEX, "scheduler/scheduler_config.json", *wanted))
-    parts: dict[str, Any] = {part: _open_part(kind, folder / part) for part, kind in kinds.items()}
-    for part in towers:
-        parts[part] = open_model(TEXT_CLASSES[part], folder / part)
-        parts[part.replace("text_encoder", "tokenizer")] = open_tokenizer(
-            folder / part.replace("text_encoder", "tokenizer")
-        )
-    with naming(folder / "scheduler" / "scheduler_config.json"):
-        config = read_json(own_file(folder / "scheduler", "scheduler_config.json"))
-        parts["scheduler"] = diffusers.DDIMScheduler.from_config(config)
-    return parts
-
-
-def _open_part(kind: Any, folder: Path) -> Any:
-    """A model of diffusers from its folder, whole and finite."""
-    path = own_file(folder, WEIGHTS)
-    read_json(own_file(folder, "config.json"))
-    with naming(path, folder / "config.json"):
-        model, info = kind.from_pretrained(
-            folder, use_safetensors=True, local_files_only=True, output_loading_info=True
-        )
-    if info["missing_keys"]:
-        refuse(path, f"it lacks {sorted(info['missing_keys'])[0]:.200}, which config.json asks for")
-    for name, weight in model.named_parameters():
-        check_finite(path, name, weight)
-    return model
