@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from conftest import randomise
 from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import (
@@ -31,8 +32,6 @@ from transformers import (
     ViTConfig,
     ViTModel,
 )
-
-from conftest import randomise
 
 from spar_hf import METHODS, REFINEMENTS, Labels
 from spar_hf.checkpoints import ASSETS
@@ -136,8 +135,13 @@ def blip_model() -> Blip:
 
 def diffusion_pipeline(xl: bool = False, **unet: Any) -> Any:
     """A Stable Diffusion of 64 px, or an XL of that size: four levels, latents of 16 px; the words are `tiny`'s."""
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
-    from diffusers import UNet2DConditionModel
+    from diffusers import (
+        AutoencoderKL,
+        DDIMScheduler,
+        StableDiffusionPipeline,
+        StableDiffusionXLPipeline,
+        UNet2DConditionModel,
+    )
 
     tokenizer = open_tokenizer(ASSETS / "tiny")
     tokenizer.model_max_length = 77

@@ -169,7 +169,10 @@ def test_the_command(monkeypatch, tmp_path, make_spar, spar_processor, capsys):
     assert "is a bank of other pictures" in fails(capsys, *words, "--picture-book", "2")
     for more, message in (
         (["--labels", "a"], "give --images FOLDER, --picture-book N or --generate N, one of them"),
-        (["--images", "photos", "--picture-book", "2"], "give --images FOLDER, --picture-book N or --generate N, one of them"),
+        (
+            ["--images", "photos", "--picture-book", "2"],
+            "give --images FOLDER, --picture-book N or --generate N, one of them",
+        ),
         (["--picture-book", "2", "--labels", "a"], "--labels are for pictures without label maps"),
         (["--picture-book", "2", "--classes", "c"], "--masks and --classes are for --images"),
         (["--generate", "2"], "--generate draws what --labels name; give these, and no --masks"),

@@ -32,7 +32,7 @@ from ..networks.diffusion import Attention
 from ..refinement import dense_crf
 from ..segmentation_spar import ScoreMaps
 from .generative import DiffusionSegmenter
-from .nothing import names_of_background, scores_with_nothing
+from .nothing import scores_with_nothing
 
 COARSER = 4  # than the latent's grid
 CRF = dense_crf.Settings(steps=10, near_weight=5.0, near_px=20.0, alike_weight=100.0, alike_px=20.0, alike_colour=20.0)
