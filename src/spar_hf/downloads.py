@@ -70,10 +70,10 @@ def fetch(name: str, weights: bool = True, **hub: Any) -> Path:
 
 
 def fetch_files(name: str, files: Sequence[str], one_of: Sequence[str] = (), **hub: Any) -> Path:
-    """The cache's snapshot of a repository on the Hub with some of its files, for what reads another layout.
+    """The folder named, or the cache's snapshot of a repository with some of its files, for what reads another layout.
 
     Args:
-        name: Hub id.
+        name: folder, or Hub id.
         files: names or patterns, all of them where there are such.
         one_of: likewise, of which the first that is there is enough.
         hub: some of `HUB_ARGUMENTS`.
@@ -81,6 +81,8 @@ def fetch_files(name: str, files: Sequence[str], one_of: Sequence[str] = (), **h
     Raises:
         OSError: as `fetch`, or none of `one_of` is there.
     """
+    if Path(name).is_dir():
+        return Path(name)
     folder = _download(name, files, hub)
     for pattern in one_of:
         folder = _download(name, [pattern], hub)
