@@ -108,8 +108,8 @@ def _picture(row: Method) -> Iterator[str]:
     yield from ["", "## On one scene", ""]
     if not (PICTURES / f"{row.name}.png").is_file():
         yield (
-            f"No picture: it needs {_lacking(row)}, and nothing that ships could stand in for it. "
-            "The [table](../methods.md) has those of the others."
+            f"No picture yet: it needs {_lacking(row)}. `python spaces/docs/pictures.py methods` draws those methods "
+            "for whose networks something that ships can stand in; the [table](../methods.md) has them."
         )
         return
     yield f"| the scene | its true classes | {row.title} |"
@@ -124,7 +124,8 @@ def _picture(row: Method) -> Iterator[str]:
 def _lacking(row: Method) -> str:
     if row.family == "radio":
         return "C-RADIO"
-    return ", ".join(default or name for name, default in row.networks.items())
+    needs = ", ".join(f"`{default}`" if default else name for name, default in row.needs.items())
+    return needs or "nothing but CLIP, and has not been drawn"
 
 
 def _numbers(row: Method) -> Iterator[str]:
