@@ -174,6 +174,37 @@ IDEAS: dict[str, Idea] = {
         "Superpixels of a new picture are compared with them, and CLIP's view of the whole window joins in.",
         r"s_k = 0.8\, \sigma(\cos(f_{\mathrm{superpixel}}, p_k)) + 0.2 \cos(f_{\mathrm{window}}, t_k)",
     ),
+    "diffsegmenter": Idea(
+        "Stable Diffusion looks at the pixels of a word when it denoises a picture with that word. "
+        "Its self attention, which pixels look at each other, carries what it found to the whole of the thing.",
+        r"m_k = S \sum_r w_r \hat C_{r,k}, \qquad w = (.1, .1, .5, .3) \quad \mathrm{for} \quad r = 64, 32, 16, 8",
+    ),
+    "iseg": Idea(
+        "All names share one prompt, and their cross attention is averaged over clusters of pixels that look at the "
+        "same words. A sharpened self attention then refines the maps again and again.",
+        r"m \leftarrow \frac{A m - \min A m}{\sum (A m - \min A m)} \quad \mathrm{eight\ times}, \qquad"
+        r" A \leftarrow \max(0, A + e \log_{10}(2.718\, A))",
+    ),
+    "maskdiffusion": Idea(
+        "Where Stable Diffusion looks for a name, the UNet's own features are averaged into a vector of that name. "
+        "Each pixel then takes the name whose vector its feature is most like.",
+        r"v_k = \sum_i M_{k,i}\, f_i, \qquad c_i = \mathrm{argmax}_k\, f_i \cdot v_k",
+    ),
+    "diffcut": Idea(
+        "The UNet's features of pixels form a graph, which is cut in two where that costs least, and again until no "
+        "cut is cheap. CLIP then names each segment by the mean of its features.",
+        r"\left(D - W\right) y = \lambda D y, \qquad W = \left(\frac{F F^\top - \min}{\max - \min}\right)^{10}",
+    ),
+    "freeseg_diff": Idea(
+        "k-means clusters the UNet's queries into a few regions of the picture. "
+        "CLIP sees each region alone, everything else black, and says which name it is.",
+        r"R_1, \dots, R_4 = \mathrm{kmeans}(Q), \qquad p_j = \mathrm{softmax}_k\, \tau \cos(\mathrm{CLIP}(x R_j), t_k)",
+    ),
+    "cliper_sd": Idea(
+        "CLIPer's maps of the names come from CLIP's blocks and are coarse. "
+        "Stable Diffusion's self attention, head after head, spreads them along the outlines that it knows.",
+        r"m \leftarrow A_1 A_2 \cdots A_n\, m \quad \mathrm{over\ the\ heads\ of\ two\ layers}",
+    ),
     "scra": Idea(
         "In RADIO's last block tokens attend by how alike the results of their own attention are. "
         "Tokens of one thing end up close together, and the rest of the block stays.",
