@@ -9,11 +9,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from conftest import randomise
 from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import (
     BlipConfig,
     BlipForImageTextRetrieval,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
     PreTrainedTokenizerFast,
     Sam2Config,
     Sam2HieraDetConfig,
@@ -30,9 +34,12 @@ from transformers import (
 )
 
 from spar_hf import METHODS, REFINEMENTS, Labels
+from spar_hf.checkpoints import ASSETS
 from spar_hf.evaluation.samples import IGNORED, Sample
 from spar_hf.methods.bank import Bank
 from spar_hf.networks.blip import Blip
+from spar_hf.networks.diffusion import Diffusion
+from spar_hf.pretrained import open_tokenizer
 from spar_hf.prototypes import Pictures, build_bank
 
 # Of methods whose own are too large for these networks, or have to be given.
@@ -43,6 +50,8 @@ SETTINGS: dict[str | None, dict[str, Any]] = {
     "freeda": {"side_px": 64, "neighbours": 3},
     "knn_clip": {"neighbours": 3, "threshold": 0.5, "weight": 0.7},
     "corrclip_v2_bank": {"neighbours": 3},
+    "iseg": {"heads_quarter": (1, 4, 12), "heads_half": (0, 5), "ending": "and other object"},
+    "maskdiffusion": {"rows": 40, "columns": 48},
 }
 NAMES = "road; car, automobile; sky; grass"
 
@@ -63,6 +72,8 @@ def small(name: str) -> torch.nn.Module:
         return "slic"  # type: ignore[return-value]
     if name == "blip":
         return blip_model()
+    if name == "diffusion":
+        return Diffusion(diffusion_pipeline())
     if name == "saliency":
         own = {"num_encoder_blocks": 1, "depths": [1], "hidden_sizes": [8], "sr_ratios": [4], "strides": [4]}
         own |= {"patch_sizes": [7], "num_attention_heads": [2], "mlp_ratios": [2], "decoder_hidden_size": 8}
@@ -122,6 +133,42 @@ def blip_model() -> Blip:
     return Blip(BlipForImageTextRetrieval(BlipConfig(text_config=text, vision_config=vision)), tokenizer)
 
 
+def diffusion_pipeline(xl: bool = False, **unet: Any) -> Any:
+    """A Stable Diffusion of 64 px, or an XL of that size: four levels, latents of 16 px; the words are `tiny`'s."""
+    from diffusers import (
+        AutoencoderKL,
+        DDIMScheduler,
+        StableDiffusionPipeline,
+        StableDiffusionXLPipeline,
+        UNet2DConditionModel,
+    )
+
+    tokenizer = open_tokenizer(ASSETS / "tiny")
+    tokenizer.model_max_length = 77
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    text = {"vocab_size": len(tokenizer), "hidden_size": 20, "intermediate_size": 24, "num_attention_heads": 2}
+    text = CLIPTextConfig(**text, num_hidden_layers=2, max_position_embeddings=77, projection_dim=10, **ids)
+    towers = [CLIPTextModel(text), *([CLIPTextModelWithProjection(text)] if xl else [])]
+    sides = {"block_out_channels": (12, 12, 24, 24), "norm_num_groups": 3, "sample_size": 16}
+    down = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+    more = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4} if xl else {}
+    more |= {"projection_class_embeddings_input_dim": 10 + 6 * 4} if xl else {}
+    config = {"down_block_types": down, "up_block_types": tuple(name.replace("Down", "Up") for name in down[::-1])}
+    config |= {"attention_head_dim": 3, "cross_attention_dim": 20 * len(towers), **sides, **more, **unet}
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
+    vae = AutoencoderKL(**blocks, block_out_channels=(6, 6, 12), norm_num_groups=3, latent_channels=4)
+    network = UNet2DConditionModel(**config)
+    for seed, part in enumerate((network, vae, *towers)):
+        randomise(part, seed)
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
+    betas |= {"steps_offset": 1, "set_alpha_to_one": False}
+    parts: dict[str, Any] = {"unet": network, "vae": vae, "scheduler": DDIMScheduler(**betas)}
+    parts |= {"text_encoder": towers[0], "tokenizer": tokenizer}
+    if xl:
+        return StableDiffusionXLPipeline(**parts, text_encoder_2=towers[1], tokenizer_2=tokenizer)
+    return StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+
+
 def sam_model() -> torch.nn.Module:
     """A whole SAM of 128 px."""
     prompts = {"hidden_size": 8, "image_size": 128, "patch_size": 16, "mask_input_channels": 4}
@@ -162,6 +209,10 @@ def folders_for(method: str, parent: Path, flag: str) -> list[str]:
     for name, network in networks_for(method).items():
         if isinstance(network, str):
             words += [flag, f"{name}={network}"]
+            continue
+        if isinstance(network, Diffusion):
+            diffusion_pipeline().save_pretrained(parent / name)
+            words += [flag, f"{name}={parent / name}"]
             continue
         if isinstance(network, Blip):
             network.tokenizer.save_pretrained(parent / name)

@@ -27,6 +27,7 @@ LAYERS = (
     ("spar_hf.hub",),
     ("spar_hf.distillation",),
     ("spar_hf.demo",),
+    ("spar_hf.reproduction",),
     ("spar_hf.exporting", "spar_hf.ray", "spar_hf.prototypes"),
     ("spar_hf.build",),
     ("spar_hf.rasters",),

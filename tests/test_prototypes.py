@@ -168,10 +168,14 @@ def test_the_command(monkeypatch, tmp_path, make_spar, spar_processor, capsys):
     assert "from 2 pictures: book.st" in capsys.readouterr().out
     assert "is a bank of other pictures" in fails(capsys, *words, "--picture-book", "2")
     for more, message in (
-        (["--labels", "a"], "give --images FOLDER or --picture-book N, one of them"),
-        (["--images", "photos", "--picture-book", "2"], "give --images FOLDER or --picture-book N, one of them"),
+        (["--labels", "a"], "give --images FOLDER, --picture-book N or --generate N, one of them"),
+        (
+            ["--images", "photos", "--picture-book", "2"],
+            "give --images FOLDER, --picture-book N or --generate N, one of them",
+        ),
         (["--picture-book", "2", "--labels", "a"], "--labels are for pictures without label maps"),
         (["--picture-book", "2", "--classes", "c"], "--masks and --classes are for --images"),
+        (["--generate", "2"], "--generate draws what --labels name; give these, and no --masks"),
         (["--images", "photos", "--window-px", "64"], "--window-px is not for prototypes"),
         (["--images", "nowhere"], "nowhere is no folder; give one that holds pictures"),
     ):

@@ -20,7 +20,8 @@ HALF = (torch.bfloat16, torch.float16)
 # What runs in fp32 where half precision is slow: products, and the norms, which take no mixed types.
 FULL = frozenset(
     {
-        F.linear, F.conv2d, F.conv_transpose2d, F.layer_norm, F.batch_norm, F.scaled_dot_product_attention,
+        F.linear, F.conv2d, F.conv_transpose2d, F.layer_norm, F.group_norm, F.batch_norm,
+        F.scaled_dot_product_attention,
         torch.einsum, torch.matmul, torch.mm, torch.bmm,
         torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.__rmatmul__, torch.Tensor.mm, torch.Tensor.bmm,
     }

@@ -365,7 +365,7 @@ def _as(default: Any, value: Any, name: str, whose: str) -> Any:
         if isinstance(default, bool):
             return {"true": True, "false": False}[value.lower()]
         if isinstance(default, tuple):
-            return tuple(_as(default[0], part, name, whose) for part in value.split(","))
+            return tuple(_as(default[0], part, name, whose) for part in value.split(",") if part)
         return type(default)(value) if isinstance(default, int | float) else float(value)
     except (ValueError, KeyError):
         raise ValueError(f"{whose}: setting {name} is {value!r}; it is a {type(default).__name__}.") from None

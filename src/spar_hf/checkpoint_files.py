@@ -77,14 +77,15 @@ def own_file(folder: Path, name: str) -> Path:
 
     Raises:
         CheckpointError: there is no such file, or it lies elsewhere: its name has a path, or it is a link out of the
-            folder, but for those of the Hub's cache.
+            folder, but for those of the Hub's cache, of which the folder may be a snapshot or a part of one.
     """
     path = folder / name
     if Path(name).name != name:
         refuse(path, "it lies outside the model's folder", "Put all files of a model into one folder")
     if path.is_symlink():
         home = folder.resolve()
-        homes = [home, home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [home]
+        snapshots = [place for place in (home, home.parent) if place.parent.name == "snapshots"]
+        homes = [home, *(place.parents[1] / "blobs" for place in snapshots)]
         if not any(path.resolve().is_relative_to(place) for place in homes):
             refuse(path, "it is a link out of the model's folder", "Put the file itself into the folder")
     if not path.is_file():

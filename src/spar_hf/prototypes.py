@@ -27,6 +27,8 @@ from .image_io_spar import read_image
 from .image_values_spar import DEFAULTS, ReadOptions
 from .methods.bank import Bank, Reference, Rows, joined, network_digest
 from .methods.table import METHODS, find_method
+from .networks.diffusion import Diffusion
+from .networks.drawing import Drawing, draw
 from .networks.masks import MaskFolder, nearest
 from .picture_book.dataset import CLASSES, EDITION, PictureBook
 from .prompts_spar import Labels
@@ -67,6 +69,32 @@ class Pictures:
 
         names = tuple(f"train-{number}" for number in range(count))
         return cls(Labels.parse(CLASSES), names, draw, f"picture book, edition {EDITION}, {side_px} px")
+
+    @classmethod
+    def drawn(cls, diffusion: Diffusion, labels: Labels, count: int, settings: Drawing) -> Pictures:
+        """Pictures that a diffusion model draws, so many of each class; where it attended to the name is the class.
+
+        The picture of a number is the same whenever it is drawn. A class with several names has pictures of each.
+
+        Raises:
+            ValueError: a name fits into no prompt.
+        """
+        chosen = [
+            (class_id, names[number % len(names)], number)
+            for class_id, names in enumerate(labels.classes)
+            for number in range(count)
+        ]
+        for _, name, _ in chosen:
+            settings.prompt_of(diffusion, name)
+
+        def read(number: int) -> Sample:
+            class_id, name, own = chosen[number]
+            image, inside = draw(diffusion, name, settings, settings.seed + number)
+            target = np.where(inside, class_id, IGNORED).astype(np.int32)
+            return Sample(f"{name} {own}", image, target)
+
+        names = tuple(f"{name} {own}" for _, name, own in chosen)
+        return cls(labels, names, read, f"drawn by {network_digest(diffusion)}, {settings}")
 
     @classmethod
     def of_folder(cls, folder: Path, labels: Labels | None, reading: ReadOptions = DEFAULTS) -> Pictures:

@@ -41,7 +41,7 @@ class Settings:
     Attributes:
         threshold: of the first label map's probabilities; VOC20, Cityscapes .1, Context .3 (59 classes .25), Object,
             Stuff .11, ADE20K .25.
-        tau, weight: of the scores, and lambda of M; Context, Object, Stuff 1.8 and .7, VOC20 2.1 and .6, Cityscapes,
+        tau, weight: of the scores, and lambda of M; Context, Object, Stuff 1.8 and .7, VOC20, Cityscapes 2.1 and .6,
             ADE20K 2.1 and .7.
         earlier_tau, earlier_weight: of both terms, and of the earlier blocks' attention; VOC20 .6, Object, Stuff,
             Context59 .4, Cityscapes .2.

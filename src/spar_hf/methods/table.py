@@ -15,7 +15,7 @@ from typing import Any
 
 from ..methods_spar import RECIPES, Recipe
 from ..names_spar import unknown
-from ..published import BENCHMARKS, method_rows
+from ..published import method_rows
 
 # The networks that the methods' windows, strides and block numbers were chosen for: CLIP ViT-B/16, C-RADIOv3-B.
 AUTHORS_NATIVE_PX, AUTHORS_PATCH_PX = {"clip": 224, "radio": 512}, 16
@@ -376,6 +376,64 @@ _ROWS = (
         branch="generative",
         needs={"dino": "facebook/dinov2-large", "bank": ""},
         extra="vfm",
+    ),
+    Method(
+        "diffsegmenter",
+        "DiffSegmenter, without BLIP's captions",
+        "Wang et al., TIP 2025",
+        whole_image=True,
+        branch="generative",
+        needs={"diffusion": "stable-diffusion-v1-5/stable-diffusion-v1-5"},
+        extra="diffusion",
+    ),
+    Method(
+        "iseg",
+        "iSeg",
+        "Sun et al., arXiv 2409.03209",
+        whole_image=True,
+        branch="generative",
+        needs={"diffusion": "stabilityai/stable-diffusion-2-1-base"},
+        extra="diffusion",
+        note="with Stable Diffusion 2.1 and classes chosen by TagCLIP, settings chosen for each data set",
+    ),
+    Method(
+        "maskdiffusion",
+        "MaskDiffusion, on the UNet's own features",
+        "Kawano and Aoki, IEEE Access 2024",
+        whole_image=True,
+        branch="generative",
+        needs={"diffusion": "CompVis/stable-diffusion-v1-4"},
+        extra="diffusion",
+    ),
+    Method(
+        "diffcut",
+        "DiffCut, named by the model's CLIP",
+        "Couairon et al., NeurIPS 2024",
+        whole_image=True,
+        branch="generative",
+        needs={"diffusion": "segmind/SSD-1B"},
+        extra="diffusion",
+        licence="MIT",
+    ),
+    Method(
+        "freeseg_diff",
+        "FreeSeg-Diff, without BLIP's captions",
+        "Corradini et al., arXiv 2403.20105",
+        whole_image=True,
+        branch="generative",
+        needs={"diffusion": "CompVis/stable-diffusion-v1-4"},
+        extra="diffusion",
+    ),
+    Method(
+        "cliper_sd",
+        "CLIPer's labels with Stable Diffusion, without windows",
+        "Sun et al., ICCV 2025",
+        positions="bilinear",
+        whole_image=True,
+        branch="generative",
+        needs={"diffusion": "stabilityai/stable-diffusion-2-1-base"},
+        extra="diffusion",
+        note="settings chosen for each data set",
     ),
     Method(
         "scra",
