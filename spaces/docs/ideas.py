@@ -174,6 +174,36 @@ IDEAS: dict[str, Idea] = {
         "Superpixels of a new picture are compared with them, and CLIP's view of the whole window joins in.",
         r"s_k = 0.8\, \sigma(\cos(f_{\mathrm{superpixel}}, p_k)) + 0.2 \cos(f_{\mathrm{window}}, t_k)",
     ),
+    "diffsegmenter": Idea(
+        "Stable Diffusion's cross attention says where in a picture it looks for a word. "
+        "Its self attention says which pixels belong together and completes the word's map.",
+        r"M_k = S \left(0.1\, C_{64} + 0.1\, C_{32} + 0.5\, C_{16} + 0.3\, C_{8}\right)",
+    ),
+    "iseg": Idea(
+        "Multiplying a word's map with self attention again and again blurs it, since weak ties add up. "
+        "Here the self attention is sharpened first, and the cross attention averaged over clusters of pixels.",
+        r"M \leftarrow \mathrm{norm}\left(A' M\right), \qquad A' = \max\left(A + e \log_{10}(2.718\, A), 0\right)",
+    ),
+    "maskdiffusion": Idea(
+        "A diffusion model's features tell things apart, and its cross attention says which of them a word means. "
+        "Each word's vector is the mean of the features where it is attended to, and pixels take the nearest one.",
+        r"v_k = \frac{\sum_i M_{ki} F_i}{\sum_i M_{ki}}, \qquad \mathrm{label}(i) = \mathrm{arg\,max}_k\, F_i \cdot v_k",
+    ),
+    "diffcut": Idea(
+        "The UNet's features are cut in two by a normalised cut, and the parts again as long as a cut is cheap. "
+        "So no number of segments is chosen, and CLIP names them.",
+        r"(D - A)\, y = \lambda D y, \qquad A = \cos(F, F)^{10}",
+    ),
+    "freeseg_diff": Idea(
+        "Clusters of the UNet's queries are segments, found without a word. "
+        "Each is shown to CLIP alone, the rest of the picture black, and a DenseCRF draws its outline.",
+        r"k_c = \mathrm{arg\,max}_k\, \mathrm{softmax}_k\left(\cos(f(x \odot m_c), t_k)\right)",
+    ),
+    "cliper_sd": Idea(
+        "CLIPer's maps know the names and are coarse. "
+        "Stable Diffusion's self attention, one head after the other, carries them to the pixels that belong together.",
+        r"P \leftarrow A_1 A_2 \cdots A_h P",
+    ),
     "scra": Idea(
         "In RADIO's last block tokens attend by how alike the results of their own attention are. "
         "Tokens of one thing end up close together, and the rest of the block stays.",
