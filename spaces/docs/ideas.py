@@ -182,12 +182,12 @@ IDEAS: dict[str, Idea] = {
     "iseg": Idea(
         "Multiplying a word's map with self attention again and again blurs it, since weak ties add up. "
         "Here the self attention is sharpened first, and the cross attention averaged over clusters of pixels.",
-        r"M \leftarrow \mathrm{norm}\left(A' M\right), \qquad A' = \max\left(A + e \log_{10}(2.718\, A), 0\right)",
+        r"M \leftarrow \mathrm{norm}\left(A' M\right), \quad A' = \max\left(A + e \log_{10}(2.718\, A), 0\right)",
     ),
     "maskdiffusion": Idea(
         "A diffusion model's features tell things apart, and its cross attention says which of them a word means. "
         "Each word's vector is the mean of the features where it is attended to, and pixels take the nearest one.",
-        r"v_k = \frac{\sum_i M_{ki} F_i}{\sum_i M_{ki}}, \qquad \mathrm{label}(i) = \mathrm{arg\,max}_k\, F_i \cdot v_k",
+        r"v_k = \frac{\sum_i M_{ki} F_i}{\sum_i M_{ki}}, \quad \mathrm{label}(i) = \mathrm{arg\,max}_k\, F_i \cdot v_k",
     ),
     "diffcut": Idea(
         "The UNet's features are cut in two by a normalised cut, and the parts again as long as a cut is cheap. "
