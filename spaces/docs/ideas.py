@@ -175,35 +175,34 @@ IDEAS: dict[str, Idea] = {
         r"s_k = 0.8\, \sigma(\cos(f_{\mathrm{superpixel}}, p_k)) + 0.2 \cos(f_{\mathrm{window}}, t_k)",
     ),
     "diffsegmenter": Idea(
-        "Stable Diffusion looks at the pixels of a word when it denoises a picture with that word. "
-        "Its self attention, which pixels look at each other, carries what it found to the whole of the thing.",
-        r"m_k = S \sum_r w_r \hat C_{r,k}, \qquad w = (.1, .1, .5, .3) \quad \mathrm{for} \quad r = 64, 32, 16, 8",
+        "Stable Diffusion's cross attention says where in a picture it looks for a word. "
+        "Its self attention says which pixels belong together and completes the word's map.",
+        r"M_k = S \left(0.1\, C_{64} + 0.1\, C_{32} + 0.5\, C_{16} + 0.3\, C_{8}\right)",
     ),
     "iseg": Idea(
-        "All names share one prompt, and their cross attention is averaged over clusters of pixels that look at the "
-        "same words. A sharpened self attention then refines the maps again and again.",
-        r"m \leftarrow \frac{A m - \min A m}{\sum (A m - \min A m)} \quad \mathrm{eight\ times}, \qquad"
-        r" A \leftarrow \max(0, A + e \log_{10}(2.718\, A))",
+        "Multiplying a word's map with self attention again and again blurs it, since weak ties add up. "
+        "Here the self attention is sharpened first, and the cross attention averaged over clusters of pixels.",
+        r"M \leftarrow \mathrm{norm}\left(A' M\right), \quad A' = \max\left(A + e \log_{10}(2.718\, A), 0\right)",
     ),
     "maskdiffusion": Idea(
-        "Where Stable Diffusion looks for a name, the UNet's own features are averaged into a vector of that name. "
-        "Each pixel then takes the name whose vector its feature is most like.",
-        r"v_k = \sum_i M_{k,i}\, f_i, \qquad c_i = \mathrm{argmax}_k\, f_i \cdot v_k",
+        "A diffusion model's features tell things apart, and its cross attention says which of them a word means. "
+        "Each word's vector is the mean of the features where it is attended to, and pixels take the nearest one.",
+        r"v_k = \frac{\sum_i M_{ki} F_i}{\sum_i M_{ki}}, \quad \mathrm{label}(i) = \mathrm{arg\,max}_k\, F_i \cdot v_k",
     ),
     "diffcut": Idea(
-        "The UNet's features of pixels form a graph, which is cut in two where that costs least, and again until no "
-        "cut is cheap. CLIP then names each segment by the mean of its features.",
-        r"\left(D - W\right) y = \lambda D y, \qquad W = \left(\frac{F F^\top - \min}{\max - \min}\right)^{10}",
+        "The UNet's features are cut in two by a normalised cut, and the parts again as long as a cut is cheap. "
+        "So no number of segments is chosen, and CLIP names them.",
+        r"(D - A)\, y = \lambda D y, \qquad A = \cos(F, F)^{10}",
     ),
     "freeseg_diff": Idea(
-        "k-means clusters the UNet's queries into a few regions of the picture. "
-        "CLIP sees each region alone, everything else black, and says which name it is.",
-        r"R_1, \dots, R_4 = \mathrm{kmeans}(Q), \qquad p_j = \mathrm{softmax}_k\, \tau \cos(\mathrm{CLIP}(x R_j), t_k)",
+        "Clusters of the UNet's queries are segments, found without a word. "
+        "Each is shown to CLIP alone, the rest of the picture black, and a DenseCRF draws its outline.",
+        r"k_c = \mathrm{arg\,max}_k\, \mathrm{softmax}_k\left(\cos(f(x \odot m_c), t_k)\right)",
     ),
     "cliper_sd": Idea(
-        "CLIPer's maps of the names come from CLIP's blocks and are coarse. "
-        "Stable Diffusion's self attention, head after head, spreads them along the outlines that it knows.",
-        r"m \leftarrow A_1 A_2 \cdots A_n\, m \quad \mathrm{over\ the\ heads\ of\ two\ layers}",
+        "CLIPer's maps know the names and are coarse. "
+        "Stable Diffusion's self attention, one head after the other, carries them to the pixels that belong together.",
+        r"P \leftarrow A_1 A_2 \cdots A_h P",
     ),
     "scra": Idea(
         "In RADIO's last block tokens attend by how alike the results of their own attention are. "

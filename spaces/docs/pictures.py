@@ -39,7 +39,7 @@ REFERENCES = 150  # scenes of a bank
 INK = "#202124"
 # What stands in for networks that do not ship.
 STAND_INS = {"dino": "tiny", "regions": "slic", "bank_dino": "tiny"}
-OUT_OF_REACH = {"sam", "blip", "saliency"}
+OUT_OF_REACH = {"sam", "blip", "saliency", "diffusion"}
 plt.rcParams.update({"font.family": "DejaVu Sans", "font.size": 9, "text.color": INK, "axes.titlesize": 9})
 
 
