@@ -5,7 +5,7 @@ VENV := $(or $(VIRTUAL_ENV),.venv)
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test lint bench browser
+.PHONY: help demo test lint bench browser docs release
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -29,6 +29,12 @@ bench: $(VENV)/.spar-dev  ## measure speed and memory on this machine
 browser: $(VENV)/.spar-dev  ## build the page that runs in the browser, dist/browser (needs npm)
 	$(BIN)/python spaces/browser/build.py
 
+docs: $(VENV)/.spar-docs  ## build the documentation as a site, dist/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+release: $(VENV)/.spar-dev  ## build sdist and wheel into dist and check them (PYTHONS names the Pythons to try)
+	$(BIN)/python .ci/release.py $(PYTHONS)
+
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -41,4 +47,8 @@ $(VENV)/.spar-demo: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.spar-dev: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing spar-hf with its development tools into $(VENV); the first time takes a few minutes."
 	$(INSTALL) -e ".[dev]"
+	@touch $@ $(VENV)/.spar-demo $(VENV)/.spar-docs
+
+$(VENV)/.spar-docs: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) -e ".[docs]"
 	@touch $@ $(VENV)/.spar-demo

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing as mp
-import resource
 import statistics
 import subprocess
 import sys
@@ -27,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from record import origin
+from record import PeakMemory, origin
 
 from spar_cli.methods import renew
 from spar_hf import FromFeatures, SparVisionConfig, SparVisionModel, SparVisionOutput, export, load
@@ -71,18 +70,18 @@ def one_pass(backend: str, folder: Path, threads: int) -> Callable[[torch.Tensor
 
 
 def worker(backend: str, folder: Path, size_hw: tuple[int, int], threads: int, pipe: Any) -> None:
-    """Answers each message with the CPU seconds of a pass and the peak memory added so far, in MB."""
+    """Answers each message with the CPU seconds of a pass and the peak memory of the first one, in MB."""
     torch.set_num_threads(threads)
     pixels = torch.randn(1, 3, *size_hw, generator=torch.Generator().manual_seed(0)) * 0.5
     with torch.inference_mode():
         run = one_pass(backend, folder, threads)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        run(pixels)
+        with PeakMemory() as memory:
+            run(pixels)
         while pipe.recv():
             started = time.process_time()
             run(pixels)
             seconds = time.process_time() - started
-            pipe.send((seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024))
+            pipe.send((seconds, memory.mb))
 
 
 def speed(size_hw: tuple[int, int], rounds: int, threads: int, backends: list[str]) -> dict[str, dict[str, float]]:

@@ -1,10 +1,11 @@
 """Milliseconds of the page in a real Chromium, and of onnxruntime in Python on the same machine.
 
-    make browser && python benchmarks/browser.py              # prints a table of dist/browser
-    python benchmarks/browser.py --page DIST --rounds 5 --json browser.json
+    make browser && python benchmarks/browser.py              # of dist/browser
+    python benchmarks/browser.py --page DIST --rounds 5 --output browser.json
 
 Each size is segmented with the demo's words, which are encoded once before; a row is the median of the network's time
-over the rounds, and that of the whole request: opening the picture, network, label map and drawing.
+over the rounds, and that of the whole request: opening the picture, network, label map and drawing. Writes
+benchmarks/results/browser.json and the table of docs/browser.md.
 """
 
 from __future__ import annotations
@@ -27,10 +28,15 @@ from playwright.sync_api import Page, sync_playwright
 from record import origin
 
 import spar_onnx
+from spar_cli.methods import renew
 from spar_hf.checkpoints import ASSETS
+from spar_hf.evaluation.evaluate import markdown_table
 from spar_hf.files import write_json
 
-DIST = Path(__file__).parents[1] / "dist" / "browser"
+HERE = Path(__file__).parent
+RESULTS, DOCS = HERE / "results" / "browser.json", HERE.parent / "docs" / "browser.md"
+DIST = HERE.parent / "dist" / "browser"
+COLUMNS = {"network": "network", "whole": "whole request", "python": "onnxruntime in Python, network"}
 WORDS = "cake; car, automobile; tree; apple; star; sea; sky; sand"
 SIZES_HW = ((256, 384), (512, 768), (800, 1200))
 
@@ -77,11 +83,28 @@ def in_python(pipeline: Any, picture: Path, rounds: int) -> float:
     return statistics.median(times)
 
 
+def table(document: dict[str, Any]) -> str:
+    """What was measured, for docs/browser.md."""
+    rows = [
+        [" x ".join(map(str, row["size_hw"][::-1])), *(f"{row[f'{what}_ms']:.0f}" for what in COLUMNS)]
+        for row in document["rows"]
+    ]
+    machine = document["machine"]
+    return "\n".join(
+        [
+            f"Milliseconds in Chromium {document['chromium'].partition('.')[0]} ({machine['capability']}, "
+            f"{machine['threads']} threads; `{document['command']}`):",
+            "",
+            *markdown_table(["picture", *COLUMNS.values()], rows),
+        ]
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--page", type=Path, default=DIST, metavar="DIST", help="a built page")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows here")
+    parser.add_argument("--output", type=Path, default=RESULTS, metavar="FILE")
     args = parser.parse_args()
     models = args.page / "models"
     if not models.is_dir():
@@ -103,21 +126,22 @@ def main() -> None:
         runs = page.locator("#status").inner_text()
         page.locator("#words").fill(WORDS)
         pipeline = spar_onnx.load(folder, threads=2)
-        print(
-            f"{runs}\n\n| picture | network | whole request | onnxruntime in Python, network |\n|---|---:|---:|---:|"
-        )
+        print(f"{runs}\nnetwork, whole request, and onnxruntime in Python in ms:")
         for height, width in SIZES_HW:
             picture = Path(scratch) / f"{width}.png"
             Image.open(ASSETS / "pictures" / "demo.png").convert("RGB").resize((width, height)).save(picture)
             network, whole = in_browser(page, picture, args.rounds)
             native = in_python(pipeline, picture, args.rounds)
             rows.append({"size_hw": [height, width], "network_ms": network, "whole_ms": whole, "python_ms": native})
-            print(f"| {width} × {height} | {network:.0f} ms | {whole:.0f} ms | {native:.0f} ms |", flush=True)
+            print(f"{width} x {height}: {network:.0f} {whole:.0f} {native:.0f}", flush=True)
         version = browser.version
         browser.close()
     server.shutdown()
-    if args.json:
-        write_json(args.json, {**origin(), "chromium": version, "runs": runs, "rounds": args.rounds, "rows": rows})
+    said = {"chromium": version, "runs": runs, "rounds": args.rounds}
+    document = {**origin("onnxruntime", threads=2), **said, "rows": rows}
+    write_json(args.output, document)
+    if args.output == RESULTS:
+        renew(DOCS, "browser-speed", table(document))
 
 
 if __name__ == "__main__":

@@ -155,6 +155,22 @@ def stock_pe_core(height_px: int, width_px: int, dtype: torch.dtype) -> Callable
     return stock_eva(height_px, width_px, dtype, "vit_pe_core_base_patch16_224")
 
 
+def stock_pe_core_head(height_px: int, width_px: int, dtype: torch.dtype) -> Callable:
+    import timm
+
+    name, text_width = "vit_pe_core_base_patch16_224", PE_CORE["projection_dim"]
+    model = timm.create_model(name, dynamic_img_size=True, num_classes=text_width).eval().to(dtype)
+    pool = model.attn_pool
+    width = pool.kv.weight.shape[1]
+
+    def run(pixels: torch.Tensor) -> torch.Tensor:
+        tokens = model.forward_features(pixels)
+        values = pool.proj(nn.functional.linear(tokens, pool.kv.weight[width:], pool.kv.bias[width:]))
+        return model.head(values + pool.mlp(pool.norm(values)))
+
+    return run
+
+
 def radio(height_px: int, width_px: int, dtype: torch.dtype) -> Callable:
     from spar_hf import SparRadioVisionConfig, SparRadioVisionModel
 
@@ -196,7 +212,7 @@ FAMILIES = {
 if importlib.util.find_spec("timm") is not None:
     FAMILIES |= {
         "eva02": {"ours": eva, "stock": stock_eva},
-        "pe_core": {"ours": pe_core, "stock": stock_pe_core},
+        "pe_core": {"ours": pe_core, "stock": stock_pe_core, "stock+head": stock_pe_core_head},
     }
 
 

@@ -16,7 +16,6 @@ benchmarks/results/methods.json, a size at a time.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import statistics
 import time
 from collections.abc import Callable
@@ -26,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from record import origin
+from record import PeakMemory, origin
 from transformers import SamVisionConfig, SamVisionModel
 
 from spar_hf import METHODS, SparConfig, SparModel, build_encoder, build_segmenter, label_map, load
@@ -232,16 +231,9 @@ def peak_mb(encoder: Any, size: str) -> float:
     with torch.inference_mode():
         if not encoder.unets:  # a pass of one takes as long at any size
             encoder(pixels[:, :, :64, :64])  # libraries set up with the first pass
-        ctypes.CDLL(None).malloc_trim(0)  # what earlier passes freed shall not be at hand
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        before = _memory_kb("VmRSS")
-        encoder(pixels)
-    return (_memory_kb("VmHWM") - before) / 1024
-
-
-def _memory_kb(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+        with PeakMemory() as memory:
+            encoder(pixels)
+    return memory.mb
 
 
 def main(argv: list[str] | None = None) -> None:

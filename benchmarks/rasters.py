@@ -12,9 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import re
-import resource
 import subprocess
 import sys
 import tempfile
@@ -24,14 +21,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from record import origin
+from record import PeakMemory, origin
 
+from spar_cli.methods import renew
 from spar_hf.extras import extra_package
-from spar_hf.files import write_atomically, write_json
+from spar_hf.files import write_json
 
 HERE = Path(__file__).parent
 RESULTS, PAGE = HERE / "results" / "rasters.json", HERE.parent / "docs" / "rasters.md"
-MARKS = ("<!-- rasters -->\n", "<!-- /rasters -->")
 SCENE_PX, SCENES = 512, 24
 WORDS = "sky; grass; sea; sand; brick wall; wood; road; snow; house; tree; car; boat; fish; flower; star; balloon"
 
@@ -69,26 +66,18 @@ def measure(way: str, path: Path, model_id: str, output: Path, memory_mb: int) -
     segmenter = build_segmenter(model, processor, reach="image" if way == "image" else "window")
     encoded = segmenter.encode_labels(Labels.parse(WORDS))
     class_ids = torch.tensor(encoded.labels.class_ids)
-    before, started = memory_now(), time.process_time()
-    if way == "blocks":
-        segment_raster(
-            path, segmenter, encoded, processor.image_processor, output, memory_bytes=memory_mb * 10**6, progress=show
-        )
-    else:
-        with rasterio.open(path) as file, torch.inference_mode():
-            rules = {"do_resize": False, "max_input_pixels": 10**10, "max_image_pixels": 10**10}
-            pixels = processor.image_processor(file.read().transpose(1, 2, 0), return_tensors="pt", **rules)
+    started = time.process_time()
+    with PeakMemory() as memory, torch.inference_mode():
+        if way == "blocks":
+            rules: dict[str, Any] = {"memory_bytes": memory_mb * 10**6, "progress": show}
+            segment_raster(path, segmenter, encoded, processor.image_processor, output, **rules)
+        else:
+            with rasterio.open(path) as file:
+                rules = {"do_resize": False, "max_input_pixels": 10**10, "max_image_pixels": 10**10}
+                pixels = processor.image_processor(file.read().transpose(1, 2, 0), return_tensors="pt", **rules)
             found = label_map(segmenter(pixels["pixel_values"], encoded)[0], class_ids)
-        np.save(output, found.numpy().astype(np.uint8))
-    seconds = time.process_time() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"cpu_s": seconds, "memory_mb": (peak - before) / 1e6}
-
-
-def memory_now() -> int:
-    """Bytes that this process has in memory."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
+            np.save(output, found.numpy().astype(np.uint8))
+    return {"cpu_s": time.process_time() - started, "memory_mb": memory.mb}
 
 
 def show(done: int, total: int) -> None:
@@ -160,14 +149,6 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write_page(results: dict[str, Any], page: Path) -> None:
-    """Puts the table between its marks."""
-    text = page.read_text(encoding="utf-8")
-    begin, end = (re.escape(mark) for mark in MARKS)
-    filled = re.sub(f"({begin}).*?({end})", lambda found: found[1] + table(results) + found[2], text, flags=re.S)
-    write_atomically(page, filled.encode())
-
-
 def size_hw(word: str) -> tuple[int, int]:
     height, _, width = word.partition("x")
     return int(height), int(width)
@@ -195,7 +176,7 @@ def main() -> None:
     results = json.loads(args.output.read_text(encoding="utf-8"))
     print(table(results))
     if args.output == RESULTS:
-        write_page(results, PAGE)
+        renew(PAGE, "rasters", table(results))
 
 
 if __name__ == "__main__":

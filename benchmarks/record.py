@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import shlex
 import sys
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +20,32 @@ INSTRUCTION_LIMITS = (
     "ONEDNN_MAX_CPU_ISA",
     "MKL_ENABLE_INSTRUCTIONS",
 )  # of torch, oneDNN, MKL
+
+
+class PeakMemory:
+    """The peak resident memory of this process within the block, over what it held before (Linux).
+
+    The peak of `getrusage` is that since the process began, so a model whose loading takes more than its passes
+    seems to need nothing.
+
+    Attributes:
+        mb: megabytes (10^6 bytes), after the block.
+    """
+
+    def __enter__(self) -> PeakMemory:
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed before shall not be at hand
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        self._before_kb, self.mb = status_kb("VmRSS"), 0.0
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.mb = (status_kb("VmHWM") - self._before_kb) * 1024 / 1e6
+
+
+def status_kb(field: str) -> int:
+    """A field of this process's status, such as VmRSS, its resident memory, or the peak of that, VmHWM."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 def command_line() -> str:

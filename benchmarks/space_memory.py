@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from record import origin
+from record import PeakMemory, origin, status_kb
 
 from spar_hf.checkpoints import ASSETS
 from spar_hf.demo.handlers import OWN_METHOD, Api, Page
@@ -73,12 +73,6 @@ def make_picture(name: str, folder: Path) -> str:
     return str(path)
 
 
-def memory_mb(field: str) -> float:
-    """A field of this process's status, such as VmRSS or its peak, VmHWM."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024 / 1e6
-
-
 def measure(row: str) -> dict[str, Any]:
     """Runs one row in this process."""
     name, wanted = ROWS[row]
@@ -100,14 +94,14 @@ def measure(row: str) -> dict[str, Any]:
         path = subprocess.run(  # in another process, whose memory is its own
             [sys.executable, __file__, "--make", name, folder], check=True, capture_output=True, text=True
         ).stdout.strip()
-        before = memory_mb("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        before = status_kb("VmRSS") * 1024 / 1e6
         threads = [threading.Thread(target=requests[request], args=(path,)) for request in wanted]
         started = time.perf_counter()
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with PeakMemory() as memory:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
         seconds = time.perf_counter() - started
         size = Path(path).stat().st_size
         return {
@@ -116,7 +110,7 @@ def measure(row: str) -> dict[str, Any]:
             "file_kb": round(size / 1000),
             "requests": list(wanted),
             "before_mb": round(before),
-            "peak_above_mb": round(memory_mb("VmHWM") - before),
+            "peak_above_mb": round(memory.mb),
             "seconds": round(seconds, 1),
         }
 

@@ -11,7 +11,7 @@ Three ways to the same two files for each picture, an overlay and a label map:
 
 Seconds are those from the first picture to the last file, without start and loading. The ways take turns in every
 round, each in a process of its own. The network's share is the time in the segmenter over all the time of the command.
-Writes benchmarks/results/throughput.json.
+Writes benchmarks/results/throughput.json, and the table of docs/many.md.
 """
 
 from __future__ import annotations
@@ -32,12 +32,15 @@ from PIL import Image
 from record import origin
 
 import spar_hf
+from spar_cli.methods import renew
+from spar_hf.evaluation.evaluate import markdown_table
 from spar_hf.files import write_json
 from spar_hf.picture_book.dataset import PictureBook
 from spar_hf.pipeline_spar import OpenVocabularySegmentationPipeline
 from spar_hf.visualize import label_map_image, overlay
 
 RESULTS = Path(__file__).parent / "results" / "throughput.json"
+DOCS = Path(__file__).parents[1] / "docs" / "many.md"
 WORDS = "cake; car, automobile; tree; apple; star; sea; sky; sand"
 WAYS = ("loop", "encoded loop", "command")
 # Targets, against the loop that is the faster: pictures a second, and the network's share of the time.
@@ -102,6 +105,31 @@ def measured(args: argparse.Namespace, way: str) -> dict[str, float]:
     return json.loads(run.stdout.splitlines()[-1])
 
 
+def table(document: dict[str, Any]) -> str:
+    """What was measured, for docs/many.md."""
+    settings, rates = document["settings"], document["rows"]
+    ours = rates["command"]["images_per_second"]
+    rows = [
+        [name, f"{rates[way]['images_per_second']:.2f}", f"{ours / rates[way]['images_per_second']:.2f}"]
+        for name, way in (
+            ("the plain loop, words encoded for each picture", "loop"),
+            ("the plain loop, words encoded once before", "encoded loop"),
+            ("`spar segment FOLDER`", "command"),
+        )
+    ]
+    machine = document["machine"]
+    return "\n".join(
+        [
+            f"{settings['images']} pictures of {settings['side']} px, `{settings['model']}` in {settings['dtype']} "
+            f"({machine['capability']}, {machine['threads']} threads; `{document['command']}`):",
+            "",
+            *markdown_table(["", "pictures/s", "command against it"], rows),
+            "",
+            f"The network has {document['network_share']:.0%} of the command's time.",
+        ]
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="vit-b", help="vit-b (random weights), tiny, a folder or an id (vit-b)")
@@ -121,10 +149,11 @@ def main() -> None:
         print(json.dumps(command(args) if args.way == "command" else loop(args)))
         return
 
+    named = args.model
     with tempfile.TemporaryDirectory() as folder:
         args.folder = Path(folder)
         make_pictures(args.folder / "pictures", args.images, args.side)
-        if args.model == "vit-b":
+        if named == "vit-b":
             args.model = str(args.folder / "vit-b")
             make_model(Path(args.model))
         runs: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
@@ -142,9 +171,13 @@ def main() -> None:
         f"{TIMES}); the network has {share:.0%} of its time (wanted: {SHARE:.0%})"
     )
     settings = {name: str(value) for name, value in vars(args).items() if name not in ("way", "folder", "output")}
+    settings["model"] = named
     times = {way: round(value, 2) for way, value in times.items()}
     result = {"rows": rows, "times": times, "network_share": round(share, 3)}
-    write_json(args.output, {**origin(threads=args.threads), "settings": settings, **result})
+    document = {**origin(threads=args.threads), "settings": settings, **result}
+    write_json(args.output, document)
+    if args.output == RESULTS:
+        renew(DOCS, "throughput", table(document))
 
 
 if __name__ == "__main__":

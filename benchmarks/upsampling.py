@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from quality import Row, load
-from record import origin
+from record import PeakMemory, origin
 
 from spar_hf import SparAnyUp, SparAnyUpConfig
 from spar_hf.build import build_segmenter
@@ -95,9 +95,8 @@ def cost_of(upsampler: str, what: str) -> dict[str, float]:
     made = SparAnyUp(SparAnyUpConfig()).eval() if upsampler == "anyup" else load_upsampler(upsampler)
     image, features = torch.rand(3, COST_PX, COST_PX), torch.randn(COST_GRID, COST_GRID, COST_CHANNELS)
     text = torch.nn.functional.normalize(torch.randn(COST_NAMES, COST_CHANNELS), dim=-1)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before, started = _memory_mb("VmRSS"), time.process_time()
-    with torch.inference_mode():
+    started = time.process_time()
+    with torch.inference_mode(), PeakMemory() as memory:
         weights = made.weights(image, features, (COST_PX, COST_PX))
         for first in range(0, COST_PX, ROWS):
             rows = slice(first, first + ROWS)
@@ -105,12 +104,7 @@ def cost_of(upsampler: str, what: str) -> dict[str, float]:
                 weights.scores(features, text, rows).argmax(0)
             else:  # features, some rows at a time: all of them would take 2.1 GB
                 torch.nn.functional.normalize(weights.apply(features, rows), dim=-1).matmul(text.T).argmax(-1)
-    return {"cpu_seconds": round(time.process_time() - started, 1), "peak_mb": round(_memory_mb("VmHWM") - before)}
-
-
-def _memory_mb(field: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
+    return {"cpu_seconds": round(time.process_time() - started, 1), "peak_mb": round(memory.mb)}
 
 
 def cost(args: argparse.Namespace) -> None:

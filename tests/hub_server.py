@@ -4,9 +4,9 @@
         os.environ["HF_ENDPOINT"] = hub.url          # before huggingface_hub is imported
         os.environ["HF_HUB_DISABLE_XET"] = "1"       # large files go by Git LFS, as to the Hub without hf-xet
 
-It keeps repositories in memory: commits of files, branches, pull requests, large objects by their sha256. It does not
-speak: Xet, multipart uploads, gated and private repositories' access rules, organisations, tags, discussions,
-listing by pages, renamed repositories, rate limits.
+It keeps repositories in memory: commits of files, branches, pull requests, large objects by their sha256; the files of
+gated repositories are refused. It does not speak: Xet, multipart uploads, private repositories' access rules,
+organisations, tags, discussions, listing by pages, renamed repositories, rate limits.
 """
 
 from __future__ import annotations
@@ -72,6 +72,7 @@ class HubServer:
     Attributes:
         repositories: by kind ("models", "spaces") and id.
         requests: "METHOD /path" of every request, in order.
+        gated: ids of repositories whose licence the user has not accepted.
         faults: called before each request with method and path; True drops the connection, a number is the status
             of an error.
     """
@@ -80,6 +81,7 @@ class HubServer:
         self.repositories: dict[tuple[str, str], Repository] = {}
         self.objects: dict[str, bytes] = {}
         self.requests: list[str] = []
+        self.gated: set[str] = set()
         self.faults: Callable[[str, str], bool | int] = lambda method, path: False
         self.lock = threading.Lock()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
@@ -364,6 +366,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def resolve(self, repo: str, revision: str, path: str, space: str = "") -> None:
         oid, files = self.snapshot("spaces" if space else "models", repo, revision)
+        if repo in self.hub.gated:
+            raise Refused(403, "GatedRepo", f"Access to model {repo} is restricted and you are not in its list.")
         if path not in files:
             raise Refused(404, "EntryNotFound", f"{path} does not exist on {revision}")
         headers = {"X-Repo-Commit": oid, "ETag": f'"{files[path].oid}"', "Accept-Ranges": "bytes"}

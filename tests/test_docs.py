@@ -13,8 +13,12 @@ import pytest
 from spar_cli.main import parse
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
-PAGES += [*sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "src").rglob("README.md")), ROOT / "spaces/README.md"]
+PAGES = [ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG", "SECURITY", "CODE_OF_CONDUCT")]
+PAGES += [
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "src").rglob("README.md")),
+    ROOT / "spaces/README.md",
+]
 FOLDERS = ("src", "tests", "benchmarks", "training", "docs", "examples", "spaces")
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.S | re.M)
 
@@ -104,10 +108,10 @@ def test_the_pages_show_commands():
     assert sum("benchmarks/" in " ".join(words) for words in shown) > 8
 
 
-def test_the_readmes_figures_of_speed_are_the_stored_ones():
+def test_figures_of_speed_and_published_ones_are_the_stored_ones():
     """`python benchmarks/readme.py` puts them there."""
     import readme
 
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
     for name, block in readme.blocks().items():
+        text = readme.page_of(name).read_text(encoding="utf-8")
         assert f"<!-- {name} -->\n{block}\n<!-- /{name} -->" in text, name

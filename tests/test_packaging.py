@@ -110,10 +110,48 @@ def test_make_help_lists_every_target():
     command = ["make", "--no-print-directory", "help"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
     listed = {line.split()[1] for line in run.stdout.splitlines()}
-    assert listed == {"help", "demo", "test", "lint", "bench", "browser"}
+    assert listed == {"help", "demo", "test", "lint", "bench", "browser", "docs", "release"}
 
 
 def test_ci_script_is_valid_and_executable():
     script = ROOT / ".ci" / "run"
     subprocess.run(["bash", "-n", str(script)], check=True, timeout=60)
     assert script.stat().st_mode & 0o111
+
+
+def test_the_release_script_finds_pythons_and_reads_the_one_version(monkeypatch, tmp_path):
+    import importlib.util
+
+    import spar_hf
+
+    spec = importlib.util.spec_from_file_location("release", ROOT / ".ci" / "release.py")
+    release = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(release)
+    assert release.version() == spar_hf.__version__
+    running = f"{sys.version_info.major}.{sys.version_info.minor}"
+    monkeypatch.setenv("PYENV_ROOT", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert release.interpreter(running) is None
+    (tmp_path / f"python{running}").symlink_to(sys.executable)
+    assert release.interpreter(running) == tmp_path / f"python{running}"
+    other = tmp_path / "versions" / "3.99.1" / "bin"
+    other.mkdir(parents=True)
+    (other / "python").symlink_to(sys.executable)
+    assert release.interpreter("3.99") is None, "its name alone is no proof"
+
+
+def test_the_files_that_speak_for_the_project_agree():
+    import yaml
+
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys() and "version" not in citation
+    assert citation["license"] == PROJECT["license"]
+    assert citation["preferred-citation"]["url"].rpartition("/")[2] in (ROOT / "README.md").read_text(encoding="utf-8")
+    forms = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
+    assert len(forms) >= 4
+    for form in forms:
+        read = yaml.safe_load(form.read_text(encoding="utf-8"))
+        if form.stem != "config":
+            assert {"name", "description", "body"} <= read.keys()
+            ids = [entry["id"] for entry in read["body"] if entry["type"] != "markdown"]
+            assert len(ids) == len(set(ids)) and all(entry["attributes"]["label"] for entry in read["body"])

@@ -166,6 +166,8 @@ def test_a_built_page_becomes_a_static_space(hub, spar, tmp_path):
     assert refused.status == 2 and f"{page} is no built page; build one with 'python spaces/" in refused.err
     for name in ("index.html", "service-worker.js", "README.md"):
         (page / name).write_text("the page's own")
+    refused = spar(*words[:4], "--with-space")
+    assert refused.status == 2 and "an exported folder, which the Gradio Space cannot load" in refused.err
     (page / "models/exported" / RECORD).write_text("{}")
     refused = spar(*words)
     assert refused.status == 2 and f"{page} ships with another model than {exported}; build it" in refused.err

@@ -8,6 +8,7 @@ import os
 import runpy
 import signal
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +81,7 @@ def test_features_of_a_batch(model_folder):
 
 
 class KilledOnce(Segment):
-    """Kills its own process with its second batch, if no other actor has done so."""
+    """Begins when two workers have a batch; kills its own process with its second batch, if no other has done so."""
 
     def __init__(self, *arguments, marker: str, **options):
         super().__init__(*arguments, **options)
@@ -88,6 +89,10 @@ class KilledOnce(Segment):
 
     def __call__(self, batch):
         self.batches += 1
+        Path(f"{self.marker}-{os.getpid()}").touch()
+        until = time.monotonic() + 120
+        while len(list(Path(self.marker).parent.glob("killed-*"))) < 2 and time.monotonic() < until:
+            time.sleep(0.1)
         if self.batches == 2:
             try:
                 os.close(os.open(self.marker, os.O_CREAT | os.O_EXCL))
@@ -112,15 +117,20 @@ def test_a_cluster_of_two_workers_one_killed_on_the_way(cluster, model_folder, t
     import pyarrow.parquet
 
     rows = [{"id": number, "image": encoded(picture(number))} for number in range(24)]
-    cluster.data.from_items(rows).repartition(12).write_parquet(str(tmp_path / "photos"))
+    cluster.data.from_items(rows).write_parquet(str(tmp_path / "photos"))
     marker = tmp_path / "killed"
-    found = cluster.data.read_parquet(str(tmp_path / "photos"), override_num_blocks=12).map_batches(
-        KilledOnce,
-        fn_constructor_args=(model_folder, LABELS),
-        fn_constructor_kwargs={"marker": str(marker)},
-        batch_size=2,
-        concurrency=2,
-        num_cpus=0.5,
+    # Ray makes one block of so little, and a block is what a worker takes.
+    found = (
+        cluster.data.read_parquet(str(tmp_path / "photos"))
+        .repartition(12)
+        .map_batches(
+            KilledOnce,
+            fn_constructor_args=(model_folder, LABELS),
+            fn_constructor_kwargs={"marker": str(marker)},
+            batch_size=2,
+            concurrency=2,
+            num_cpus=0.5,
+        )
     )
     found.write_parquet(str(tmp_path / "found"))
     assert marker.exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -32,6 +33,8 @@ WRONG = [
     ("pretrain_tiny.py", ("--ema-decay", "2")),
     ("pretrain_tiny.py", ("--weight-decay", "inf")),
     ("pretrain_tiny.py", ("--device", "tpu9")),
+    ("pretrain_tiny.py", ("--losses", "names")),
+    ("pretrain_tiny.py", ("--width", "100")),
     ("pretrain_tiny.py", ("--batch-size", "32", "--pool-views", "16")),
     ("pretrain_tiny.py", ("--evaluate-only",)),
     ("pretrain_tiny.py", ("--minutes", "3", "--steps", "2")),
@@ -87,6 +90,14 @@ def test_anyup_stops_by_a_signal_and_goes_on_with_no_difference(tmp_path, monkey
 
 
 @pytest.mark.slow
+def test_captions_alone_train_a_deeper_tower(tmp_path):
+    words = ("--losses", "contrast", "--blocks", 7, "--width", 64)
+    assert run("pretrain_tiny.py", *SMALL["pretrain_tiny.py"], "--output", tmp_path / "run", *words) == 0
+    config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())["vision_config"]
+    assert (config["num_hidden_layers"], config["hidden_size"], config["num_attention_heads"]) == (7, 64, 2)
+
+
+@pytest.mark.slow
 def test_tiny_stops_by_a_signal_and_goes_on(tmp_path, monkeypatch):
     words, name = (*SMALL["pretrain_tiny.py"], "--output", tmp_path / "run"), "pretrain_tiny.py"
     stopping(monkeypatch, name, "training_losses")
@@ -96,6 +107,8 @@ def test_tiny_stops_by_a_signal_and_goes_on(tmp_path, monkeypatch):
     assert counts["step"] == 1 and not (tmp_path / "run" / "model").exists()
     with pytest.raises(ValueError, match="holds a run; add --resume"):
         run(name, *words)
+    with pytest.raises(ValueError, match="a network of another size"):
+        run(name, *words, "--resume", "--blocks", 7)
     assert run(name, *words, "--resume") == 0
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
         "model", "native_evaluation.json", "state.safetensors", "train.log",

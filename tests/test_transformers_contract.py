@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 from families import KINDS, spar_siglip, whole_model
+from huggingface_hub import ModelHubMixin
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, CLIPVisionModel
 
 from spar_hf.encoders.sliding_window import SlidingWindow
 from spar_hf.processing_spar import SparProcessor
@@ -371,6 +372,51 @@ def test_the_whole_model_compiles(model: Any, inputs: Any) -> None:
 
 
 # ------------------------------------------------------------------------------------ what is refused
+
+
+@pytest.mark.slow
+def test_torch_export_takes_any_size(model: Any, pixels_of: Any) -> None:
+    """One program of transformers' own forward pass, for other batches and sizes than that of its example."""
+    auto = torch.export.Dim.AUTO
+    shapes = {"pixel_values": {0: auto, 2: auto, 3: auto}}
+    with torch.no_grad():
+        program = torch.export.export(
+            model.vision_model, (), {"pixel_values": pixels_of(149, 115, 2)}, dynamic_shapes=shapes, strict=False
+        )
+        # Guards of the example's size class, such as H // 16 > 4, are no part of the arithmetic.
+        exported = program.module(check_guards=False)
+        for size in ((90, 75, 1), (112, 128, 3), (32, 128, 2)):
+            pixels = pixels_of(*size)
+            found, wanted = exported(pixel_values=pixels), model.vision_model(pixels)
+            torch.testing.assert_close(found["patch_embeds"], wanted.patch_embeds, atol=1e-4, rtol=1e-4)
+
+
+def test_heads_are_masked_by_nobody(model: Any) -> None:
+    """transformers 5 took `head_mask` out of CLIP; where it returns, ours are to take it as well."""
+    for forward in (CLIPVisionModel.forward, type(model.vision_model).forward, type(model).forward):
+        assert "head_mask" not in inspect.signature(forward).parameters
+
+
+# ------------------------------------------------------------------------- huggingface_hub's ModelHubMixin
+
+
+def test_saving_and_loading_take_the_hubs_keywords(model: Any, inputs: Any, tmp_path: Path) -> None:
+    """Those of `ModelHubMixin.from_pretrained` and `save_pretrained`; configuration given at loading wins."""
+    folder = tmp_path / "saved"
+    assert model.save_pretrained(folder, push_to_hub=False) is None
+    hub = {"revision": None, "token": False, "cache_dir": tmp_path / "cache", "force_download": False}
+    again = type(model).from_pretrained(str(folder), local_files_only=True, **hub)
+    same(run(again, inputs), run(model, inputs), **EXACT)
+    given = copy.deepcopy(model.config)
+    given.vision_config.size_rule = "pad" if given.vision_config.size_rule != "pad" else "stretch"
+    assert (
+        type(model).from_pretrained(folder, config=given).config.vision_config.size_rule
+        == given.vision_config.size_rule
+    )
+    wanted = set(inspect.signature(ModelHubMixin.push_to_hub).parameters)
+    # transformers has no filters of files: what it uploads is what it saved.
+    missing = wanted - set(inspect.signature(type(model).push_to_hub).parameters)
+    assert missing <= {"config", "branch", "allow_patterns", "ignore_patterns", "delete_patterns", "model_card_kwargs"}
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool], ids=str)

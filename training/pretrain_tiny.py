@@ -8,6 +8,8 @@ examples:
   python training/pretrain_tiny.py --output .work/tiny --steps 2700 --device cuda
   python training/pretrain_tiny.py --output .work/tiny --evaluate-only
       writes native_evaluation.json again
+  python training/pretrain_tiny.py --output .work/captions --losses contrast --blocks 12 --minutes 480
+      from whole pictures and captions alone, as CLIP was trained: a night on two CPU cores
 
 One process draws views of training scenes (the whole scene, or a close-up of down to a sixth of its side, always
 128 x 128 px) into a pool; the other trains on batches from the pool. Three losses share one temperature:
@@ -18,7 +20,8 @@ One process draws views of training scenes (the whole scene, or a close-up of do
 3. patch-phrase alignment: patches of things against phrases such as "red house" or "striped pink fish".
 
 The patches of 2 and 3 come from the last block now through its values alone (MaskCLIP, ECCV 2022), now through its
-attention, so that either way of reading the network names what it sees. No other grid than 8 x 8 patches is ever seen.
+attention, so that either way of reading the network names what it sees. `--losses contrast` is the first alone, which
+says of no thing where it is. No other grid than 8 x 8 patches is ever seen.
 OUTPUT/model gets the averaged weights (EMA), tokenizer and image processor; OUTPUT gets `train.log` and, at the end,
 `native_evaluation.json`.
 
@@ -109,8 +112,10 @@ def training_losses(
     words: Words,
     by_value: bool,
     with_captions: bool,
+    with_patches: bool,
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The losses on one batch of the pool; and the share of pure patches (of all, of things) that are named right."""
+    """The losses on one batch of the pool, and shares: of pure patches (of all, of things) that are named right, or
+    of views whose own caption is the nearest, where patches are left alone."""
     rng, device, batch = words.rng, model.device, len(slots)
     shares = views.shares[slots].reshape(batch, GRID, GRID, -1)
     images, flipped = views.images[slots], rng.random(batch) < 0.5
@@ -133,6 +138,8 @@ def training_losses(
         logits = scale * image_embeds @ encode_texts(model, tokenizer, captions).T
         diagonal = torch.arange(batch, device=device)
         losses["contrast"] = (F.cross_entropy(logits, diagonal) + F.cross_entropy(logits.T, diagonal)) / 2
+        if not with_patches:
+            return losses, {"matched": (logits.argmax(-1) == diagonal).float().mean()}
         name_embeds = encode_texts(model, tokenizer, names)
     else:
         with_pattern = rng.random() < 0.5
@@ -241,6 +248,9 @@ def parser() -> Parser:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--resume", action="store_true", help="go on from the state in --output, if any")
     which.add_argument("--evaluate-only", action="store_true", help="measure the weights in --output and stop")
+    parser.add_argument("--losses", choices=("all", "contrast"), default="all", help="the three, or the first (all)")
+    parser.add_argument("--blocks", **count, default=6, help="of the image tower (6)")
+    parser.add_argument("--width", **count, default=192, help="of the image tower, a multiple of 32 (192)")
     parser.add_argument("--batch-size", **count, default=64, help="(64)")
     parser.add_argument("--learning-rate", type=positive, metavar="R", default=1.5e-3, help="(1.5e-3)")
     parser.add_argument("--weight-decay", type=positive_or_0, metavar="R", default=0.05, help="(0.05)")
@@ -269,6 +279,8 @@ def main(args: argparse.Namespace) -> int:
     state_file, tensors = args.output / "state.safetensors", None
     counts = {"step": 0, "views_seen": 0, "views_drawn": 0, "elapsed_s": 0.0}
     check_folder("--output", args.output)
+    if args.width % 32:
+        raise ValueError(f"--width is {args.width}; it must be a multiple of 32, the width of an attention head.")
     if args.batch_size > min(FIRST_VIEWS, args.pool_views):
         raise ValueError(
             f"--batch-size is {args.batch_size}; the pool starts with {min(FIRST_VIEWS, args.pool_views)}."
@@ -298,7 +310,7 @@ def main(args: argparse.Namespace) -> int:
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     tokenizer = train_tokenizer(args.seed)
-    model = build_model(tokenizer).to(args.device)
+    model = build_model(tokenizer, args.width, args.blocks).to(args.device)
     average = copy.deepcopy(model).eval()
     optimizers = make_optimizers(model, args.weight_decay)
     if tensors is not None:
@@ -323,7 +335,14 @@ def main(args: argparse.Namespace) -> int:
             slots = words.rng.choice(min(drawn.value, args.pool_views), args.batch_size, replace=False)
             with torch.autocast(args.device, torch.bfloat16, enabled=fast_half(args.device, torch.bfloat16)):
                 losses, scores = training_losses(
-                    model, tokenizer, views, slots, words, by_value=step % 3 < 2, with_captions=step % 2 == 0
+                    model,
+                    tokenizer,
+                    views,
+                    slots,
+                    words,
+                    by_value=step % 3 < 2,
+                    with_captions=args.losses == "contrast" or step % 2 == 0,
+                    with_patches=args.losses == "all",
                 )
             sum(losses.values()).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

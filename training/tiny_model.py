@@ -51,8 +51,8 @@ def train_tokenizer(seed: int, vocab_size: int = 1280) -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TEXT_TOKENS)
 
 
-def build_model(tokenizer: CLIPTokenizer) -> CLIPModel:
-    """A CLIP in stock shapes: image tower 192 x 6, text tower 128 x 3, a shared space of 128."""
+def build_model(tokenizer: CLIPTokenizer, width: int = 192, blocks: int = 6) -> CLIPModel:
+    """A CLIP in stock shapes: image tower `width` x `blocks`, text tower 128 x 3, a shared space of 128."""
     text = {
         "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4,
         "max_position_embeddings": MAX_TEXT_TOKENS, "vocab_size": len(tokenizer),
@@ -60,8 +60,9 @@ def build_model(tokenizer: CLIPTokenizer) -> CLIPModel:
         "pad_token_id": tokenizer.pad_token_id, "hidden_act": "gelu", "projection_dim": 128,
     }  # fmt: skip
     vision = {
-        "hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 6,
-        "image_size": SIDE_PX, "patch_size": PATCH_PX, "hidden_act": "gelu", "projection_dim": 128,
+        "hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": blocks,
+        "num_attention_heads": width // 32, "image_size": SIDE_PX, "patch_size": PATCH_PX, "hidden_act": "gelu",
+        "projection_dim": 128,
     }  # fmt: skip
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128))
 
@@ -88,11 +89,20 @@ def state_of(model: nn.Module, average: nn.Module, optimizers: list) -> dict[str
 
 
 def put_back(tensors: Mapping[str, torch.Tensor], model: nn.Module, average: nn.Module, optimizers: list) -> None:
-    """Gives a run the state that was written down; the settings of the optimizers are those of this run."""
+    """Gives a run the state that was written down; the settings of the optimizers are those of this run.
+
+    Raises:
+        ValueError: the state is that of another network.
+    """
     parts: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
     for key, value in tensors.items():
         part, name = key.split(".", 1)
         parts[part][name] = value
+    own, stored = (
+        {key: tuple(value.shape) for key, value in state.items()} for state in (model.state_dict(), parts["model"])
+    )
+    if own != stored:
+        raise ValueError("the run there is of a network of another size; give the flags that it was started with.")
     model.load_state_dict(parts["model"])
     average.load_state_dict(parts["average"])
     buffers: list[dict[int, dict[str, torch.Tensor]]] = [defaultdict(dict) for _ in optimizers]

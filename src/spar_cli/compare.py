@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +51,25 @@ def run_methods(args: argparse.Namespace) -> int:
 
 
 def result_of(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """The result of one method: that in the folder if the same command made it, or a new one; or why there is none."""
-    command = command_for(name, args)
-    path = args.json_dir / f"{name}.json"
+    """The result of one method; see `evaluated`."""
+    return evaluated(name, command_for(name, args), args.json_dir / f"{name}.json")
+
+
+def evaluated(name: str, command: Sequence[str], path: Path, processes: int = 1) -> dict[str, Any]:
+    """The result of one `spar evaluate`: that in the file if the same command made it, or a new one.
+
+    Args:
+        name: what it is called while it runs.
+        command: the words after `spar`, of which `--json` is the file's.
+        path: of the result.
+        processes: that share the images.
+
+    Returns:
+        What the command wrote, or under "error" why there is none.
+
+    Raises:
+        ValueError: the file is of another command.
+    """
     line = shlex.join(["spar", *command])
     if path.exists():
         try:
@@ -62,20 +80,45 @@ def result_of(name: str, args: argparse.Namespace) -> dict[str, Any]:
             print(f"{name}: done before", file=sys.stderr)
             return result
         raise ValueError(
-            f"{path} was made by another command, {result.get('command')!r}; delete it or name another --json-dir"
+            f"{path} was made by another command, {result.get('command')!r}; delete it or name another folder"
         )
     print(f"{name}:", file=sys.stderr, flush=True)
-    # A process of its own: its peak memory is its own, and what brings it down leaves the others alone.
-    done = subprocess.run(
-        [sys.executable, "-m", "spar_cli.main", *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    sys.stderr.write(done.stderr)
-    if done.returncode == 130:
+    status, said = run_aside(command, processes)
+    if status == 130:
         raise KeyboardInterrupt
-    if done.returncode:
-        said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        return {"error": said[-1].removeprefix("spar: error: ")}
+    if status:
+        return {"error": said.removeprefix("spar: error: ") or f"exit status {status}"}
     return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def run_aside(command: Sequence[str], processes: int = 1) -> tuple[int, str]:
+    """Runs `spar` in a process of its own, or several; its messages are shown as they come.
+
+    Its peak memory is its own, and what brings it down leaves the others alone.
+
+    Returns:
+        The exit status, and the last line of the messages.
+    """
+    launcher = [sys.executable, "-m", "spar_cli.main"]
+    environment = dict(os.environ)
+    if processes > 1:
+        import torch
+
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        launcher += ["-m", "spar_hf"]
+        if not torch.accelerator.is_available():
+            environment["ACCELERATE_USE_CPU"] = "true"
+    done = subprocess.Popen([*launcher, *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
+    assert done.stderr is not None
+    tail = ""
+    while block := os.read(done.stderr.fileno(), 1 << 16):
+        text = block.decode(errors="replace")
+        sys.stderr.write(text)
+        sys.stderr.flush()
+        tail = (tail + text)[-1 << 16 :]
+    said = [line for line in tail.splitlines() if line.strip()]
+    ours = [line for line in said if line.startswith("spar: error: ")]  # torchrun says more after it
+    return done.wait(), (ours or said or [""])[-1].strip()
 
 
 def command_for(name: str, args: argparse.Namespace) -> list[str]:

@@ -46,7 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of pictures that EXIF turns: their label maps are upright, or lie as the picture is stored (default: "
         "told by the size)",
     )
-    parser.add_argument("--protocol", metavar="NAME", help="spar or sclip (default: the benchmark's first)")
+    parser.add_argument(
+        "--protocol",
+        metavar="NAME",
+        help="spar, sclip, or own: sizes and thresholds of the method's authors (default: the benchmark's first)",
+    )
     parser.add_argument("--limit", type=whole_number, metavar="N", help="N images, spread evenly over the benchmark")
     parser.add_argument("--state", type=Path, metavar="FILE", help="keep what is done here, and go on from it")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results as JSON")
@@ -67,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int | None:
-    from spar_hf.evaluation import BENCHMARKS, evaluate, load_benchmark, load_protocol
+    from spar_hf.evaluation import BENCHMARKS, evaluate, is_clip, load_benchmark, load_protocol, own_protocol
     from spar_hf.processes import processes
 
     check_outputs(args)
@@ -85,9 +89,12 @@ def run(args: argparse.Namespace) -> int | None:
         return run_methods(args)
     if args.json_dir is not None:
         raise ValueError("--json-dir is for --methods; give --json FILE for one result")
-    protocol = load_protocol(args.protocol, args.benchmark)
+    own = args.protocol == "own"
+    protocol = own_protocol(args.method, args.benchmark) if own else load_protocol(args.protocol, args.benchmark)
     opened = open_model(args, args.refine)
     segmenter = opened.segmenter(args.refine)
+    if not own:
+        protocol = load_protocol(args.protocol, args.benchmark, clip=is_clip(segmenter.config))
     benchmark = load_benchmark(
         args.benchmark,
         args.data,

@@ -10,7 +10,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 
-from . import convert, demo, evaluate, export, features, labels, methods, models, prototypes, publish, segment
+from . import (
+    convert,
+    demo,
+    evaluate,
+    export,
+    features,
+    labels,
+    methods,
+    models,
+    prototypes,
+    publish,
+    reproduce,
+    segment,
+)
 from .errors import MISTAKE, clean, exit_status, fail
 from .exported import on_onnx
 from .parser import Parser, check_one_of, with_flags
@@ -23,6 +36,7 @@ COMMANDS = {
     "methods": methods,
     "models": models,
     "evaluate": evaluate,
+    "reproduce": reproduce,
     "prototypes": prototypes,
     "convert": convert,
     "export": export,

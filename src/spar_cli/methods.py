@@ -23,7 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from spar_hf.files import write_json
-    from spar_hf.methods.table import BENCHMARKS, FAMILIES, METHODS
+    from spar_hf.methods.table import FAMILIES, METHODS
+    from spar_hf.published import BENCHMARKS
     from spar_hf.refinement import REFINEMENTS
     from spar_hf.refinement.table import STAGES
 
@@ -77,7 +78,8 @@ def further(method: Any, between: str) -> list[str]:
 def markdown() -> str:
     """The table of feature methods for the documentation."""
     from spar_hf.evaluation.evaluate import markdown_table
-    from spar_hf.methods.table import BENCHMARKS, FAMILIES, METHODS
+    from spar_hf.methods.table import FAMILIES, METHODS
+    from spar_hf.published import BENCHMARKS
 
     rows, numbers = [], []
     for name, method in METHODS.items():

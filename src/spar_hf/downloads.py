@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,10 @@ SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 # Arguments of `from_pretrained` that say what to download and how.
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+# The client warns of patterns that nothing matches; here it is no fault that a repository lacks one of several files.
+logging.getLogger("huggingface_hub._snapshot_download").addFilter(
+    lambda record: not record.getMessage().startswith("No files matched")
+)
 
 
 def fetch(name: str, weights: bool = True, **hub: Any) -> Path:
@@ -63,13 +69,28 @@ def fetch(name: str, weights: bool = True, **hub: Any) -> Path:
     return folder
 
 
-def fetch_files(name: str, files: tuple[str, ...], **hub: Any) -> Path:
-    """The folder named, or the cache's snapshot of these files of a checkpoint on the Hub; they may be patterns.
+def fetch_files(name: str, files: Sequence[str], one_of: Sequence[str] = (), **hub: Any) -> Path:
+    """The folder named, or the cache's snapshot of a repository with some of its files, for what reads another layout.
+
+    Args:
+        name: folder, or Hub id.
+        files: names or patterns, all of them where there are such.
+        one_of: likewise, of which the first that is there is enough.
+        hub: some of `HUB_ARGUMENTS`.
 
     Raises:
-        OSError: as `fetch`.
+        OSError: as `fetch`, or none of `one_of` is there.
     """
-    return Path(name) if Path(name).is_dir() else _download(name, files, hub)
+    if Path(name).is_dir():
+        return Path(name)
+    folder = _download(name, files, hub)
+    for pattern in one_of:
+        folder = _download(name, [pattern], hub)
+        if any(folder.glob(pattern)):
+            return folder
+    if one_of:
+        raise OSError(f"cannot download {name}: it holds none of {', '.join(one_of)}; check the name.")
+    return folder
 
 
 def revision_of(folder: Path) -> str | None:
@@ -96,7 +117,10 @@ def _download(name: str, files: Any, hub: dict[str, Any]) -> Path:
 def _in_words(error: Exception, name: str, hub: dict[str, Any]) -> str:
     reason = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, GatedRepoError):
-        return f"it is gated; ask for access at https://huggingface.co/{name} and run 'hf auth login'"
+        return (
+            f"it is gated; accept its licence at https://huggingface.co/{name} with your account there, and run "
+            "'hf auth login'"
+        )
     if isinstance(error, RevisionNotFoundError):
         return f"it has no revision {hub.get('revision')!r}; leave it out for the newest"
     if isinstance(error, RepositoryNotFoundError):

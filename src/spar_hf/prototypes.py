@@ -34,7 +34,6 @@ from .picture_book.dataset import CLASSES, EDITION, PictureBook
 from .prompts_spar import Labels
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-DRAWING = Drawing()
 SAVE_EVERY = 20  # items between two parts on disk
 
 
@@ -72,7 +71,7 @@ class Pictures:
         return cls(Labels.parse(CLASSES), names, draw, f"picture book, edition {EDITION}, {side_px} px")
 
     @classmethod
-    def drawn(cls, diffusion: Diffusion, labels: Labels, count: int, settings: Drawing = DRAWING) -> Pictures:
+    def drawn(cls, diffusion: Diffusion, labels: Labels, count: int, settings: Drawing) -> Pictures:
         """Pictures that a diffusion model draws, so many of each class; where it attended to the name is the class.
 
         The picture of a number is the same whenever it is drawn. A class with several names has pictures of each.

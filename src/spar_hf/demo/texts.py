@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import cache
 
 from ..evaluation import load_vocabulary
-from ..methods.table import BENCHMARKS
 from ..picture_book.dataset import CLASSES as PICTURE_BOOK
+from ..published import BENCHMARKS
 
 EXAMPLES = (
     ("demo.png", "cake; car, automobile; tree; apple; star; sea; sky; sand"),

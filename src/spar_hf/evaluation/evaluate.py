@@ -32,7 +32,7 @@ from ..segmentation_spar import Segmenter, label_map
 from ..segmenters import sliding_scores
 from .benchmarks import BenchmarkData
 from .counts import SegmentationCounts
-from .protocols import Protocol, load_protocol
+from .protocols import Protocol, is_clip, load_protocol
 from .samples import IGNORED, Sample
 
 
@@ -148,7 +148,7 @@ def evaluate(
             to another evaluation.
     """
     if not isinstance(protocol, Protocol):
-        protocol = load_protocol(protocol, benchmark.name)
+        protocol = load_protocol(protocol, benchmark.name, clip=is_clip(segmenter.config))
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; it must be at least 1. Leave it out to take all {len(benchmark)} images.")
     if protocol.window_px is not None and protocol.stride_px is not None:

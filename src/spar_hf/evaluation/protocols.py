@@ -79,10 +79,10 @@ class Protocol:
         return Image.fromarray(pixels[0].round().byte().permute(1, 2, 0).numpy())
 
 
-# SPAR (arXiv 2604.02252): one pass at a short side of 672, Cityscapes whole. VOC21's and Context60's constants are the
-# paper's for CLIP. The paper does not evaluate COCO-Object; its constants are SCLIP's. The teacher's row is the same
-# with a `SlidingWindow` for the encoder, which averages features, as the student learns them; the released code means
-# to average logits there, and does not run.
+# SPAR (arXiv 2604.02252): one pass at a short side of 672, Cityscapes whole. VOC21's thresholds are its authors' for
+# CLIP; for other networks they set none (`load_protocol`). The paper does not evaluate COCO-Object; its constants are
+# SCLIP's. The teacher's row is the same with a `SlidingWindow` for the encoder, which averages features, as the
+# student learns them; the released code means to average logits there, and does not run.
 _SPAR = Protocol("spar", short_side_px=672, long_side_px=2048, templates=IMAGENET_TEMPLATES)
 # SCLIP (ECCV 2024) and the papers that follow its code: a short side of 336, window 224, stride 112, resized as OpenCV
 # does. Cityscapes at 560, COCO-Stuff at 448, as their configuration files have it.
@@ -101,6 +101,7 @@ _BACKGROUND: dict[str, dict[str, Any]] = {
     "context60": {"logit_scale": 50.0, "background_threshold": 0.1},
     "coco_object": {"logit_scale": 50.0, "background_threshold": 0.1},
 }
+_CLIP_ALONE = {"voc21": {"background_threshold": None, "area_threshold": None}}  # what others have in its place
 _ON_DISK = ("voc21", "voc20", "context60", "context59", "cityscapes", "ade20k", "coco_object", "coco_stuff", "custom")
 
 # Protocol -> benchmark -> its constants. "picturebook" draws at the size that is asked for, so nothing is resized.
@@ -113,8 +114,18 @@ PROTOCOLS: dict[str, dict[str, Protocol]] = {
 }
 
 
-def load_protocol(name: str | None, benchmark: str) -> Protocol:
+def is_clip(config: Any) -> bool:
+    """Whether a vision configuration is of CLIP, or of what has its blocks."""
+    return bool(config.model_type == "spar_vision")
+
+
+def load_protocol(name: str | None, benchmark: str, clip: bool = True) -> Protocol:
     """The constants of a protocol for a benchmark; None is the first protocol that has that benchmark.
+
+    Args:
+        name: a key of `PROTOCOLS`.
+        benchmark: a key of `BENCHMARKS`.
+        clip: whether the network is a CLIP: SPAR's authors set thresholds for it that others do not have.
 
     Raises:
         ValueError: If the protocol is unknown or not defined for the benchmark.
@@ -127,4 +138,5 @@ def load_protocol(name: str | None, benchmark: str) -> Protocol:
             f"protocol {name!r} is not defined for benchmark {benchmark!r}, which has "
             f"{' and '.join(defined) or 'none'}. Choose one of these."
         )
-    return PROTOCOLS[name][benchmark]
+    protocol = PROTOCOLS[name][benchmark]
+    return protocol if clip or name != "spar" else replace(protocol, **_CLIP_ALONE.get(benchmark, {}))

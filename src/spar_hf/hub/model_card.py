@@ -37,6 +37,7 @@ class Result:
         mean_iou: 0 to 1.
         start: The same of the checkpoint that training started from, where it was measured.
         command: What measured it.
+        published: Mean IoU, 0 to 1, that was published of these weights under this protocol; see `spar_hf.published`.
     """
 
     benchmark: str
@@ -46,6 +47,7 @@ class Result:
     mean_iou: float
     start: float | None = None
     command: str | None = None
+    published: float | None = None
 
     @property
     def title(self) -> str:
@@ -242,7 +244,7 @@ def _of_training(metrics: dict[str, Any] | None) -> list[Result]:
 
 
 def _of_evaluation(result: dict[str, Any] | None) -> list[Result]:
-    """What `spar evaluate --json` writes."""
+    """What `spar evaluate --json` writes, and `spar reproduce` with the published number beside it."""
     if not result or not {"benchmark", "protocol", "num_images", "mean_iou", "command"} <= set(result):
         return []
     if result["mean_iou"] is None:  # nothing was there to score
@@ -256,6 +258,7 @@ def _of_evaluation(result: dict[str, Any] | None) -> list[Result]:
             int(result["num_images"]),
             float(result["mean_iou"]),
             command=result["command"],
+            published=result.get("published"),
         )
     ]
 

@@ -100,6 +100,11 @@ def publish(
         PublishError: There is nothing to publish, no right to, or no way to; nothing was committed.
     """
     _check_repo_id(repo_id)
+    if with_space and is_exported(Path(folder)):
+        raise PublishError(
+            f"{folder} is an exported folder, which the Gradio Space cannot load; publish the model that it was "
+            "exported from with --with-space, and this folder with --with-page."
+        )
     page = {} if with_page is None else _page_files(Path(with_page), Path(folder))
     with _draft(repo_id) as draft:
         prepare(folder, draft, repo_id, license)

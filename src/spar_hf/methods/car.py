@@ -18,7 +18,7 @@ Choices: each name of a class is one of its own; the names of the vocabulary's b
 background, beside the authors' list for VOC without the vocabulary's names. Their two passes over things and stuff
 (Context, ADE20K) need to know which is which and are not here.
 The authors' judge is CLIP ViT-L/14: `--network judge=openai/clip-vit-large-patch14`; without it the model judges.
-To reach: mean IoU 67.6 on VOC21, 36.6 on COCO-Object with CLIP ViT-B/16 and that judge.
+To reach: the numbers in `spar_hf.published`, with CLIP ViT-B/16 and that judge.
 """
 
 from __future__ import annotations

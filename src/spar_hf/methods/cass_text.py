@@ -6,7 +6,7 @@ cosine distances, cut at a height). In each cluster the name t most similar to t
 (1 - alpha) t + alpha m at length one, m the direction of the mean of the two patches most similar to t. Scores are
 (1 - gamma) patch t + gamma g t, the latter with the name as it was. In windows, patches are the window's and g is of
 the whole image; scores are averaged pixel by pixel. On Cityscapes theirs takes the window's g, which is not here.
-To reach: mean IoU 65.8 on VOC21, 40.2 on Context59 with CLIP ViT-B/16, DINO ViT-B/8 and PAMR.
+To reach: the numbers in `spar_hf.published`, with CLIP ViT-B/16, DINO ViT-B/8 and PAMR.
 """
 
 from __future__ import annotations

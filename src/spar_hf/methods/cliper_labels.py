@@ -10,7 +10,7 @@ label map each name's values are brought to 0..1, and under 0.6 there is backgro
 Choices: the names of the vocabulary's background class are words of the background, beside the authors' list without
 the vocabulary's names. A class without a background beside it has its best pixels, whatever they are.
 Not here: their mean with windows of the same maps (1.4 mean IoU on VOC21). cliper_sd.py goes on with Stable Diffusion.
-To reach: mean IoU 60.7 on VOC21, 38.4 on Context59 with CLIP ViT-B/16, settings chosen for each data set.
+To reach: the numbers in `spar_hf.published`, with CLIP ViT-B/16, settings chosen for each data set.
 """
 
 from __future__ import annotations

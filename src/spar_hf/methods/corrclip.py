@@ -16,7 +16,7 @@ Rows of A are made some at a time. The vote of regions on the label map is a ref
 Deviations: features are averaged where windows overlap, the authors average logits of features of length one; a
 patch with no key left keeps itself (theirs is NaN); fewer than five blocks (theirs fails) have the third last for
 step 3. As released, the smallest id in a window stands for no region, even where no pixel lies in none.
-To reach: mean IoU 74.8 on VOC21, 48.8 on Context59 with MetaCLIP ViT-B/16, DINO ViT-B/8, SAM 2 Hiera-L and mask-vote;
+To reach: the numbers in `spar_hf.published`, with MetaCLIP ViT-B/16, DINO ViT-B/8, SAM 2 Hiera-L and mask-vote;
 the shorter side at 336 px (ADE20K 448, Cityscapes 448 with windows of 224 px).
 """
 

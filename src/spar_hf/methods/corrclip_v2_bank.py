@@ -10,7 +10,7 @@ CorrCLIP makes them with q + k of DINO ViT-B/8 (network `bank_dino`), without un
 2. The scores are half those of CorrCLIP v2 and half the support of the pixel's region.
 Left out: the second CLIP (DFN ViT-B/16), whose support the authors average with this one.
 Deviations: those of corrclip.py and corrclip_v2.py; the search is exact, theirs approximate (IVFPQ).
-To reach: mean IoU 82.2 on VOC21, 56.3 on Context59 with MetaCLIP ViT-B/16, DFN ViT-B/16, C-RADIOv3-L, regions of all
+To reach: the numbers in `spar_hf.published`, with MetaCLIP ViT-B/16, DFN ViT-B/16, C-RADIOv3-L, regions of all
 COCO pictures and mask-vote; the pictures of the bank at a shorter side of 448 px.
 """
 

@@ -17,7 +17,7 @@ As released: the ending lacks a comma ("backgroundground, land, ..."), its words
 Which tokens of a name count stands in lists there, mostly the last; here it is the last word's, or all (`tokens`).
 Deviations: divergences in fp32, theirs in fp16 (4 to 8 % of a random network's pixels come to other clusters). Names
 that no prompt of 77 tokens holds are split over several, each with a pass of its own; theirs are cut.
-To reach: mean IoU 68.6 on VOC21, 30.9 on Context with Stable Diffusion 2.1, settings chosen for each data set.
+To reach: the numbers in `spar_hf.published`, with Stable Diffusion 2.1, settings chosen for each data set.
 """
 
 from __future__ import annotations

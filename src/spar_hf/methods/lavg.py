@@ -14,7 +14,7 @@ The graph is N x N, held as a sparse matrix beside a constant; the eigenvector i
 mean feature is a weighting of patches: no pixel's feature is made. The masks share the lattices of the DenseCRF.
 Deviations: the eigenvector has its largest |u| positive (the authors' sign is random, and their solver approximate);
 masks are cut at the pixels that CLIP sees, theirs at the file's.
-To reach: mean IoU 62.1 on VOC21, 34.7 on Context59 with CLIP ViT-B/16 and DINO ViT-B/8, the shorter side at 336 px
+To reach: the numbers in `spar_hf.published`, with CLIP ViT-B/16 and DINO ViT-B/8, the shorter side at 336 px
 (Stuff 448, Cityscapes 560). The factor on cosines is 65 on VOC21 and 50 on Context60 and COCO-Object.
 """
 

@@ -12,7 +12,7 @@ CVPR 2025. A label method: it changes scores, and gives no features.
 The scores of a class with several names are the highest of them at the image's own pixels, before the label map is
 resized. The authors take the arg-max; a probability comes from 40 (1 - 0.95) Z, as if Z were a cosine.
 Deviations: fewer patches than 400 have fewer neighbours (theirs fails on a single window).
-To reach: mean IoU 61.1 on VOC21, 37.8 on Context59 with OpenCLIP ViT-B/16 of LAION-2B and DINO ViT-B/16, the
+To reach: the numbers in `spar_hf.published`, with OpenCLIP ViT-B/16 of LAION-2B and DINO ViT-B/16, the
 shorter side at 448 px.
 """
 

@@ -11,7 +11,7 @@ Deviations: rows and columns are kept apart (theirs takes the rows twice); sides
 the size rule in each network by its own patch, and values are looked up by their place in the image (theirs pads to a
 multiple of 56 px, resizes the image to 1024 px for SAM and to 336 px for MAE); a patch with no key left keeps itself
 (theirs is NaN). Similarities are fp32.
-To reach: mean IoU 61.3 on VOC21, 39.1 on Context59 with CLIP ViT-B/16 and DINO ViT-B/8, windows of 336 px, step 112.
+To reach: the numbers in `spar_hf.published`, with CLIP ViT-B/16 and DINO ViT-B/8, windows of 336 px, step 112.
 """
 
 from __future__ import annotations

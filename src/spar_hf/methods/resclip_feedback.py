@@ -10,7 +10,7 @@ softmax(tau ((1 - lambda) d^-0.5 K Kᵀ + lambda M) + NACLIP's Gaussian); the re
 As the authors' code: a row of M is smoothed along the patches' flat index, across the ends of lines; of a line of
 sight only the first s / S is looked at, so that M is not symmetric. Unlike it, M is not rounded to fp16.
 Memory: M is a matrix of patches by patches; in windows of the native size it is small.
-To reach: mean IoU 61.1 on VOC21, 33.5 on Context60 with CLIP ViT-B/16, thresholds and weights chosen by data set.
+To reach: the numbers in `spar_hf.published`, with CLIP ViT-B/16, thresholds and weights chosen by data set.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Settings:
     Attributes:
         threshold: of the first label map's probabilities; VOC20, Cityscapes .1, Context .3 (59 classes .25), Object,
             Stuff .11, ADE20K .25.
-        tau, weight: of the scores, and lambda of M; Context, Object, Stuff 1.8 and .7, VOC20 2.1 and .6, Cityscapes,
+        tau, weight: of the scores, and lambda of M; Context, Object, Stuff 1.8 and .7, VOC20, Cityscapes 2.1 and .6,
             ADE20K 2.1 and .7.
         earlier_tau, earlier_weight: of both terms, and of the earlier blocks' attention; VOC20 .6, Object, Stuff,
             Context59 .4, Cityscapes .2.

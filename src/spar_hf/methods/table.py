@@ -2,8 +2,8 @@
 
 Adding a method is adding a row, and beside it a recipe (`methods_spar.RECIPES`) or a file of `spar_hf.methods`. The
 command line, the tests, the docs and the menus read this table; nothing else in the code knows a method's name.
-`reported` holds the authors' mean IoU in per cent with CLIP ViT-B/16, each under its own protocol. Most rows are about
-CLIP's blocks; `family` says which network a row is for.
+What their authors published is in `spar_hf.published`. Most rows are about CLIP's blocks; `family` says which network
+a row is for.
 """
 
 from __future__ import annotations
@@ -15,9 +15,7 @@ from typing import Any
 
 from ..methods_spar import RECIPES, Recipe
 from ..names_spar import unknown
-
-BENCHMARKS = ("voc21", "context60", "coco_object", "voc20", "context59", "coco_stuff", "cityscapes", "ade20k")
-
+from ..published import method_rows
 
 # The networks that the methods' windows, strides and block numbers were chosen for: CLIP ViT-B/16, C-RADIOv3-B.
 AUTHORS_NATIVE_PX, AUTHORS_PATCH_PX = {"clip": 224, "radio": 512}, 16
@@ -46,7 +44,6 @@ class Method:
         bank: those that its bank of references is made with beside them: likewise.
         extra: the extra of the package that must be installed for it, if any.
         licence: of the authors' code; "" where none is given. No line of any of them is here.
-        reported: mean IoU in per cent by benchmark, as published.
         note: what `reported` had beside the features, where that is more than the protocol.
     """
 
@@ -64,8 +61,13 @@ class Method:
     bank: dict[str, str] = field(default_factory=dict)
     extra: str = ""
     licence: str = ""
-    reported: dict[str, float] = field(default_factory=dict)
     note: str = ""
+
+    @property
+    def reported(self) -> dict[str, float]:
+        """Mean IoU in per cent by benchmark, as published with CLIP ViT-B/16, under its authors' own protocol."""
+        row = method_rows().get(self.name)
+        return {} if row is None else dict(row.miou)
 
     @property
     def networks(self) -> dict[str, str]:
@@ -100,7 +102,7 @@ class Method:
     def to_dict(self) -> dict[str, Any]:
         """JSON form, for `spar methods --json`."""
         recipe = None if self.recipe is None else self.recipe.to_dict()
-        return {**asdict(self), "kind": self.kind, "recipe": recipe}
+        return {**asdict(self), "reported": self.reported, "kind": self.kind, "recipe": recipe}
 
     def window_for(self, native_px: int, patch_px: int) -> tuple[int, int]:
         """Side and step in pixels of the method's window for any network.
@@ -119,47 +121,37 @@ class Method:
         return window_px, min(scaled(self.stride_px), window_px)
 
 
-def _reported(*values: float | None) -> dict[str, float]:
-    return {name: value for name, value in zip(BENCHMARKS, values, strict=True) if value is not None}
-
-
 _ROWS = (
     Method(
         "clip",
         "CLIP",
         "Radford et al., ICML 2021",
-        reported=_reported(16.4, 8.4, 5.6, 41.9, 9.2, 4.4, 5.0, 2.9),
     ),
     Method(
         "maskclip",
         "MaskCLIP, the last block of SPAR's CLIP",
         "Zhou et al., ECCV 2022; Kombol et al., CVPR 2026",
         stride_px=24,
-        reported=_reported(43.4, 23.2, 20.6, 74.9, 26.4, 16.7, 24.9, 11.9),
     ),
     Method(
         "sclip",
         "SCLIP",
         "Wang et al., ECCV 2024",
-        reported=_reported(59.6, 31.7, 33.5, 81.5, 34.5, 22.8, 32.3, 16.5),
     ),
     Method(
         "clearclip",
         "ClearCLIP",
         "Lan et al., ECCV 2024",
-        reported=_reported(51.8, 32.6, 33.0, 80.9, 35.9, 23.9, 30.0, 16.7),
     ),
     Method(
         "naclip",
         "NACLIP",
         "Hajimiri et al., WACV 2025",
-        reported=_reported(58.9, 32.2, 33.2, 79.7, 35.2, 23.3, 35.5, 17.4),
     ),
     Method(
         "cliptrase",
         "CLIPtrase",
         "Shao et al., ECCV 2024",
-        reported=_reported(53.0, 30.8, 44.8, 81.2, 34.9, 24.1, None, 17.0),
     ),
     Method(
         "clip_surgery",
@@ -170,14 +162,12 @@ _ROWS = (
         "gem",
         "GEM",
         "Bousselham et al., CVPR 2024",
-        reported=_reported(46.2, 32.6, None, 79.9, 35.9, 23.7, 30.8, 15.7),
     ),
     Method(
         "itaclip",
         "ITACLIP; its ensembles are refinements",
         "Aydın et al., CVPR Workshops 2025",
         stride_px=28,
-        reported=_reported(67.9, 37.5, 37.7, None, None, 27.0, 40.2, None),
         note="with the refinements image-engineering, flip, definitions (or synonyms), PAMR and closing",
     ),
     Method(
@@ -190,14 +180,12 @@ _ROWS = (
         "sc_clip",
         "SC-CLIP",
         "Bai et al., arXiv 2411.15869",
-        reported=_reported(64.6, 36.8, 37.7, 84.3, 40.1, 26.6, 41.0, 20.1),
     ),
     Method(
         "cliper",
         "CLIPer, without diffusion",
         "Sun et al., ICCV 2025",
         positions="bilinear",
-        reported=_reported(62.1, 35.7, 37.5, 85.0, 39.6, 26.4, 38.3, 20.6),
         note="with the maps of all blocks in the labels",
     ),
     Method(
@@ -207,7 +195,6 @@ _ROWS = (
         window_px=336,
         branch="vfm",
         needs={"dino": "facebook/dino-vitb8"},
-        reported=_reported(61.3, 35.3, 37.5, 80.3, 39.1, 26.5, 38.1, 20.2),
     ),
     Method(
         "trident",
@@ -219,7 +206,6 @@ _ROWS = (
         branch="vfm",
         needs={"dino": "facebook/dino-vitb16", "sam": "facebook/sam-vit-base"},
         licence="Apache-2.0",
-        reported=_reported(67.1, 38.6, 41.1, 84.5, 42.2, 28.3, 42.9, 21.9),
         note="with the refinement by SAM, settings chosen for each data set",
     ),
     Method(
@@ -239,7 +225,6 @@ _ROWS = (
         branch="vfm",
         needs={"dino": "facebook/dino-vitb8"},
         extra="vfm",
-        reported=_reported(65.8, 36.7, 37.8, 87.8, 40.2, 26.7, 39.4, 20.4),
         note="with PAMR, settings chosen for each data set",
     ),
     Method(
@@ -252,7 +237,6 @@ _ROWS = (
         needs={"dino": "facebook/dino-vitb16"},
         extra="vfm",
         licence="MIT",
-        reported=_reported(61.1, 34.6, 33.4, 78.8, 37.8, 25.9, 37.3, 21.8),
         note="with OpenCLIP ViT-B/16 of LAION-2B",
     ),
     Method(
@@ -286,7 +270,6 @@ _ROWS = (
         whole_image=True,
         branch="vfm",
         needs={"dino": "facebook/dino-vitb8", "regions": "facebook/sam2-hiera-large"},
-        reported=_reported(74.8, 44.2, 43.7, 88.8, 48.8, 31.6, 49.4, 26.9),
         note="with MetaCLIP ViT-B/16 and the vote of regions on the label map",
     ),
     Method(
@@ -307,7 +290,6 @@ _ROWS = (
         branch="vfm",
         needs={"dino": "facebook/dino-vitb8"},
         extra="vfm",
-        reported=_reported(62.1, 31.6, 34.2, 82.5, 34.7, 23.2, 26.2, 15.8),
     ),
     Method(
         "cliper_labels",
@@ -315,14 +297,12 @@ _ROWS = (
         "Sun et al., ICCV 2025",
         positions="bilinear",
         whole_image=True,
-        reported=_reported(60.7, 34.7, 36.3, 84.3, 38.4, 25.4, 35.9, 19.8),
         note="as the authors' configuration files have it, settings chosen for each data set",
     ),
     Method(
         "resclip_feedback",
         "ResCLIP",
         "Yang et al., CVPR 2025",
-        reported=_reported(61.1, 33.5, 35.0, 86.0, 36.8, 24.7, 35.9, 18.0),
         note="settings chosen for each data set",
     ),
     Method(
@@ -334,7 +314,6 @@ _ROWS = (
         takes={"judge": "openai/clip-vit-large-patch14"},
         extra="vfm",
         licence="Apache-2.0",
-        reported=_reported(67.6, 30.5, 36.6, 91.4, 39.5, None, None, 17.7),
         note="with CLIP ViT-L/14 as the judge, settings and words of the background chosen for each data set",
     ),
     Method(
@@ -385,7 +364,6 @@ _ROWS = (
             "bank": "",
         },
         bank={"bank_dino": "facebook/dino-vitb8"},
-        reported=_reported(82.2, 50.8, 54.6, 93.6, 56.3, 38.5, 58.7, 33.2),
         note="with MetaCLIP ViT-B/16, DFN ViT-B/16, C-RADIOv3-L, regions of COCO and the vote of regions",
     ),
     Method(
@@ -416,7 +394,6 @@ _ROWS = (
         branch="generative",
         needs={"diffusion": "stabilityai/stable-diffusion-2-1-base"},
         extra="diffusion",
-        reported=_reported(68.6, 30.9, 38.4, None, None, None, None, None),
         note="with Stable Diffusion 2.1 and classes chosen by TagCLIP, settings chosen for each data set",
     ),
     Method(
@@ -456,7 +433,6 @@ _ROWS = (
         branch="generative",
         needs={"diffusion": "stabilityai/stable-diffusion-2-1-base"},
         extra="diffusion",
-        reported=_reported(66.4, 37.5, 39.2, 85.5, 41.6, 27.6, 37.0, 21.5),
         note="settings chosen for each data set",
     ),
     Method(

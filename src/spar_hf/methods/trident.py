@@ -16,7 +16,7 @@ Deviations: SAM sees the pixels that CLIP sees, not the file's; rows and columns
 mixes them on windows that are not square); where an image is smaller than a window, the window is padded to a multiple
 of 56 px as theirs is, and its map loses the padding again (theirs crashes); a patch with no key left keeps itself
 (theirs is NaN).
-To reach: mean IoU 67.1 on VOC21, 42.2 on Context59 with CLIP ViT-B/16, DINO ViT-B/16 and SAM ViT-B, with the
+To reach: the numbers in `spar_hf.published`, with CLIP ViT-B/16, DINO ViT-B/16 and SAM ViT-B, with the
 refinement by SAM.
 """
 

@@ -1,8 +1,8 @@
 """The table of upsamplers: a finer grid of features by the image's own edges, one row each.
 
 A row's file in this folder has a class `Upsampler`, whose argument is its `Settings`; AnyUp is a network and ships
-(`anyup_spar`). Upsampling can hurt (SPAR reports 44.4 -> 43.8 with AnyUp on DINOv3.txt, 43.6 -> 46.8 on SigLIP2), so
-it is off unless asked for.
+(`anyup_spar`). Upsampling can hurt (SPAR reports gains with AnyUp, and on DINOv3.txt a loss: `published.json`), so it
+is off unless asked for.
 """
 
 from __future__ import annotations
