@@ -21,10 +21,12 @@ from spar_hf.prompts_spar import Labels
 from spar_hf.refinement.dense_crf import Settings as Field
 from spar_hf.segmentation_spar import label_map
 
-SIZES = [(64, 64), (112, 128), (64, 150), (90, 75)]
+# Native, larger, oblong, and off the grids of CLIP and of the UNet.
+SIZES = [*(pytest.param(size, marks=pytest.mark.slow) for size in [(64, 64), (112, 128), (64, 150)]), (90, 75)]
 NAMES = ["dining table", "car", "automobile", "sky"]
 LABELS = Labels((("dining table",), ("car", "automobile"), ("sky",)))
 WITH_NOTHING = Labels((("wall", "floor"), ("dining table",), ("car", "automobile"), ("sky",)), background=0)
+COLOURED = ("car", "house", "road", "tree", "sky")
 SIDE = 64
 
 
@@ -206,13 +208,14 @@ def test_iseg_equals_its_plain_formulation(size, build, pixels):
     check_labels(maps, encoded, [np.where(np.max(cut, axis=0) == 0, 1, -1), *cut], [0, 1, 2, 2, 3], at_least=0.8)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_iseg_takes_all_heads_and_tokens_and_several_prompts(build, pixels):
     images, all_heads = pixels((90, 75)), {"heads_quarter": (), "heads_half": ()}
     segmenter = build("iseg", **{**ISEG, **all_heads}, tokens="all")
     expected = plain_iseg(images[0].numpy(), NAMES, segmenter.config, {4: (), 8: ()}, tokens="all")
     np.testing.assert_allclose(segmenter.maps(images, NAMES), expected, atol=1e-5)
-    many = [f"{a} checked {b} automobile" for a in ("red", "blue") for b in ("car", "house", "road", "tree", "sky")]
+    many = [f"{a} checked {b} automobile" for a in ("red", "blue", "pink", "green") for b in COLOURED]
     groups = adapter().groups(many, "a photograph of", "and", "and other object")
     assert len(groups) > 1
     prompts = [[many[number] for number in group] for group in groups]
@@ -467,7 +470,7 @@ def test_each_name_stays_with_one_cluster():
 # ------------------------------------------------------------------------------------------------- CLIPer
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", [(64, 64), *SIZES[1:3], pytest.param((90, 75), marks=pytest.mark.slow)])
 @pytest.mark.parametrize("heads", ["all", "mean", "4"])
 @torch.no_grad()
 def test_cliper_sd_equals_its_plain_formulation(size, heads, build, pixels):

@@ -70,6 +70,7 @@ def test_pictures_of_each_class_and_name():
         Pictures.drawn(Diffusion(pipeline()), Labels.parse("q" + "z" * 90), 1, STEPS)
 
 
+@pytest.mark.slow
 def test_a_bank_of_drawings_goes_on_and_needs_no_diffusion(make_spar, spar_processor, tmp_path, monkeypatch):
     model, labels = make_spar(num_hidden_layers=2), Labels.parse("road; sky; grass")
     references = Pictures.drawn(Diffusion(pipeline()), labels, 2, STEPS)

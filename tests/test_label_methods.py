@@ -15,7 +15,13 @@ from second_networks import SETTINGS, folders_for
 from spar_cli.main import main
 from spar_hf import METHODS, SparModel
 
-LABELS = [name for name, row in METHODS.items() if row.kind == "label"]
+# Of those around one diffusion model, one is quick enough for every run.
+SLOW = [name for name, row in METHODS.items() if "diffusion" in row.needs and name != "diffsegmenter"]
+LABELS = [
+    pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name
+    for name, row in METHODS.items()
+    if row.kind == "label"
+]
 
 
 @pytest.fixture
