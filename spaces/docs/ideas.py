@@ -201,7 +201,7 @@ IDEAS: dict[str, Idea] = {
     ),
     "cliper_sd": Idea(
         "CLIPer's maps know the names and are coarse. "
-        "Stable Diffusion's self attention, one head after the other, carries them to the pixels that belong together.",
+        "Stable Diffusion's self attention, head after head, carries them to the pixels that belong to them.",
         r"P \leftarrow A_1 A_2 \cdots A_h P",
     ),
     "scra": Idea(
