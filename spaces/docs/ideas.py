@@ -187,8 +187,7 @@ IDEAS: dict[str, Idea] = {
     "maskdiffusion": Idea(
         "A diffusion model's features tell things apart, and its cross attention says which of them a word means. "
         "Each word's vector is the mean of the features where it is attended to, and pixels take the nearest one.",
-        r"v_k = \frac{\sum_i M_{ki} F_i}{\sum_i M_{ki}}, \quad"
-        r" \mathrm{label}(i) = \mathrm{arg\,max}_k\, F_i \cdot v_k",
+        r"v_k = \frac{\sum_i M_{ki} F_i}{\sum_i M_{ki}},  \mathrm{label}(i) = \mathrm{arg\,max}_k\, F_i \cdot v_k",
     ),
     "diffcut": Idea(
         "The UNet's features are cut in two by a normalised cut, and the parts again as long as a cut is cheap. "
@@ -202,7 +201,7 @@ IDEAS: dict[str, Idea] = {
     ),
     "cliper_sd": Idea(
         "CLIPer's maps know the names and are coarse. "
-        "Stable Diffusion's self attention, head after head, carries them to the pixels that belong together.",
+        "Stable Diffusion's self attention, head after head, carries them to the pixels that belong to them.",
         r"P \leftarrow A_1 A_2 \cdots A_h P",
     ),
     "scra": Idea(
