@@ -101,7 +101,8 @@ _BACKGROUND: dict[str, dict[str, Any]] = {
     "context60": {"logit_scale": 50.0, "background_threshold": 0.1},
     "coco_object": {"logit_scale": 50.0, "background_threshold": 0.1},
 }
-_CLIP_ALONE = {"voc21": {"background_threshold": None, "area_threshold": None}}  # what others have in its place
+# What networks other than CLIP have in its place.
+_CLIP_ALONE: dict[str, dict[str, Any]] = {"voc21": {"background_threshold": None, "area_threshold": None}}
 _ON_DISK = ("voc21", "voc20", "context60", "context59", "cityscapes", "ade20k", "coco_object", "coco_stuff", "custom")
 
 # Protocol -> benchmark -> its constants. "picturebook" draws at the size that is asked for, so nothing is resized.
