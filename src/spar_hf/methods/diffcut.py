@@ -96,9 +96,8 @@ class Segmenter(DiffusionSegmenter):
             place = ids if size_hw == image_hw else upsample(scores, size_hw).argmax(dim=0)
             return cosines[names][:, place]
 
-        return FullScores(
-            make=make, size_hw=image_hw, num_names=len(text), device=self.device, patches_hw=scores.shape[1:]
-        )
+        grid_hw = (scores.shape[1], scores.shape[2])
+        return FullScores(make=make, size_hw=image_hw, num_names=len(text), device=self.device, patches_hw=grid_hw)
 
     def features(self, image: Tensor) -> Tensor:
         """F (C, h, w) of an image (1, 3, H, W), at length one."""

@@ -110,7 +110,8 @@ class Segmenter(DiffusionSegmenter):
             return stretched(upsample(maps[row], size_hw))
 
         size_hw = (image.shape[2], image.shape[3])
-        return scores_of_maps(at, present, encoded.labels, self.settings.nothing, size_hw, self.device, maps.shape[1:])
+        grid_hw = (maps.shape[1], maps.shape[2])
+        return scores_of_maps(at, present, encoded.labels, self.settings.nothing, size_hw, self.device, grid_hw)
 
     def maps(self, image: Tensor, names: Sequence[str]) -> Tensor:
         """The completed maps (K, s, s) of names in an image (1, 3, H, W), on the grid of the latent."""

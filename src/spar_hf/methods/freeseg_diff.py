@@ -158,8 +158,8 @@ def kmeans(rows: Tensor, clusters: int, seed: int) -> Tensor:
     centres = rows[[int(draws[0] * len(rows))]]
     for draw in draws[1:]:
         nearest = squared_distances(rows, centres).amin(dim=1).double().cumsum(dim=0)
-        place = int(torch.searchsorted(nearest, draw * nearest[-1], right=True))
-        centres = torch.cat([centres, rows[[min(place, len(rows) - 1)]]])
+        drawn = int(torch.searchsorted(nearest, draw * nearest[-1], right=True))
+        centres = torch.cat([centres, rows[[min(drawn, len(rows) - 1)]]])
     place = squared_distances(rows, centres).argmin(dim=1)
     for _ in range(MAX_ROUNDS):
         place = place.unique(return_inverse=True)[1]

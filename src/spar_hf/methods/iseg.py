@@ -167,7 +167,9 @@ class Segmenter(DiffusionSegmenter):
 
         size_hw = (image.shape[2], image.shape[3])
         nothing = settings.nothing if settings.nothing > 0 else None
-        return scores_of_maps(at, present, encoded.labels, nothing, size_hw, self.device, maps.shape[1:])
+        return scores_of_maps(
+            at, present, encoded.labels, nothing, size_hw, self.device, (maps.shape[1], maps.shape[2])
+        )
 
     def maps(self, image: Tensor, names: Sequence[str]) -> Tensor:
         """The refined maps (K, s, s) of names in an image (1, 3, H, W), on the grid of the latent."""

@@ -80,7 +80,7 @@ class Diffusion(nn.Module):
         self.alphas: list[float] = self.scheduler.alphas_cumprod.double().tolist()  # no buffer: half would round them
         self.register_buffer("noise", noise, persistent=noise is not None)
         self.is_xl = self.unet.config.addition_embed_type == "text_time"
-        width = sum(tower.config.hidden_size for tower in self.text_encoders)
+        width = sum(parts[name].config.hidden_size for name in towers)
         if width != self.unet.config.cross_attention_dim or self.is_xl != (len(towers) == 2):
             raise ValueError(
                 f"the diffusion model's text tower has {width} numbers a token and its UNet reads "
@@ -220,7 +220,9 @@ class Diffusion(nn.Module):
         for name in self.unet.attn_processors:
             if name.endswith(f".{kind}.processor"):
                 block, number = name.split(".")[:2]
-                level = {"down_blocks": int, "up_blocks": lambda i: last - int(i)}.get(block, lambda i: last)(number)
+                level = last  # of the middle block
+                if block in ("down_blocks", "up_blocks"):
+                    level = int(number) if block == "down_blocks" else last - int(number)
                 found[name.removesuffix(".processor")] = 2**level
         return found
 

@@ -25,7 +25,7 @@ EXAMPLE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 def parts_of(pipeline: Any) -> dict[str, Any]:
     """The parts of a pipeline in memory, if they are of the kinds that this file knows."""
     diffusers: Any = extra_package("diffusers", "diffusion")
-    parts = {
+    parts: dict[str, Any] = {
         name: getattr(pipeline, name, None)
         for name in ("unet", "vae", "scheduler", "tokenizer", "tokenizer_2", *TEXT_CLASSES)
     }

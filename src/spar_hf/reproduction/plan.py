@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 from ..evaluation import OWN
 from ..methods.table import METHODS, Method, for_method
@@ -167,13 +168,13 @@ def _method_rows(method: Method, networks: Sequence[tuple[str, str]]) -> list[Ro
     given = for_method(method.name, networks)
     rows = []
     for benchmark in BENCHMARKS:
-        common = {
+        common: dict[str, Any] = {
             "passes": METHOD_PASSES,
             "published": None if published is None else published.miou.get(benchmark),
             "note": method.note,
             "problem": _problem(method, given),
         }
-        words = ("--method", method.name)
+        words: tuple[str, ...] = ("--method", method.name)
         rows.append(
             Row(
                 model,
