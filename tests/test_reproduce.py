@@ -466,7 +466,7 @@ def test_the_pull_request_is_one_command(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_all_of_the_paper_in_processes_of_their_own(world, capfd, clip_tokenizer, monkeypatch):
-    """All three networks, every setting, SPAR's files as Lightning left them; two processes; killed on the way."""
+    """All three networks, SPAR's files as Lightning left them; each row in two real processes."""
     monkeypatch.setattr(compare, "run_aside", RUN_ASIDE)
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
     size = len(clip_tokenizer)

@@ -101,8 +101,7 @@ _BACKGROUND: dict[str, dict[str, Any]] = {
     "context60": {"logit_scale": 50.0, "background_threshold": 0.1},
     "coco_object": {"logit_scale": 50.0, "background_threshold": 0.1},
 }
-# What networks other than CLIP have in its place.
-_CLIP_ALONE: dict[str, dict[str, Any]] = {"voc21": {"background_threshold": None, "area_threshold": None}}
+_NO_CLIP: dict[str, dict[str, Any]] = {"voc21": {"background_threshold": None, "area_threshold": None}}
 _ON_DISK = ("voc21", "voc20", "context60", "context59", "cityscapes", "ade20k", "coco_object", "coco_stuff", "custom")
 
 # Protocol -> benchmark -> its constants. "picturebook" draws at the size that is asked for, so nothing is resized.
@@ -140,4 +139,4 @@ def load_protocol(name: str | None, benchmark: str, clip: bool = True) -> Protoc
             f"{' and '.join(defined) or 'none'}. Choose one of these."
         )
     protocol = PROTOCOLS[name][benchmark]
-    return protocol if clip or name != "spar" else replace(protocol, **_CLIP_ALONE.get(benchmark, {}))
+    return protocol if clip or name != "spar" else replace(protocol, **_NO_CLIP.get(benchmark, {}))
