@@ -45,8 +45,8 @@ def published(method: str) -> float | None:
 
 
 def own_methods() -> list[str]:
-    """The methods that need no network but CLIP."""
-    return [name for name, row in METHODS.items() if not row.needs]
+    """The methods of CLIP that need no other network."""
+    return [name for name, row in METHODS.items() if not row.needs and row.family == "clip"]
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
