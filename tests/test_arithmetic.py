@@ -128,8 +128,14 @@ def test_methods_that_are_a_file(method: str, make_vision: Any, inputs: Any, slo
     assert (found.float() - wanted).norm() / wanted.norm() < 0.02
 
 
+def _row(name: str) -> Any:
+    """A row of the table of methods; those with a bank or a diffusion model take long to set up."""
+    slow = "bank" in METHODS[name].needs or METHODS[name].branch == "generative"
+    return pytest.param(name, (), marks=pytest.mark.slow if slow else ())
+
+
 @pytest.mark.parametrize(
-    ("method", "refine"), [*((name, ()) for name in METHODS), *((None, (name,)) for name in REFINEMENTS)]
+    ("method", "refine"), [*(_row(name) for name in METHODS), *((None, (name,)) for name in REFINEMENTS)]
 )
 @torch.no_grad()
 def test_every_row_of_the_tables(method: Any, refine: Any, small: Any, slow_half: None, tmp_path: Any) -> None:

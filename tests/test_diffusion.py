@@ -132,6 +132,7 @@ def test_names_are_put_together_as_many_as_a_prompt_holds():
     assert diffusion.groups(["x"], "", "and", "") == [[0]]
 
 
+@pytest.mark.slow
 def test_a_saved_pipeline_comes_back_the_same(tmp_path):
     for xl in (False, True):
         pipeline(xl).save_pretrained(tmp_path / str(xl))

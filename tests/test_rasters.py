@@ -254,6 +254,7 @@ def test_labels_are_those_of_the_whole_pass(size_hw, tmp_path):
     assert differing(run_raster(path, tmp_path, side=30, **options), whole_labels(values, **options)) <= 1e-3
 
 
+@pytest.mark.slow
 def test_a_sliding_window_is_that_of_the_whole(tmp_path):
     values = mosaic(2, 2)[:400, :350]
     path = write_raster(tmp_path / "scene.tif", values)
