@@ -2,7 +2,7 @@
 
 examples:
   python training/pretrain_diffusion.py --output .work/diffusion
-      105 minutes on two CPU cores
+      its budget, 105 minutes; it was not yet run to its end
   python training/pretrain_diffusion.py --output .work/diffusion --resume
       goes on after an interruption
   python training/pretrain_diffusion.py --output .work/diffusion --vae-steps 4000 --steps 40000 --device cuda

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..prompts_spar import IMAGENET_TEMPLATES
 from ..published import BENCHMARKS
 from .protocols import PROTOCOLS, Protocol
 
@@ -35,15 +34,7 @@ class Own:
     model: str = "clip-b16"
 
 
-_FIELD = Protocol(
-    "own",
-    short_side_px=336,
-    long_side_px=2048,
-    antialias=False,
-    window_px=224,
-    stride_px=112,
-    templates=IMAGENET_TEMPLATES,
-)
+_FIELD = replace(PROTOCOLS["sclip"]["voc20"], name="own")  # what the papers that follow SCLIP share
 _WHOLE: dict[str, Any] = {"window_px": None, "stride_px": None}  # it makes its own windows, or none
 
 
